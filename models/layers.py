@@ -1,0 +1,183 @@
+"""Backbone blocks of TCM (CVPR 2023, arXiv 2303.14978): window attention and its mixtures with convolution.
+
+Shapes are `[B, H, W, C]` inside the transformer half and `[B, C, H, W]` elsewhere; H and W are
+multiples of the window size p. Module and parameter names are those of the published checkpoints.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+
+__all__ = ["WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock"]
+
+
+@functools.lru_cache(maxsize=64)
+def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Windows that a cyclic shift cuts, of a rows × cols grid: their numbers and the kind of cut.
+
+    Kind 0: last row, 1: last column, 2: both (the corner). Returns two int64 tensors `[rows + cols - 1]`.
+    """
+    right = [(r, cols - 1, 1) for r in range(rows - 1)]
+    bottom = [(rows - 1, c, 0) for c in range(cols - 1)]
+    cut = right + bottom + [(rows - 1, cols - 1, 2)]
+    number = torch.tensor([r * cols + c for r, c, _ in cut], device=device)
+    return number, torch.tensor([kind for _, _, kind in cut], device=device)
+
+
+class WMSA(nn.Module):
+    """Multi-head self-attention in p × p windows with a learned relative-position bias.
+
+    Args:
+        input_dim: channels C of the input `[B, H, W, C]`; a multiple of head_dim.
+        output_dim: channels of the output `[B, H, W, output_dim]`.
+        head_dim: channels d of one head.
+        window_size: p.
+        type: "W" for aligned windows, "SW" for windows shifted by ⌊p/2⌋.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, head_dim: int, window_size: int, type: str) -> None:
+        super().__init__()
+        if input_dim % head_dim:
+            raise ValueError(f"head_dim ({head_dim}) must divide the attention's width ({input_dim})")
+        if type not in ("W", "SW"):
+            raise ValueError(f'window type must be "W" or "SW", not {type!r}')
+        self.head_dim, self.heads = head_dim, input_dim // head_dim
+        self.window_size = p = window_size
+        self.shift = p // 2 if type == "SW" else 0
+        self.embedding_layer = nn.Linear(input_dim, 3 * input_dim)
+        self.relative_position_params = nn.Parameter(torch.zeros(self.heads, 2 * p - 1, 2 * p - 1))
+        self.linear = nn.Linear(input_dim, output_dim)
+        trunc_normal_(self.relative_position_params, std=0.02)
+
+        # Position of (query i, key j) in the flattened (2p-1)² table, and who may not see whom in a
+        # cut window (last row, last column, corner): both depend on p alone, so they are made once.
+        y, x = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
+        offset = (y[:, None] - y + p - 1) * (2 * p - 1) + (x[:, None] - x + p - 1)
+        self.register_buffer("position_index", offset.flatten(), persistent=False)
+        if self.shift:
+            below, beyond = y >= p - self.shift, x >= p - self.shift
+            rows, cols = below[:, None] != below, beyond[:, None] != beyond
+            hidden = torch.stack([rows, cols, rows | cols])[:, None]  # [3, 1, p², p²]
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self.register_buffer("cut_mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        p, s = self.window_size, self.shift
+        if s:
+            x = x.roll((-s, -s), dims=(1, 2))
+        windows = x.view(B, H // p, p, W // p, p, C).transpose(2, 3).reshape(-1, p * p, C)
+        qkv = self.embedding_layer(windows).view(len(windows), p * p, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × [B · windows, heads, p², d]
+        bias = self.relative_position_params.flatten(1)[:, self.position_index].view(1, self.heads, p * p, p * p)
+        bias = bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if s:
+            out = self._mend_cut_windows(out, q, k, v, bias, H // p, W // p)
+        out = self.linear(out.transpose(1, 2).reshape(len(windows), p * p, C))
+        out = out.view(B, H // p, W // p, p, p, -1).transpose(2, 3).reshape(B, H, W, -1)
+        return out.roll((s, s), dims=(1, 2)) if s else out
+
+    def _mend_cut_windows(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rows: int, cols: int
+    ) -> Tensor:
+        """Redo with the mask the few windows that the shift cut.
+
+        A mask for all windows would be the size of all scores; this one is the size of the border,
+        and the other windows keep the one bias that fused attention broadcasts.
+        """
+        number, kind = _cut_windows(rows, cols, q.device)
+        images = len(q) // (rows * cols)
+        index = (torch.arange(images, device=q.device)[:, None] * (rows * cols) + number).flatten()
+        mask = (bias + self.cut_mask[kind].to(bias.dtype)).repeat(images, 1, 1, 1)
+        mended = F.scaled_dot_product_attention(q[index], k[index], v[index], attn_mask=mask)
+        if torch.is_grad_enabled():  # fused attention keeps `out` for its backward pass
+            return out.index_copy(0, index, mended)
+        return out.index_copy_(0, index, mended)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on `[B, H, W, C]`: x + msa(ln1(x)), then x + mlp(ln2(x))."""
+
+    def __init__(
+        self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float, type: str = "W"
+    ) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(input_dim)
+        self.msa = WMSA(input_dim, input_dim, head_dim, window_size, type)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.ln2 = nn.LayerNorm(input_dim)
+        self.mlp = nn.Sequential(nn.Linear(input_dim, 4 * input_dim), nn.GELU(), nn.Linear(4 * input_dim, output_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.msa(self.ln1(x)))
+        return x + self.drop_path(self.mlp(self.ln2(x)))
+
+
+class ConvTransBlock(nn.Module):
+    """Half of the channels through a residual convolution, half through a transformer block.
+
+    `[B, conv_dim + trans_dim, H, W]` to the same shape (CVPR 2023, section 3.2).
+    """
+
+    def __init__(
+        self, conv_dim: int, trans_dim: int, head_dim: int, window_size: int, drop_path: float, type: str = "W"
+    ) -> None:
+        super().__init__()
+        self.dims = conv_dim, trans_dim
+        self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
+        self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv_block = ResidualBlock(conv_dim, conv_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, trans = self.conv1_1(x).split(self.dims, dim=1)
+        conv = self.conv_block(conv) + conv
+        trans = self.trans_block(trans.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.conv1_2(torch.cat((conv, trans), dim=1))
+
+
+class SwinBlock(nn.Module):
+    """Two transformer blocks, windows aligned and then shifted, on `[B, C, H, W]`."""
+
+    def __init__(self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
+        super().__init__()
+        self.block_1 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "W")
+        self.block_2 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "SW")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.block_1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class SWAtten(AttentionBlock):
+    """CompressAI's AttentionBlock whose gate looks through a SwinBlock (CVPR 2023, section 3.3).
+
+    `[B, in_channels, H, W]` to `[B, out_channels, H, W]`. With inter_dim the block works at that
+    width between two 1×1 convolutions; without, at in_channels, which must equal out_channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        head_dim: int,
+        window_size: int,
+        drop_path: float,
+        inter_dim: int | None = 192,
+    ) -> None:
+        if inter_dim is None and in_channels != out_channels:
+            raise ValueError(f"without inter_dim, in and out channels must agree ({in_channels}, {out_channels})")
+        width = in_channels if inter_dim is None else inter_dim
+        super().__init__(width)
+        self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
+        self.in_conv = nn.Identity() if inter_dim is None else conv1x1(in_channels, inter_dim)
+        self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.in_conv(x)
+        gate = torch.sigmoid(self.conv_b(self.non_local_block(u)))
+        return self.out_conv(self.conv_a(u) * gate + u)

@@ -1,0 +1,116 @@
+"""State dicts of published and own checkpoints: brought to one form, explained, and read for sizes."""
+
+import re
+
+import torch
+from compressai.entropy_models import EntropyModel
+from compressai.models.utils import remap_old_keys
+from torch import Tensor, nn
+
+# Constants of the layers. A model keeps its own: a float16 file has them rounded, some of them to zero.
+_CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
+_TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
+
+
+def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """A state dict with today's names.
+
+    `module.` prefixes (DataParallel) are cut and CompressAI's old bottleneck names (`_matrix0`)
+    replaced. With a model, its constants are filled in, and where coding tables are absent or
+    incomplete they become empty, to be computed by `update()`; the model's own are emptied, so that
+    those of the file fit whatever their size.
+
+    Raises:
+        ValueError: it is not a state dict at all.
+    """
+    if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise ValueError("not a state dict: a non-empty mapping of names to tensors is expected")
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    state_dict = dict(remap_old_keys("entropy_bottleneck", state_dict))
+    if model is None:
+        return state_dict
+    own = model.state_dict()
+    state_dict |= {name: value for name, value in own.items() if name.endswith(_CONSTANTS)}
+    for name, module in model.named_modules():
+        if isinstance(module, EntropyModel):
+            tables = [name + table for table in _TABLES if name + table in own]
+            complete = all(state_dict.get(table, own[table][:0]).numel() for table in tables)
+            for table in tables:
+                buffer = table.removeprefix(name + ".")
+                setattr(module, buffer, getattr(module, buffer).new_empty(0))
+                if not complete or state_dict[table].dtype == torch.float16:
+                    state_dict[table] = getattr(module, buffer)
+    return state_dict
+
+
+def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
+    """One line on the names and shapes that do not fit the model; empty where all do."""
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(_TABLES)}
+    given = {name: value.shape for name, value in state_dict.items() if not name.endswith(_TABLES)}
+    shapes = [
+        f"{name} is {list(given[name])}, not {list(own[name])}"
+        for name in own.keys() & given.keys()
+        if given[name] != own[name]
+    ]
+    found = (("missing", own.keys() - given.keys()), ("unknown", given.keys() - own.keys()), ("shape", shapes))
+    return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names)
+
+
+def _some(names: set | list, most: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def infer_arguments(state_dict: dict[str, Tensor]) -> dict:
+    """Constructor arguments of the TCM or TCM_VBR that a (normalised) state dict belongs to.
+
+    Two that leave no trace in the weights are given their defaults: the drop-path rate, and the
+    head width of a stage without blocks. max_support_slices = num_slices is told as num_slices − 1,
+    which is the same network.
+
+    Raises:
+        ValueError: names that every TCM has are missing.
+    """
+    try:
+        N = state_dict["g_a.0.conv1.weight"].shape[0] // 2
+        M = state_dict["h_a.0.conv1.weight"].shape[1]
+        num_slices = 1 + max(_numbers(state_dict, r"cc_mean_transforms\.(\d+)\."))
+        first, last = (state_dict[f"cc_mean_transforms.{i}.0.weight"] for i in (0, num_slices - 1))
+        supports = (last.shape[1] - M) // (M // num_slices)
+        inter = state_dict.get("atten_mean.0.0.in_conv.weight")
+        stages = _stages(state_dict, "g_a") + _stages(state_dict, "g_s")
+        return dict(
+            config=[count for count, _ in stages],
+            head_dim=[N // heads for _, heads in stages],
+            N=N,
+            M=M,
+            num_slices=num_slices,
+            max_support_slices=supports,
+            hyper_channels=state_dict["entropy_bottleneck.quantiles"].shape[0],
+            inter_dim=None if inter is None else inter.shape[0],
+            slice_widths=[first.shape[0], state_dict["cc_mean_transforms.0.2.weight"].shape[0]],
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"these are not the weights of a TCM: {error} is missing or malformed") from None
+
+
+def _numbers(state_dict: dict[str, Tensor], pattern: str) -> list[int]:
+    found = {int(match[1]) for name in state_dict if (match := re.match(pattern, name))}
+    if not found:
+        raise KeyError(pattern)
+    return sorted(found)
+
+
+def _stages(state_dict: dict[str, Tensor], network: str) -> list[tuple[int, int]]:
+    """Blocks and attention heads of the three stages between the strided layers of `g_a` or `g_s`."""
+    bias = "{}.{}.trans_block.msa.relative_position_params"
+    stages: list[tuple[int, int]] = []
+    for i in _numbers(state_dict, rf"{network}\.(\d+)\.")[:-1]:  # the last one is the outer convolution
+        name = bias.format(network, i)
+        if name not in state_dict:
+            stages.append((0, 1))
+        else:
+            stages[-1] = (stages[-1][0] + 1, state_dict[name].shape[0])
+    if len(stages) != 3:
+        raise KeyError(f"{network} of three stages")
+    return stages

@@ -1,0 +1,50 @@
+"""The λ ladder and the index that stands for λ: the one place that knows either.
+
+A rate is named by an index in [0, 5], a float: whole indices are the six λ of the published
+models, and between them λ is interpolated geometrically (log λ is piecewise linear in the index).
+Loss = λ · 255² · MSE + bits per pixel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LADDER = (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05)
+MAX_INDEX = float(len(LADDER) - 1)
+
+
+def index_to_lambda(index: Tensor | float) -> Tensor | float:
+    """λ of an index: a tensor `[B]` gives a tensor of its shape, a number gives a float."""
+    if not isinstance(index, Tensor):
+        return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64)))
+    logs = torch.tensor(LADDER, dtype=index.dtype, device=index.device).log()
+    lower = index.floor().clamp(0, MAX_INDEX - 1)
+    start, end = logs[lower.long()], logs[lower.long() + 1]
+    return (start + (index - lower) * (end - start)).exp()
+
+
+def lambda_to_index(lmbda: float) -> float:
+    """The index of a λ within the ladder's range; ValueError outside it."""
+    if not LADDER[0] <= lmbda <= LADDER[-1]:
+        raise ValueError(f"lambda must lie in [{LADDER[0]}, {LADDER[-1]}], not {lmbda}")
+    lower = max(i for i in range(len(LADDER) - 1) if LADDER[i] <= lmbda)
+    return lower + math.log(lmbda / LADDER[lower]) / math.log(LADDER[lower + 1] / LADDER[lower])
+
+
+def check_index(index: Tensor | float, batch: int) -> Tensor:
+    """The index of every image as a float32 tensor `[batch]`.
+
+    Takes a number or a tensor of 1 or `batch` elements; ValueError if it is not within [0, 5].
+    """
+    index = torch.as_tensor(index, dtype=torch.float32).flatten()
+    if len(index) not in (1, batch):
+        raise ValueError(f"{len(index)} indices for {batch} images: give one, or one an image")
+    if not ((index >= 0) & (index <= MAX_INDEX)).all():  # not: a NaN compares false
+        raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.tolist()}")
+    return index.expand(batch)
+
+
+def draw_index(batch: int) -> Tensor:
+    """Indices of a training batch, uniform over [0, 5]: `[batch]`, on the CPU."""
+    return torch.rand(batch) * MAX_INDEX
