@@ -1,0 +1,89 @@
+"""Checkpoints that rebuild their own model, read without running any code that they may hold."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from models.tcm import TCM, TCM_VBR
+from utils.files import atomic_write
+from utils.lambdas import LADDER
+
+BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"
+FORMAT = "tcm-vbr/1"
+
+
+class CheckpointError(Exception):
+    """A file that is no checkpoint of ours or of the published models: one line, with its name."""
+
+
+def describe(model: TCM) -> dict:
+    """What a checkpoint says of a model besides its weights."""
+    return {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "arguments": model.arguments,
+        "lambdas": list(LADDER),
+        "versions": {"torch": str(torch.__version__)},
+    }
+
+
+def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
+    """Write a model for use: float16 weights, and the coding tables of exactly those weights.
+
+    Buffers stay as they are (GDN's constants would vanish in float16). The training record is a
+    list of plain dicts, one for each run.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    halves = {name: t.cpu().half() if name in weights else t.cpu() for name, t in model.state_dict().items()}
+    rounded = type(model)(**model.arguments)
+    rounded.load_state_dict(halves)
+    rounded.update(force=True)
+    state = {name: t.half() if name in weights else t for name, t in rounded.state_dict().items()}
+    with atomic_write(path) as file:
+        torch.save(describe(model) | {"state_dict": state, "training": training}, file)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as it was saved, on the CPU; a bare state dict is wrapped as {"state_dict": …}.
+
+    Raises:
+        CheckpointError: missing, not a checkpoint, or holding more than tensors and plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path}: refused: not a checkpoint, or one that would run code") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+
+
+def build_model(checkpoint: dict, path: str | Path) -> TCM:
+    """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: names what does not fit.
+    """
+    state = checkpoint["state_dict"]
+    try:
+        variable = any("modnet_" in name for name in state)
+        cls = TCM_VBR if variable else TCM
+        if "arguments" not in checkpoint:  # a published file: the sizes are in its shapes
+            return cls.from_state_dict(state)
+        model = cls(**checkpoint["arguments"])
+        model.load_state_dict(state)
+        return model.eval()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> TCM:
+    """A model ready to code: weights, coding tables (computed where the file has none), channels last."""
+    model = build_model(read_checkpoint(path), path)
+    model.update()
+    return model.to(device, memory_format=torch.channels_last)
