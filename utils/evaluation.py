@@ -1,0 +1,100 @@
+"""Rate, distortion and time of one picture at one rate: from likelihoods, or from real files."""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from models.tcm import TCM
+from utils.bitstream import Coded, pack, unpack
+from utils.images import crop, pad, to_float, to_uint8
+from utils.lambdas import index_to_lambda
+from utils.losses import bits
+from utils.metrics import decibels, ms_ssim_value, psnr
+
+
+@dataclass
+class Result:
+    """bpp counts the original pixels; MS-SSIM is None for small pictures, seconds for estimates."""
+
+    image: str
+    width: int
+    height: int
+    index: float | None
+    bpp: float
+    psnr: float
+    ms_ssim: float | None
+    ms_ssim_db: float | None
+    loss: float | None  # bpp + λ · MSE on the 0–255 scale, what the model is trained for
+    encode_seconds: float | None
+    decode_seconds: float | None
+
+    as_dict = asdict
+
+
+def encode(model: TCM, image: Tensor, index: float | None) -> bytes:
+    """A picture, uint8 `[3, H, W]` on the model's device, as the bytes of a file."""
+    out = model.compress(pad(to_float(image)), index)
+    (y,), (z,) = out["strings"]
+    return pack(Coded(image.shape[2], image.shape[1], index, y, z))
+
+
+def decode(model: TCM, data: bytes) -> Tensor:
+    """The picture in a file, uint8 `[3, H, W]`."""
+    coded = unpack(data)
+    out = model.decompress([[coded.y], [coded.z]], coded.shape, coded.index)
+    return to_uint8(crop(out["x_hat"], coded.height, coded.width)[0])
+
+
+@torch.no_grad()
+def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Tensor]:
+    """Bits by the likelihoods, and the reconstruction, without coding."""
+    out = model(pad(to_float(image)), index)
+    x_hat = crop(out["x_hat"], *image.shape[1:])
+    return float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values())), to_uint8(x_hat[0])
+
+
+def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
+    """Measure one picture, uint8 `[3, H, W]`; returns the reconstruction as well."""
+    encode_seconds = decode_seconds = None
+    if real:
+        data, encode_seconds = _timed(lambda: encode(model, image, index), image.device)
+        decoded, decode_seconds = _timed(lambda: decode(model, data), image.device)
+        count = 8.0 * len(data)
+    else:
+        count, decoded = estimate(model, image, index)
+    height, width = image.shape[1:]
+    bpp = count / (height * width)
+    quality = ms_ssim_value(image, decoded)
+    mse = float((image.double() - decoded.double()).square().mean())
+    result = Result(
+        image=name,
+        width=width,
+        height=height,
+        index=index,
+        bpp=bpp,
+        psnr=psnr(image, decoded),
+        ms_ssim=quality,
+        ms_ssim_db=None if quality is None else decibels(quality),
+        loss=None if index is None else bpp + index_to_lambda(index) * mse,
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
+    )
+    return result, decoded
+
+
+def mean(results: list[Result], field: str) -> float | None:
+    """Mean of a field over the results that have it."""
+    values = [value for result in results if (value := getattr(result, field)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _timed(work, device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    value = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return value, time.perf_counter() - start

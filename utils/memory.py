@@ -1,0 +1,22 @@
+"""How the C library treats freed memory."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning each to the kernel.
+
+    By default every tensor over 32 MiB is mapped afresh, and the kernel zeroes its pages one fault at a
+    time: a quarter of the time of analysis and synthesis on a CPU. The process keeps its peak size.
+    Does nothing where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**28)

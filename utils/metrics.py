@@ -1,0 +1,28 @@
+"""Quality of a reconstruction, on the 8-bit values that a file would hold."""
+
+import math
+
+import torch
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+# Five scales of an 11-pixel window: the coarsest must still hold one (pytorch-msssim asks for more than this).
+MS_SSIM_SMALLEST = 160
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """PSNR in dB of two uint8 images of one shape; infinite where they are equal."""
+    mse = float((a.double() - b.double()).square().mean())
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
+    """MS-SSIM in [0, 1] of two uint8 images `[3, H, W]`; None where a side is too small for five scales."""
+    if min(a.shape[1:]) <= MS_SSIM_SMALLEST:
+        return None
+    return float(ms_ssim(a[None].float(), b[None].float(), data_range=255))
+
+
+def decibels(value: float) -> float:
+    """MS-SSIM as −10 · log10(1 − value) dB."""
+    return -10 * math.log10(max(1 - value, torch.finfo(torch.float32).eps))
