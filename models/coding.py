@@ -13,6 +13,9 @@ from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyModel, GaussianConditional
 from torch import Tensor
 
+# Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
+LARGEST_SYMBOL = 2**24
+
 
 def ste_round(x: Tensor) -> Tensor:
     """Rounding whose gradient is one.
@@ -38,7 +41,14 @@ class CodingTables:
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
-        """One stream of int symbols, each with the row of the table that codes it; any equal shapes."""
+        """One stream of int symbols, each with the row of the table that codes it; any equal shapes.
+
+        Raises:
+            ValueError: a symbol is out of all proportion, as from a latent that is not finite.
+        """
+        lowest, highest = symbols.aminmax()
+        if lowest < -LARGEST_SYMBOL or highest > LARGEST_SYMBOL:
+            raise ValueError("the latent cannot be coded: it has values that are not finite, or enormous")
         encoder = BufferedRansEncoder()
         encoder.encode_with_indexes(_ints(symbols), _ints(indexes), self.cdfs, self.sizes, self.offsets)
         return encoder.flush()

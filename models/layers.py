@@ -153,7 +153,9 @@ class ConvTransBlock(nn.Module):
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, trans = self.conv1_1(x).split(self.dims, dim=1)
+        # conv1_1 in two, for two contiguous halves; slices of one output would be copied by all that follows.
+        weights, biases = self.conv1_1.weight.split(self.dims), self.conv1_1.bias.split(self.dims)
+        conv, trans = (F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         local = self.conv_block(conv)
         local += conv
         trans = self.trans_block(trans.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -23,7 +23,8 @@ def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
     Raises:
         ValueError: it is not a state dict at all.
     """
-    if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(v, Tensor) for v in state_dict.values()):
+    mapping = isinstance(state_dict, dict) and state_dict
+    if not mapping or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError("not a state dict: a non-empty mapping of names to tensors is expected")
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     state_dict = dict(remap_old_keys("entropy_bottleneck", state_dict))

@@ -159,7 +159,7 @@ class TCM(CompressionModel):
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (here zero), `[B, 1, 1, 1]`."""
-        return self.g_a(_channels_last(x)), x.new_zeros(len(x), 1, 1, 1)
+        return self.g_a(self._formatted(x)), x.new_zeros(len(x), 1, 1, 1)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         """Quantised latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
@@ -173,7 +173,7 @@ class TCM(CompressionModel):
         Everything that steers entropy coding is computed here, in one memory format whoever asks:
         convolutions may differ in the last bit between formats, and decoding must not.
         """
-        z_hat = _channels_last(z_hat)
+        z_hat = self._formatted(z_hat)
         means, scales = self.h_mean_s(z_hat), self.h_scale_s(z_hat)
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
@@ -182,7 +182,7 @@ class TCM(CompressionModel):
             a_sigma = self.atten_scale[i](torch.cat([scales, *supports], 1))
             mu = self.cc_mean_transforms[i](a_mu).float()
             sigma = self.cc_scale_transforms[i](a_sigma).float()
-            y_hat = _channels_last(coder(mu, sigma))
+            y_hat = self._formatted(coder(mu, sigma))
             residual = self.lrp_transforms[i](torch.cat([a_mu, y_hat], 1))
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
@@ -270,6 +270,11 @@ class TCM(CompressionModel):
         """Table row of every element of z: its channel. int32 `[C, *shape]`."""
         channels = self.arguments["hyper_channels"]
         return torch.arange(channels, dtype=torch.int32).view(-1, 1, 1).expand(-1, *shape)
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        """x in the memory format of the weights, whatever its own: the same input, the same arithmetic."""
+        channels_last = self.g_a[-1].weight.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     @property
     def medians(self) -> Tensor:
@@ -384,7 +389,7 @@ class TCM_VBR(TCM):
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As TCM, with y scaled by m; the second output is ln m `[B, M, H/16, W/16]`."""
-        return self.modnet_ga(self.g_a(_channels_last(x)), index)
+        return self.modnet_ga(self.g_a(self._formatted(x)), index)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         return self.g_s(self.modnet_gs(y_hat, index)[0])
@@ -396,10 +401,6 @@ class TCM_VBR(TCM):
             for lae in ("modnet_ga", "modnet_gs"):
                 state_dict |= {f"{lae}.{name}": value for name, value in identity.items()}
         return super().load_state_dict(state_dict, strict)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_sides(x: Tensor) -> None:

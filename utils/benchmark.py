@@ -24,7 +24,6 @@ from models.tcm import PRESETS, TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import load_model
 from utils.images import pad
-from utils.memory import keep_freed_memory
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -99,7 +98,6 @@ def decode_slices(tables: CodingTables, stream: bytes, rows: Tensor, slices: int
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    keep_freed_memory()
     device = cli.pick_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -120,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     symbols, rows = torch.cat(coder.symbols, 1)[0], torch.cat(coder.indexes, 1)[0]
 
     def walk() -> None:
-        z = model.h_a(y)
-        model.walk(ste_round(z - model.medians) + model.medians, Encode(model.gaussian_conditional, y, model.num_slices))
+        z_hat = ste_round(model.h_a(y) - model.medians) + model.medians
+        model.walk(z_hat, Encode(model.gaussian_conditional, y, model.num_slices))
 
     networks = {
         "analysis": lambda: model.analyze(x, index),

@@ -36,7 +36,8 @@ def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
     """
     weights = {name for name, _ in model.named_parameters()}
     halves = {name: t.cpu().half() if name in weights else t.cpu() for name, t in model.state_dict().items()}
-    rounded = type(model)(**model.arguments)
+    with torch.random.fork_rng(devices=[]):  # a run that saves draws the same numbers as one that does not
+        rounded = type(model)(**model.arguments)
     rounded.load_state_dict(halves)
     rounded.update(force=True)
     state = {name: t.half() if name in weights else t for name, t in rounded.state_dict().items()}
@@ -57,7 +58,8 @@ def read_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: refused: not a checkpoint, or one that would run code") from None
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        cause = str(error).split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({cause})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}

@@ -7,6 +7,7 @@ import torch
 
 from utils.checkpoint import CheckpointError
 from utils.images import ImageError
+from utils.memory import keep_freed_memory
 
 
 class UserError(Exception):
@@ -15,6 +16,7 @@ class UserError(Exception):
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and leave with its status: 1 after a user's error, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
         sys.exit(main())
     except (UserError, ImageError, CheckpointError) as error:

@@ -5,8 +5,6 @@ models, and between them λ is interpolated geometrically (log λ is piecewise l
 Loss = λ · 255² · MSE + bits per pixel.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,14 +20,6 @@ def index_to_lambda(index: Tensor | float) -> Tensor | float:
     lower = index.floor().clamp(0, MAX_INDEX - 1)
     start, end = logs[lower.long()], logs[lower.long() + 1]
     return (start + (index - lower) * (end - start)).exp()
-
-
-def lambda_to_index(lmbda: float) -> float:
-    """The index of a λ within the ladder's range; ValueError outside it."""
-    if not LADDER[0] <= lmbda <= LADDER[-1]:
-        raise ValueError(f"lambda must lie in [{LADDER[0]}, {LADDER[-1]}], not {lmbda}")
-    lower = max(i for i in range(len(LADDER) - 1) if LADDER[i] <= lmbda)
-    return lower + math.log(lmbda / LADDER[lower]) / math.log(LADDER[lower + 1] / LADDER[lower])
 
 
 def check_index(index: Tensor | float, batch: int) -> Tensor:

@@ -1,0 +1,58 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.tcm import TCM_VBR
+
+TINY = dict(
+    config=(1, 1, 2, 1, 2, 1),
+    head_dim=(8, 16, 16, 16, 16, 8),
+    N=32,
+    M=64,
+    num_slices=2,
+    max_support_slices=1,
+    hyper_channels=32,
+    inter_dim=32,
+    slice_widths=(32, 16),
+)
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every weight off its initial value, so that nothing is zero or identity by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".gdn." not in name and ".igdn." not in name and "entropy_bottleneck" not in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+        for i in range(model.num_slices):
+            model.cc_scale_transforms[i][4].bias.add_(20.0)
+        model.g_a[-1].weight.mul_(20.0)  # latents of several quantisation steps
+    return model
+
+
+@pytest.fixture
+def tiny() -> TCM_VBR:
+    torch.manual_seed(0)
+    model = shake(TCM_VBR(**TINY)).eval()
+    model.update(force=True)
+    return model
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    """A smooth random picture `[1, 3, 128, 256]`."""
+    small = torch.rand(1, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(small, (128, 256), mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The project's shared folder with reference outputs and photographs, where it is there."""
+    if not SHARED.is_dir():
+        pytest.skip("no shared folder beside the project")
+    sys.path.insert(0, str(SHARED / "reference"))
+    yield SHARED
+    sys.path.remove(str(SHARED / "reference"))

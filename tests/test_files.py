@@ -1,0 +1,225 @@
+"""Pictures, bitstreams, metrics, checkpoints: what goes in and out of files."""
+
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import TINY
+from utils.bitstream import Coded, pack, unpack
+from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
+from utils.files import atomic_write
+from utils.images import ImageError, crop, find_images, pad, read_image, save_image, to_uint8
+from utils.metrics import decibels, ms_ssim_value, psnr
+
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
+
+
+# Pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "1", "LA"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image = Image.fromarray(COLOURS)
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 2, 3)
+    if mode in ("RGB", "RGBA", "P", "CMYK"):
+        assert torch.equal(pixels, torch.from_numpy(COLOURS).permute(2, 0, 1))
+    else:
+        assert torch.equal(pixels[0], pixels[1])
+
+
+@pytest.mark.parametrize("kind", ["png16", "tif16", "float"])
+def test_deep_samples_are_scaled(tmp_path, kind):
+    values = np.array([[0, 257 * 100], [257 * 200 + 100, 65535]])
+    if kind == "float":
+        Image.fromarray((values / 65535).astype(np.float32)).save(path := tmp_path / "x.tif")
+    else:
+        Image.fromarray(values.astype(np.uint16)).save(path := tmp_path / f"x.{kind[:3]}")
+    assert read_image(path)[0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_exif_rotation(tmp_path):
+    image = Image.fromarray(COLOURS)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn right to see it upright
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = torch.from_numpy(np.rot90(COLOURS, -1).copy()).permute(2, 0, 1)
+    assert torch.equal(read_image(tmp_path / "x.png"), upright)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_broken_pictures_are_named_in_one_line(tmp_path, content):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as error:
+        read_image(path)
+    assert "bad.png" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_truncated_picture(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ImageError, match="cut.png"):
+        read_image(path)
+
+
+def test_search_is_sorted_and_ignores_case(tmp_path):
+    for name in ("b.PNG", "A.jpg", "c.JpEg", "notes.txt", "sub/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([tmp_path])] == ["A.jpg", "b.PNG", "c.JpEg", "d.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="empty: no pictures"):
+        find_images([tmp_path / "empty"])
+    with pytest.raises(ImageError, match="missing: no such"):
+        find_images([tmp_path / "missing"])
+
+
+@pytest.mark.parametrize("height", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("width", [1, 128, 131])
+def test_padding_is_centred_zeros_and_comes_off(height, width):
+    x = torch.rand(1, 3, height, width) + 0.1
+    padded = pad(x)
+    assert padded.shape[2] % 128 == padded.shape[3] % 128 == 0
+    assert padded.shape[2] - height < 128 and padded.shape[3] - width < 128
+    top, left = (padded.shape[2] - height) // 2, (padded.shape[3] - width) // 2
+    assert torch.equal(padded[:, :, top : top + height, left : left + width], x)
+    assert padded.sum() == pytest.approx(float(x.sum()), rel=1e-5)
+    assert torch.equal(crop(padded, height, width), x)
+
+
+def test_saved_pictures_are_what_was_saved(tmp_path):
+    image = torch.from_numpy(COLOURS).permute(2, 0, 1)
+    save_image(tmp_path / "new" / "x.png", image)
+    assert torch.equal(read_image(tmp_path / "new" / "x.png"), image)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Bitstream -----------------------------------------------------------------------------------
+
+
+def test_bitstream_returns_what_it_was_given():
+    coded = Coded(451, 300, 2.5, b"yyyyy", b"zz")
+    data = pack(coded)
+    assert unpack(data) == coded
+    assert len(data) == 17 + 5 + 2
+    assert coded.shape == (6, 8)
+    assert unpack(pack(coded._replace(index=None))).index is None
+
+
+@pytest.mark.parametrize("data", [b"", b"TVBR", b"PNG" * 20, pack(Coded(5, 5, 1.0, b"", b"zz"))[:-1]])
+def test_other_bytes_are_refused(data):
+    with pytest.raises(ValueError):
+        unpack(data)
+
+
+def test_newer_version_is_refused_by_number():
+    data = bytearray(pack(Coded(5, 5, 1.0, b"y", b"z")))
+    data[4] = 9
+    with pytest.raises(ValueError, match="version 9"):
+        unpack(bytes(data))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 65536)])
+def test_sides_that_do_not_fit(size):
+    with pytest.raises(ValueError, match="sides"):
+        pack(Coded(*size, 1.0, b"", b""))
+
+
+# Metrics -------------------------------------------------------------------------------------
+
+
+def test_psnr_and_ms_ssim():
+    a = torch.full((3, 200, 200), 100, dtype=torch.uint8)
+    b = a + 5
+    assert psnr(a, b) == pytest.approx(20 * np.log10(255 / 5))
+    assert psnr(a, a) == float("inf")
+    assert ms_ssim_value(a, a) == pytest.approx(1)
+    assert ms_ssim_value(a[:, :160], b[:, :160]) is None
+    assert ms_ssim_value(a[:, :161, :161], b[:, :161, :161]) is not None
+    assert decibels(0.99) == pytest.approx(20)
+
+
+def test_8_bit_values_are_rounded_and_clamped():
+    assert to_uint8(torch.tensor([-1.0, 0.1, 0.5, 0.9999, 2.0])).tolist() == [0, 26, 128, 255, 255]
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+def test_exported_model_is_self_describing_and_exact(tiny, image, tmp_path):
+    path = tmp_path / "m.pth.tar"
+    export_model(path, tiny, [{"patches": 7}])
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["training"] == [{"patches": 7}]
+    assert checkpoint["arguments"]["slice_widths"] == [32, 16]
+    assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
+    model = load_model(path)
+    tables = model.entropy_bottleneck._quantized_cdf.clone()
+    model.update(force=True)  # the tables in the file are those of the rounded weights
+    assert torch.equal(tables, model.entropy_bottleneck._quantized_cdf)
+    with torch.no_grad():
+        out = model.compress(image, 2.5)
+        decoded = model.decompress(out["strings"], out["shape"], 2.5)["x_hat"]
+        assert torch.equal(decoded, model(image, 2.5)["x_hat"].clamp(0, 1))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pth", "evil.pkl"):
+        with pytest.raises(CheckpointError, match=name):
+            load_model(tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", struct.pack("100d", *range(100))])
+def test_files_that_are_no_checkpoint(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.pth"):
+        load_model(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_model(tmp_path / "y.pth")
+
+
+def test_published_checkpoint_with_more_than_weights(tiny, image, tmp_path):
+    state = {f"module.{name}": value for name, value in tiny.state_dict().items()}
+    optimizer = torch.optim.Adam(tiny.parameters()).state_dict()
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": optimizer, "loss": 1.5}, tmp_path / "p.pth.tar")
+    model = load_model(tmp_path / "p.pth.tar")
+    assert model.arguments["config"] == list(TINY["config"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(image, 1)["latent"], tiny(image, 1)["latent"], atol=1e-4, rtol=1e-4)
+
+
+def test_wrong_weights_are_explained(tiny, tmp_path):
+    state = tiny.state_dict()
+    del state["g_s.0.conv.bias"]
+    torch.save({"state_dict": state, "arguments": tiny.arguments}, tmp_path / "w.pth.tar")
+    with pytest.raises(CheckpointError, match=r"w.pth.tar: .*1 missing: g_s.0.conv.bias"):
+        load_model(tmp_path / "w.pth.tar")
+    torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
+    with pytest.raises(CheckpointError, match=r"v.pth.tar"):
+        load_model(tmp_path / "v.pth.tar")

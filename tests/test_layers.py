@@ -1,0 +1,82 @@
+"""Attention and blocks against their definitions, written out in loops."""
+
+import pytest
+import torch
+
+from models import layers
+from models.layers import WMSA, ConvTransBlock, SWAtten
+
+
+def attention_by_definition(m: WMSA, x: torch.Tensor, p: int, shifted: bool) -> torch.Tensor:
+    """Token by token: which window it is in, whom it sees, with which bias."""
+    B, H, W, C = x.shape
+    d = m.head_dim
+    h = C // d
+    s = p // 2 if shifted else 0
+    qkv = m.embedding_layer(x).view(B, H, W, 3, h, d)
+    out = torch.zeros(B, H, W, h, d)
+    for b in range(B):
+        for yi in range(H):
+            for xi in range(W):
+                ry, rx = (yi - s) % H, (xi - s) % W  # place after the roll
+                keys, bias = [], []
+                for ky in range(ry // p * p, ry // p * p + p):
+                    for kx in range(rx // p * p, rx // p * p + p):
+                        last_row, last_col = ry // p == H // p - 1, rx // p == W // p - 1
+                        cut = p - s
+                        if s and last_row and (ry % p < cut) != (ky % p < cut):
+                            continue
+                        if s and last_col and (rx % p < cut) != (kx % p < cut):
+                            continue
+                        keys.append(((ky + s) % H, (kx + s) % W))
+                        bias.append(m.relative_position_params[:, ry - ky + p - 1, rx - kx + p - 1])
+                k = torch.stack([qkv[b, y, x_, 1] for y, x_ in keys])
+                v = torch.stack([qkv[b, y, x_, 2] for y, x_ in keys])
+                score = torch.einsum("hd,khd->hk", qkv[b, yi, xi, 0], k) / d**0.5 + torch.stack(bias, 1)
+                out[b, yi, xi] = torch.einsum("hk,khd->hd", score.softmax(-1), v)
+    return m.linear(out.flatten(3))
+
+
+@pytest.mark.parametrize("kind", ["W", "SW"])
+@pytest.mark.parametrize("size", [(4, 4), (8, 12)])
+def test_window_attention_is_its_definition(kind, size):
+    torch.manual_seed(0)
+    m = WMSA(16, 24, 8, 4, kind)
+    torch.nn.init.normal_(m.relative_position_params)
+    x = torch.randn(2, *size, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(m(x), attention_by_definition(m, x, 4, kind == "SW"), atol=1e-5, rtol=1e-4)
+
+
+def test_pieces_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    block = ConvTransBlock(32, 32, 8, 8, 0, "SW")
+    x = torch.randn(2, 64, 16, 24)
+    whole = block(x)  # with gradients: in one piece
+    monkeypatch.setattr(layers, "CHUNK", 64 * 32 * 5)  # five windows, not a divisor of the twelve
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), whole.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_everything():
+    torch.manual_seed(0)
+    block = ConvTransBlock(32, 32, 8, 8, 0, "SW")
+    x = torch.randn(1, 64, 8, 8, requires_grad=True)
+    block(x).square().sum().backward()
+    assert x.grad.abs().min() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_swatten_with_and_without_inner_width():
+    x = torch.randn(1, 48, 8, 8)
+    assert SWAtten(48, 48, 16, 8, 0, None)(x).shape == x.shape
+    assert SWAtten(48, 48, 16, 8, 0, 32)(x).shape == x.shape
+    with pytest.raises(ValueError, match="must agree"):
+        SWAtten(48, 32, 16, 8, 0, None)
+
+
+def test_unknown_window_type_and_head():
+    with pytest.raises(ValueError, match="window type"):
+        WMSA(16, 16, 8, 4, "X")
+    with pytest.raises(ValueError, match="head_dim"):
+        WMSA(16, 16, 5, 4, "W")
