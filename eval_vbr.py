@@ -42,10 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write results in CompressAI's format")
     add("--save", metavar="DIR", help="write the reconstructions as PNG")
     add("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute")
-    add("--cuda", action="store_true", help="same as --device cuda (published command lines)")
+    add("--cuda", action="store_true", help="accepted for published command lines: a GPU is used where there is one")
     args = parser.parse_args(argv)
-    if args.cuda:
-        args.device = "cuda"
     for index in args.lmd or ():
         if not 0 <= index <= MAX_INDEX:
             parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
@@ -120,7 +118,7 @@ def report(results: list[Result], indices: list[float | None], args: argparse.Na
         "index": "index",
         "loss": "loss",
     }
-    means = {name: [mean(group, field) for group in groups] for name, field in fields.items()}
+    means = {name: [_finite(mean(group, field)) for group in groups] for name, field in fields.items()}
     return {
         "name": Path(args.checkpoint).name.split(".")[0],
         "description": f"{'real files' if args.real else 'estimated from likelihoods'}, means over pictures",
@@ -130,6 +128,7 @@ def report(results: list[Result], indices: list[float | None], args: argparse.Na
 
 
 def _finite(value):
+    """JSON has no infinity, which is the PSNR of a perfect copy."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
