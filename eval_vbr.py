@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--per-image", action="store_true", help="a row for every picture too")
     add("--json", metavar="FILE", help="write results in CompressAI's format")
     add("--save", metavar="DIR", help="write the reconstructions as PNG")
-    add("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     add("--cuda", action="store_true", help="accepted for published command lines: a GPU is used where there is one")
     args = parser.parse_args(argv)
     for index in args.lmd or ():
@@ -79,31 +80,39 @@ def row(name: str, results: list[Result]) -> str:
 def measure(
     model: TCM, paths: list[Path], indices: list[float | None], args: argparse.Namespace, device: torch.device
 ) -> tuple[list[Result], int]:
-    """Every picture at every index; returns the results and how many pictures could not be read."""
-    results, unreadable = [], 0
+    """Every picture at every index; returns the results and how many pictures failed."""
+    results, failed = [], set()
     names = _short_names(paths)
+    if args.real:
+        _ = model.tables  # made now, not within the first picture's seconds
     bar = tqdm(total=len(paths) * len(indices), desc="evaluating", unit="image", disable=None)
     for path, image in read_images(paths):
         if isinstance(image, ImageError):
             tqdm.write(f"error: {image}", file=sys.stderr)
-            unreadable += 1
+            failed.add(path)
             bar.update(len(indices))
             continue
         for index in indices:
-            result, decoded = evaluate(model, names[path], image.to(device), index, args.real)
+            try:
+                result, decoded = evaluate(model, names[path], image.to(device), index, args.real)
+            except ValueError as error:  # sides or latents that the format cannot hold
+                tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+                failed.add(path)
+                bar.update()
+                continue
             results.append(result)
             if args.save:
                 suffix = "" if index is None else f"_index{index:g}"
-                save_image(Path(args.save) / f"{names[path].replace('/', '_')}{suffix}.png", decoded)
+                save_image(Path(args.save) / f"{names[path].strip('/').replace('/', '_')}{suffix}.png", decoded)
             bar.update()
     bar.close()
-    return results, unreadable
+    return results, len(failed)
 
 
 def _short_names(paths: list[Path]) -> dict[Path, str]:
-    """File names; with their folder where two files share one."""
-    names = [path.name for path in paths]
-    return {path: path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths}
+    """File names; whole paths where two files share one."""
+    counts = Counter(path.name for path in paths)
+    return {path: path.name if counts[path.name] == 1 else path.as_posix() for path in paths}
 
 
 def report(results: list[Result], indices: list[float | None], args: argparse.Namespace) -> dict:
@@ -142,21 +151,21 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(f"{args.checkpoint}: a fixed-rate TCM has no rate index; leave out -l")
     indices = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
-    results, unreadable = measure(model, paths, indices, args, device)
+    results, failed = measure(model, paths, indices, args, device)
     if not results:
-        raise cli.UserError("none of the pictures could be read")
+        raise cli.UserError("none of the pictures could be measured")
     print(HEAD)
     if args.per_image:
         for result in results:
             print(row(result.image, [result]))
         print("-" * len(HEAD))
-    count = len(paths) - unreadable
+    count = len(paths) - failed
     for index in indices:
         print(row(f"mean of {count}", [result for result in results if result.index == index]))
     if args.json:
         with atomic_write(args.json) as file:
             file.write(json.dumps(report(results, indices, args), indent=1).encode())
-    return 1 if unreadable else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

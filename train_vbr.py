@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
     add("--save_path", default="runs/train_vbr", metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --save_path, exactly")
-    add("--max-minutes", type=float, default=0, metavar="T", help="budget in minutes of training; 0 is none")
+    add("--max-minutes", type=float, default=0, metavar="T", help="budget in minutes of training steps (validation comes on top); 0 is none")
     add("--max-steps", type=int, default=0, metavar="S", help="budget in steps; 0 is none")
     add("-e", "--epochs", type=int, default=0, metavar="E", help="budget in passes (as many patches as photographs); 0 is none")
     add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches a step")
@@ -48,11 +48,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", action="store_true", help="bfloat16 autocast, entropy models in float32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=Settings.seed, help="of weights, crops, rates and noise")
-    add("--device", default="auto", metavar="auto|cpu|cuda", help="where to train")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
+    if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
+        raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
+    if args.checkpoint and args.N:
+        raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if not (args.max_minutes or args.max_steps or args.epochs):
         raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
     for flag in ("patch_size", "val_size"):
@@ -68,6 +72,8 @@ def check(args: argparse.Namespace) -> None:
 
 def make_model(args: argparse.Namespace) -> tuple[TCM_VBR, list[dict]]:
     """The model to train, and the training records of the weights it starts from."""
+    if args.resume:
+        return TCM_VBR(**read_checkpoint(Path(args.save_path) / "last.pth.tar")["arguments"]), []
     if args.checkpoint is None:
         arguments = PRESETS[args.preset] | ({"N": args.N} if args.N else {})
         try:
@@ -99,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device, memory_format=torch.channels_last)
     paths = find_images(args.dataset)
     held_out = find_images(args.val) if args.val else paths[::20]
-    images = cache_images([p for p in paths if p not in set(held_out)], args.patch_size, device)
+    held_out_files = {path.resolve() for path in held_out}
+    images = cache_images([p for p in paths if p.resolve() not in held_out_files], args.patch_size, device)
     validation = [centre_crop(to_float(image), args.val_size) for image in cache_images(held_out, STRIDE, device)]
 
     steps = [s for s in (args.max_steps, args.epochs * -(-len(images) // args.batch_size)) if s]

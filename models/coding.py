@@ -41,14 +41,7 @@ class CodingTables:
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
-        """One stream of int symbols, each with the row of the table that codes it; any equal shapes.
-
-        Raises:
-            ValueError: a symbol is out of all proportion, as from a latent that is not finite.
-        """
-        lowest, highest = symbols.aminmax()
-        if lowest < -LARGEST_SYMBOL or highest > LARGEST_SYMBOL:
-            raise ValueError("the latent cannot be coded: it has values that are not finite, or enormous")
+        """One stream of int symbols, each with the row of the table that codes it; any equal shapes."""
         encoder = BufferedRansEncoder()
         encoder.encode_with_indexes(_ints(symbols), _ints(indexes), self.cdfs, self.sizes, self.offsets)
         return encoder.flush()
@@ -64,6 +57,17 @@ class CodingTables:
 def _ints(values: Tensor) -> array:
     """An int32 tensor as a sequence that the coder reads like a list, without making one."""
     return array("i", values.to(torch.int32).contiguous().numpy().tobytes())
+
+
+def to_symbols(rounded: Tensor) -> Tensor:
+    """Rounded values as int32 on the CPU.
+
+    Raises:
+        ValueError: one is not finite (what that becomes as an int depends on the machine) or enormous.
+    """
+    if not (rounded.abs() <= LARGEST_SYMBOL).all():  # a NaN compares false
+        raise ValueError("the latent cannot be coded: it has values that are not finite, or enormous")
+    return rounded.int().cpu()
 
 
 def open_stream(stream: bytes) -> RansDecoder:
@@ -104,7 +108,7 @@ class Encode:
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         symbols = torch.round(self.slices[len(self.symbols)] - mu)
-        self.symbols.append(symbols.int().cpu())
+        self.symbols.append(to_symbols(symbols))
         self.indexes.append(table_index(self.gaussian, sigma).cpu())
         return symbols + mu
 

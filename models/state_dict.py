@@ -16,9 +16,8 @@ def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
     """A state dict with today's names.
 
     `module.` prefixes (DataParallel) are cut and CompressAI's old bottleneck names (`_matrix0`)
-    replaced. With a model, its constants are filled in, and where coding tables are absent or
-    incomplete they become empty, to be computed by `update()`; the model's own are emptied, so that
-    those of the file fit whatever their size.
+    replaced. With a model, its constants are filled in, and where a set of coding tables is
+    incomplete, or was rounded to float16, it becomes empty, to be computed by `update()`.
 
     Raises:
         ValueError: it is not a state dict at all.
@@ -35,13 +34,20 @@ def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
     for name, module in model.named_modules():
         if isinstance(module, EntropyModel):
             tables = [name + table for table in _TABLES if name + table in own]
-            complete = all(state_dict.get(table, own[table][:0]).numel() for table in tables)
-            for table in tables:
-                buffer = table.removeprefix(name + ".")
-                setattr(module, buffer, getattr(module, buffer).new_empty(0))
-                if not complete or state_dict[table].dtype == torch.float16:
-                    state_dict[table] = getattr(module, buffer)
+            found = [state_dict[table] for table in tables if table in state_dict]
+            usable = len(found) == len(tables) and all(t.numel() and t.dtype != torch.float16 for t in found)
+            if not usable:
+                state_dict |= {table: own[table].new_empty(0) for table in tables}
     return state_dict
+
+
+def empty_tables(model: nn.Module) -> None:
+    """Make room for the coding tables of a file, whatever their sizes."""
+    for module in model.modules():
+        if isinstance(module, EntropyModel):
+            for table in _TABLES:
+                if hasattr(module, table[1:]):
+                    setattr(module, table[1:], getattr(module, table[1:]).new_empty(0))
 
 
 def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
@@ -65,9 +71,8 @@ def _some(names: set | list, most: int = 3) -> str:
 def infer_arguments(state_dict: dict[str, Tensor]) -> dict:
     """Constructor arguments of the TCM or TCM_VBR that a (normalised) state dict belongs to.
 
-    Two that leave no trace in the weights are given their defaults: the drop-path rate, and the
-    head width of a stage without blocks. max_support_slices = num_slices is told as num_slices − 1,
-    which is the same network.
+    What leaves no trace in the weights is not recovered: the drop-path rate, and the head width of a
+    stage without blocks. max_support_slices = num_slices is told as num_slices − 1, the same network.
 
     Raises:
         ValueError: names that every TCM has are missing.
@@ -92,13 +97,14 @@ def infer_arguments(state_dict: dict[str, Tensor]) -> dict:
             slice_widths=[first.shape[0], state_dict["cc_mean_transforms.0.2.weight"].shape[0]],
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"these are not the weights of a TCM: {error} is missing or malformed") from None
+        cause = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise ValueError(f"these are not the weights of a TCM ({cause})") from None
 
 
 def _numbers(state_dict: dict[str, Tensor], pattern: str) -> list[int]:
     found = {int(match[1]) for name in state_dict if (match := re.match(pattern, name))}
     if not found:
-        raise KeyError(pattern)
+        raise KeyError(pattern.split("\\")[0])
     return sorted(found)
 
 

@@ -14,9 +14,9 @@ from compressai.models import CompressionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.coding import CodingTables, Decode, Encode, Estimate, open_stream, ste_round
+from models.coding import CodingTables, Decode, Encode, Estimate, open_stream, ste_round, to_symbols
 from models.layers import ConvTransBlock, SWAtten
-from models.state_dict import explain_mismatch, infer_arguments, normalise
+from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
 from utils.lambdas import check_index, draw_index
 
 __all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "fcn", "mask"]
@@ -194,11 +194,11 @@ class TCM(CompressionModel):
 
         Args:
             index: rate index in [0, 5], one or one an image. TCM_VBR draws it when it is omitted in
-                training; in evaluation it is required. TCM ignores it.
+                training; in evaluation it is required. TCM computes the same whatever it is.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` (None for TCM); `latent`: y as it enters `h_a`.
+            `[B]` (None where TCM was given none); `latent`: y as it enters `h_a`.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
@@ -206,7 +206,11 @@ class TCM(CompressionModel):
         return self._estimate(y, self.h_a(y), index)
 
     def forward_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
-        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z: gradients reach both (DLM)."""
+        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
+
+        In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods
+        are those of rounded values: the rates of z and of the last slice then have no gradient of their own.
+        """
         return self._estimate(y, z, self.resolve_index(index, len(y)))
 
     def _estimate(self, y: Tensor, z: Tensor, index: Tensor | None) -> dict:
@@ -242,20 +246,26 @@ class TCM(CompressionModel):
     @torch.no_grad()
     def test_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
         """Code a latent for real: `strings` and `shape` as `compress`, `x_hat` as `decompress` of them."""
+        index = self.resolve_index(index, len(y))
         strings, shape, y_hat = self._encode(y, z)
-        x_hat = self.synthesize(y_hat, self.resolve_index(index, len(y)))
+        x_hat = self.synthesize(y_hat, index)
         return {"strings": strings, "shape": shape, "x_hat": x_hat.clamp_(0, 1)}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: Sequence[int], index: Tensor | float | None = None) -> dict:
-        """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned."""
+        """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
+
+        Decode the batch that was encoded: a convolution's last bits can depend on the batch size, and a σ on
+        the boundary of two table rows would then be read with the other one.
+        """
         y_strings, z_strings = strings
+        index = self.resolve_index(index, len(y_strings))
         y_tables, z_tables = self.tables
         rows = self._z_rows(shape)
         z = torch.stack([z_tables.decode(open_stream(s), rows) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         y_hat = self.walk(z_hat, Decode(self.gaussian_conditional, y_tables, y_strings))
-        return {"x_hat": self.synthesize(y_hat, self.resolve_index(index, len(y_hat))).clamp_(0, 1)}
+        return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
     def _encode(self, y: Tensor, z: Tensor) -> tuple[list[list[bytes]], tuple[int, int], Tensor]:
         y_tables, z_tables = self.tables
@@ -263,7 +273,7 @@ class TCM(CompressionModel):
         coder = Encode(self.gaussian_conditional, y, self.num_slices)
         y_hat = self.walk(symbols + self.medians, coder)
         rows = self._z_rows(z.shape[-2:])
-        z_strings = [z_tables.encode(s, rows) for s in symbols.int().cpu()]
+        z_strings = [z_tables.encode(s, rows) for s in to_symbols(symbols)]
         return [coder.streams(y_tables), z_strings], tuple(z.shape[-2:]), y_hat
 
     def _z_rows(self, shape: Sequence[int]) -> Tensor:
@@ -305,6 +315,7 @@ class TCM(CompressionModel):
         if strict and (problem := explain_mismatch(state_dict, self)):
             raise ValueError(f"these weights do not fit {type(self).__name__}: {problem}")
         self._tables = None
+        empty_tables(self)
         return super().load_state_dict(state_dict, strict=strict)
 
     @classmethod

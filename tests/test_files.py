@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     if mode in ("RGB", "RGBA", "P", "CMYK"):
         assert torch.equal(pixels, torch.from_numpy(COLOURS).permute(2, 0, 1))
     else:
-        assert torch.equal(pixels[0], pixels[1])
+        grey = np.asarray(Image.fromarray(COLOURS).convert(mode).convert("L"))
+        assert all(torch.equal(channel, torch.from_numpy(grey)) for channel in pixels)
 
 
 @pytest.mark.parametrize("kind", ["png16", "tif16", "float"])
@@ -110,6 +112,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for path in (tmp_path / "link", "/dev/null"):
+        with atomic_write(path) as file:
+            file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
+    assert not Path("/dev/null").is_file()
 
 
 # Bitstream -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from utils.lambdas import LADDER, check_index, draw_index, index_to_lambda
 def test_whole_indices_are_the_published_ladder():
     assert LADDER == (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05)
     assert [index_to_lambda(i) for i in range(6)] == pytest.approx(LADDER)
+    assert index_to_lambda(torch.arange(6)).tolist() == pytest.approx(LADDER)
 
 
 def test_between_them_lambda_is_geometric():

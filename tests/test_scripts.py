@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compressai.utils.plot.__main__ import parse_json_file
 from PIL import Image
 
 import eval_vbr
@@ -59,6 +60,8 @@ def test_eval_measures_real_files(checkpoint, photos, tmp_path, capsys):
     }
     assert report["results"]["index"] == [0, 2.5]
     assert len(report["images"]) == 4
+    assert parse_json_file(json_file, "psnr")["xs"] == report["results"]["bpp"]  # CompressAI's plots read it
+    assert np.isfinite(parse_json_file(json_file, "ms-ssim")["ys"]).all()
     for position, index in enumerate((0, 2.5)):
         rows = [r for r in report["images"] if r["index"] == index]
         assert report["results"]["bpp"][position] == pytest.approx(np.mean([r["bpp"] for r in rows]))
@@ -176,7 +179,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         train(photos, tmp_path / "parts", checkpoint, "--max-steps", "6")
     monkeypatch.undo()
-    train(photos, tmp_path / "parts", checkpoint, "--max-steps", "6", "--resume")
+    train(photos, tmp_path / "parts", "moved away since", "--max-steps", "6", "--resume")
     whole, parts = (read_checkpoint(tmp_path / run / "last.pth.tar") for run in ("whole", "parts"))
     for key in ("state_dict", "ema"):
         assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
@@ -186,6 +189,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, mo
 def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp_path):
     with pytest.raises(cli.UserError, match="no budget"):
         train(photos, tmp_path / "run", checkpoint)
+    for wrong in (["--max-minutes", "-5"], ["-e", "1", "-bs", "0"]):
+        with pytest.raises(cli.UserError, match="must not be negative"):
+            train(photos, tmp_path / "run", checkpoint, *wrong)
     with pytest.raises(cli.UserError, match="nothing to resume"):
         train(photos, tmp_path / "run", checkpoint, "-e", "1", "--resume")
     (tmp_path / "run").mkdir()

@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--height", type=int, default=512, metavar="H", help="of the image, in pixels")
     add("--runs", type=int, default=5, metavar="R", help="timed runs; the median is printed")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="T", help="CPU threads")
-    add("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser.parse_args(argv)
 
 
@@ -86,7 +86,8 @@ def macs(work: Callable[[], object]) -> float:
 def drawn_symbols(model: TCM, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Symbols and table rows like a trained model's: σ log-uniform in 0.11 … 1."""
     sigma = torch.empty(shape).uniform_(-2.2, 0.0).exp()
-    return (torch.randn(shape) * sigma).round().int(), table_index(model.gaussian_conditional.cpu(), sigma)
+    rows = table_index(model.gaussian_conditional, sigma.to(model.medians.device)).cpu()
+    return (torch.randn(shape) * sigma).round().int(), rows
 
 
 def decode_slices(tables: CodingTables, stream: bytes, rows: Tensor, slices: int) -> None:
@@ -98,6 +99,8 @@ def decode_slices(tables: CodingTables, stream: bytes, rows: Tensor, slices: int
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.runs < 1:
+        raise cli.UserError("--runs must be at least 1")
     device = cli.pick_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

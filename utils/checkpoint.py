@@ -1,5 +1,6 @@
 """Checkpoints that rebuild their own model, read without running any code that they may hold."""
 
+import importlib.metadata
 import pickle
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def describe(model: TCM) -> dict:
         "model": type(model).__name__,
         "arguments": model.arguments,
         "lambdas": list(LADDER),
-        "versions": {"torch": str(torch.__version__)},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "compressai")},
     }
 
 
@@ -68,10 +69,16 @@ def read_checkpoint(path: str | Path) -> dict:
 def build_model(checkpoint: dict, path: str | Path) -> TCM:
     """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 
+    Of a run to resume (`last.pth.tar`) it is the averaged weights, as in that run's `model.pth.tar`.
+
     Raises:
         CheckpointError: names what does not fit.
     """
-    state = checkpoint["state_dict"]
+    state = checkpoint.get("ema", checkpoint["state_dict"])
+    if checkpoint.get("lambdas", list(LADDER)) != list(LADDER):
+        raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: its state_dict is a {type(state).__name__}")
     try:
         variable = any("modnet_" in name for name in state)
         cls = TCM_VBR if variable else TCM

@@ -19,7 +19,7 @@ def run(main: Callable[[], int | None]) -> None:
     keep_freed_memory()
     try:
         sys.exit(main())
-    except (UserError, ImageError, CheckpointError) as error:
+    except (UserError, ImageError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -30,6 +30,6 @@ def pick_device(name: str) -> torch.device:
     """"auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     return torch.device(name)

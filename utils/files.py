@@ -11,7 +11,11 @@ from typing import BinaryIO
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes its name when the block ends; on an error the old one stays as it was."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link keeps pointing to what is written
+    if path.exists() and not path.is_file():
+        with path.open("wb") as device:  # /dev/null, a pipe
+            yield device
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -16,6 +16,7 @@ def index_to_lambda(index: Tensor | float) -> Tensor | float:
     """λ of an index: a tensor `[B]` gives a tensor of its shape, a number gives a float."""
     if not isinstance(index, Tensor):
         return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64)))
+    index = index if index.is_floating_point() else index.float()
     logs = torch.tensor(LADDER, dtype=index.dtype, device=index.device).log()
     lower = index.floor().clamp(0, MAX_INDEX - 1)
     start, end = logs[lower.long()], logs[lower.long() + 1]

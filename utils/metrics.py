@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
@@ -25,4 +24,4 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
 
 def decibels(value: float) -> float:
     """MS-SSIM as −10 · log10(1 − value) dB."""
-    return -10 * math.log10(max(1 - value, torch.finfo(torch.float32).eps))
+    return -10 * math.log10(1 - value) if value < 1 else math.inf

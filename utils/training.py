@@ -51,7 +51,6 @@ class Progress:
     step: int = 0
     patches: int = 0
     seconds: float = 0  # in training steps, validation and saving not counted
-    best: float = math.inf  # mean R-D loss of the validation photographs
     skipped: int = 0  # steps with a loss or gradient that was not finite
 
 
@@ -149,38 +148,44 @@ class Trainer:
     # The run ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until the budget is spent; validate and save on the way, and at the end."""
+        """Train until the budget is spent; validate and save on the way, at the end, and (save) on Ctrl-C."""
         bar = tqdm(total=100, desc="training", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
-        row = 0
-        while budget_used(self.progress, self.settings) < 1:
-            start = time.monotonic()
-            values = self.step()
-            seconds = time.monotonic() - start
-            self.progress.seconds += seconds
-            if values is None:
-                tqdm.write(f"step {self.progress.step}: loss or gradient not finite, skipped")
-                continue
-            bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
-            bar.set_postfix(step=self.progress.step, loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")
-            row += 1
-            if row % 10 == 0:
-                for name, value in values.items():
-                    self.writer.add_scalar(f"training/{name}", value, self.progress.step)
-                self.writer.add_scalar("training/patches a second", self.crops.batch / seconds, self.progress.step)
-            if self.progress.seconds / 60 >= next_validation:
-                next_validation += self.settings.validate_minutes
-                self.validate_and_save()
-        bar.close()
+        try:
+            while budget_used(self.progress, self.settings) < 1:
+                self._timed_step(bar)
+                if self.progress.seconds / 60 >= next_validation:
+                    next_validation += self.settings.validate_minutes
+                    self.validate_and_save()
+        except KeyboardInterrupt:
+            self.save()
+            tqdm.write(f"saved at step {self.progress.step}; go on with --resume")
+            raise
+        finally:
+            bar.close()
         self.validate_and_save()
         self.writer.close()
+
+    def _timed_step(self, bar: tqdm) -> None:
+        start = time.monotonic()
+        values = self.step()
+        seconds = time.monotonic() - start
+        self.progress.seconds += seconds
+        if values is None:
+            tqdm.write(f"step {self.progress.step}: loss or gradient not finite, skipped")
+            return
+        bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
+        bar.set_postfix(step=self.progress.step, loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")
+        if self.progress.step % 10 == 0:
+            values["patches a second"] = self.crops.batch / seconds
+            for name, value in values.items():
+                self.writer.add_scalar(f"training/{name}", value, self.progress.step)
 
     def validate_and_save(self) -> dict:
         result = self.validate()
         tqdm.write(json.dumps(result))
         with (self.folder / "validation.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
-        self.progress.best = min(self.progress.best, result["loss"])
         export_model(self.folder / "model.pth.tar", self.ema.module, self.history + [self.record(result)])
         self.save()
         return result
@@ -242,7 +247,7 @@ class Trainer:
             "random": {
                 "crops": self.crops.generator.get_state(),
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
         with atomic_write(self.folder / "last.pth.tar") as file:
@@ -261,7 +266,7 @@ class Trainer:
         self.crops.generator.set_state(state["random"]["crops"])
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
 
 
 def compile_networks(model: TCM) -> None:
