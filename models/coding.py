@@ -83,14 +83,20 @@ def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
 
 
 class Estimate:
-    """Collects the likelihoods of y `[B, M, h, w]`: additive noise in training, rounding in evaluation."""
+    """Collects the likelihoods of y `[B, M, h, w]`: additive noise in training, rounding in evaluation.
 
-    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int) -> None:
-        self.gaussian, self.slices = gaussian, y.float().chunk(num_slices, 1)
+    With tabled, σ is the entry of the scale table that codes it (the next larger one) and the bits are a file's.
+    Without, as papers report it; files then cost some percent more where most symbols are nearly certain.
+    """
+
+    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, tabled: bool = False) -> None:
+        self.gaussian, self.slices, self.tabled = gaussian, y.float().chunk(num_slices, 1), tabled
         self._likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         y = self.slices[len(self._likelihoods)]
+        if self.tabled:
+            sigma = self.gaussian.scale_table[table_index(self.gaussian, sigma).long()]
         self._likelihoods.append(self.gaussian(y, sigma, mu)[1])
         return ste_round(y - mu) + mu
 

@@ -189,12 +189,13 @@ class TCM(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, index: Tensor | float | None = None) -> dict:
+    def forward(self, x: Tensor, index: Tensor | float | None = None, tabled: bool = False) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
             index: rate index in [0, 5], one or one an image. TCM_VBR draws it when it is omitted in
                 training; in evaluation it is required. TCM computes the same whatever it is.
+            tabled: likelihoods of y under the coder's table of σ, as files are coded, not under σ itself.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
@@ -203,7 +204,7 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._estimate(y, self.h_a(y), index)
+        return self._estimate(y, self.h_a(y), index, tabled)
 
     def forward_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
@@ -213,12 +214,12 @@ class TCM(CompressionModel):
         """
         return self._estimate(y, z, self.resolve_index(index, len(y)))
 
-    def _estimate(self, y: Tensor, z: Tensor, index: Tensor | None) -> dict:
+    def _estimate(self, y: Tensor, z: Tensor, index: Tensor | None, tabled: bool = False) -> dict:
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
             z_hat = ste_round(z - self.medians) + self.medians
-        coder = Estimate(self.gaussian_conditional, y, self.num_slices)
+        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled)
         y_hat = self.walk(z_hat, coder)
         return {
             "x_hat": self.synthesize(y_hat, index),

@@ -33,7 +33,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     if mode in ("RGB", "RGBA", "P", "CMYK"):
         assert torch.equal(pixels, torch.from_numpy(COLOURS).permute(2, 0, 1))
     else:
-        grey = np.asarray(Image.fromarray(COLOURS).convert(mode).convert("L"))
+        grey = np.asarray(Image.fromarray(COLOURS).convert(mode).convert("L")).copy()
         assert all(torch.equal(channel, torch.from_numpy(grey)) for channel in pixels)
 
 

@@ -49,8 +49,8 @@ def decode(model: TCM, data: bytes) -> Tensor:
 
 @torch.no_grad()
 def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Tensor]:
-    """Bits by the likelihoods, and the reconstruction, without coding."""
-    out = model(pad(to_float(image)), index)
+    """Bits of the file by the likelihoods under the coding tables, and the reconstruction, without coding."""
+    out = model(pad(to_float(image)), index, tabled=True)
     x_hat = crop(out["x_hat"], *image.shape[1:])
     return float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values())), to_uint8(x_hat[0])
 

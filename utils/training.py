@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from compressai.optimizers import net_aux_optimizer
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +35,7 @@ class Settings:
     max_steps: int = 0
     learning_rate: float = 2e-4
     aux_learning_rate: float = 1e-3
+    density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
     warmup: int = 200  # steps
     clip_max_norm: float = 1.0
     ema: float = 0.999
@@ -70,6 +70,22 @@ def learning_rate(progress: Progress, settings: Settings) -> float:
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, budget_used(progress, settings))))
 
 
+def make_optimizers(model: TCM, settings: Settings) -> dict[str, torch.optim.Adam]:
+    """Adam for the networks, "net", and another, "aux", for the bottleneck's quantiles.
+
+    Not CompressAI's net_aux_optimizer, which has no groups: the density of z starts 10 wide, and Adam moves
+    a weight by the learning rate a step, so that at the networks' rate z would cost 3 bits a symbol for long.
+    """
+    quantiles = [model.entropy_bottleneck.quantiles]
+    density = [p for name, p in model.entropy_bottleneck.named_parameters() if name != "quantiles"]
+    networks = [p for name, p in model.named_parameters() if not name.startswith("entropy_bottleneck.")]
+    groups = [{"params": networks, "factor": 1.0}, {"params": density, "factor": settings.density_factor}]
+    return {
+        "net": torch.optim.Adam(groups, lr=settings.learning_rate),
+        "aux": torch.optim.Adam(quantiles, lr=settings.aux_learning_rate),
+    }
+
+
 class Trainer:
     """Trains a TCM or TCM_VBR jointly over all rates (SPEC 4: one λ index a sample).
 
@@ -95,8 +111,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.progress = Progress()
         self.ema = AveragedModel(model, multi_avg_fn=self._average)
-        rates = {"net": settings.learning_rate, "aux": settings.aux_learning_rate}
-        self.optimizers = net_aux_optimizer(model, {key: {"type": "Adam", "lr": lr} for key, lr in rates.items()})
+        self.optimizers = make_optimizers(model, settings)
         self.writer = SummaryWriter(str(folder))
 
     def _average(self, ema: list[Tensor], new: list[Tensor], _: Tensor) -> None:
@@ -109,8 +124,9 @@ class Trainer:
     def step(self) -> dict[str, float] | None:
         """One step of both optimisers; None where it was skipped because something was not finite."""
         rate = learning_rate(self.progress, self.settings)
-        for group in self.optimizers["net"].param_groups:
-            group["lr"] = rate
+        groups = self.optimizers["net"].param_groups
+        for group in groups:
+            group["lr"] = rate * group["factor"]
         self.model.train()
         x = self.crops()
         index = draw_index(len(x))
@@ -120,9 +136,8 @@ class Trainer:
         losses = rate_distortion(out, x, lmbda)
         aux = self.model.aux_loss()
         (losses["loss"] + aux).backward()  # no parameter is in both: the bottleneck's loss stops at the quantiles
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.optimizers["net"].param_groups[0]["params"], self.settings.clip_max_norm
-        )
+        parameters = [p for group in groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm)
         finite = bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
         if finite:
             for optimizer in self.optimizers.values():
@@ -137,10 +152,10 @@ class Trainer:
         if not finite:
             return None
         return {
-            "loss": float(losses["loss"]),
-            "bpp": float(losses["bpp"].mean()),
+            "loss": float(losses["loss"].detach()),
+            "bpp": float(losses["bpp"].detach().mean()),
             "psnr": float(psnr_of_mse(losses["mse"].detach()).mean()),
-            "aux": float(aux),
+            "aux": float(aux.detach()),
             "gradient norm": float(norm),
             "learning rate": rate,
         }
