@@ -1,0 +1,46 @@
+"""The weights that ship: their size, what they say of themselves, and that a higher index costs more bits."""
+
+import pytest
+import torch
+
+import eval_vbr
+from models.tcm import PRESETS, TCM_VBR
+from utils.checkpoint import BUNDLED, load_model, read_checkpoint
+from utils.evaluation import evaluate
+from utils.images import read_image
+from utils.lambdas import LADDER
+
+
+@pytest.fixture(scope="module")
+def bundled() -> TCM_VBR:
+    return load_model(BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def photo() -> torch.Tensor:
+    """The middle of scikit-image's cat."""
+    return read_image(eval_vbr.sample_images()[1])[:, 20:276, 80:336]
+
+
+def test_the_file(bundled):
+    assert BUNDLED.stat().st_size <= 28e6
+    checkpoint = read_checkpoint(BUNDLED)
+    assert checkpoint["lambdas"] == list(LADDER)
+    assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
+    assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
+    assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(checkpoint["training"][-1])
+    assert bundled.arguments == TCM_VBR(**PRESETS["small"]).arguments
+
+
+def test_more_bits_at_every_higher_index(bundled, photo):
+    bpp = [evaluate(bundled, "cat", photo, float(index), real=False)[0].bpp for index in range(6)]
+    assert all(lower < higher for lower, higher in zip(bpp, bpp[1:], strict=False)), bpp
+
+
+def test_real_files_cost_what_was_estimated(bundled, photo):
+    real, decoded = evaluate(bundled, "cat", photo, 2.5, real=True)
+    estimated, expected = evaluate(bundled, "cat", photo, 2.5, real=False)
+    assert torch.equal(decoded, expected)
+    header = 8 * (17 + 8) / photo[0].numel()  # and the last words of two streams
+    assert real.bpp == pytest.approx(estimated.bpp, rel=0.01, abs=header)
+    assert real.psnr > 18  # recognisable, not more
