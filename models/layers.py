@@ -35,7 +35,7 @@ def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """work(x), row by row independent; on a CPU without gradients piece by piece.
 
     The intermediate results of a piece, several times as wide as x, then stay in the cache instead of
-    going through freshly mapped memory: the MLP takes a third of the time.
+    going through freshly mapped memory.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return work(x)

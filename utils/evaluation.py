@@ -11,7 +11,7 @@ from utils.bitstream import Coded, pack, unpack
 from utils.images import crop, pad, to_float, to_uint8
 from utils.lambdas import index_to_lambda
 from utils.losses import bits
-from utils.metrics import decibels, ms_ssim_value, psnr
+from utils.metrics import decibels, ms_ssim_value, mse, psnr
 
 
 @dataclass
@@ -67,7 +67,6 @@ def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bo
     height, width = image.shape[1:]
     bpp = count / (height * width)
     quality = ms_ssim_value(image, decoded)
-    mse = float((image.double() - decoded.double()).square().mean())
     result = Result(
         image=name,
         width=width,
@@ -77,7 +76,7 @@ def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bo
         psnr=psnr(image, decoded),
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
-        loss=None if index is None else bpp + index_to_lambda(index) * mse,
+        loss=None if index is None else bpp + index_to_lambda(index) * mse(image, decoded),
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )

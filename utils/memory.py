@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning each to the kernel.
 
     By default every tensor over 32 MiB is mapped afresh, and the kernel zeroes its pages one fault at a
-    time: a quarter of the time of analysis and synthesis on a CPU. The process keeps its peak size.
+    time: a fifth of the time of analysis and synthesis on a CPU. The process keeps its peak size.
     Does nothing where there is no glibc.
     """
     if not sys.platform.startswith("linux"):

@@ -9,10 +9,15 @@ from torch import Tensor
 MS_SSIM_SMALLEST = 160
 
 
+def mse(a: Tensor, b: Tensor) -> float:
+    """Mean squared error of two uint8 images of one shape, on the 0–255 scale."""
+    return float((a.double() - b.double()).square().mean())
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     """PSNR in dB of two uint8 images of one shape; infinite where they are equal."""
-    mse = float((a.double() - b.double()).square().mean())
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
+    error = mse(a, b)
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
