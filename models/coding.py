@@ -10,7 +10,7 @@ from array import array
 
 import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
-from compressai.entropy_models import EntropyModel, GaussianConditional
+from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from torch import Tensor
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
@@ -82,22 +82,48 @@ def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
     return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 
 
+def likelihood_of_y(gaussian: GaussianConditional, values: Tensor, sigma: Tensor, mu: Tensor) -> Tensor:
+    """Likelihoods of values as they are: CompressAI's own forward rounds them or adds noise that it draws."""
+    return gaussian.likelihood_lower_bound(gaussian._likelihood(values, sigma, mu))
+
+
+def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
+    """Likelihoods of values `[B, C, h, w]` as they are, by each channel's density."""
+    channels = values.transpose(0, 1)
+    likelihood, _, _ = bottleneck._likelihood(channels.reshape(len(channels), 1, -1))
+    return bottleneck.likelihood_lower_bound(likelihood).view(channels.shape).transpose(0, 1)
+
+
 class Estimate:
     """Collects the likelihoods of y `[B, M, h, w]`: additive noise in training, rounding in evaluation.
 
     With tabled, σ is the entry of the scale table that codes it (the next larger one) and the bits are a file's.
     Without, as papers report it; files then cost some percent more where most symbols are nearly certain.
+    With noise, of y's shape, that is added instead.
     """
 
-    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, tabled: bool = False) -> None:
+    def __init__(
+        self,
+        gaussian: GaussianConditional,
+        y: Tensor,
+        num_slices: int,
+        tabled: bool = False,
+        noise: Tensor | None = None,
+    ) -> None:
         self.gaussian, self.slices, self.tabled = gaussian, y.float().chunk(num_slices, 1), tabled
+        self.noise = None if noise is None else noise.chunk(num_slices, 1)
         self._likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        y = self.slices[len(self._likelihoods)]
+        number = len(self._likelihoods)
+        y = self.slices[number]
         if self.tabled:
             sigma = self.gaussian.scale_table[table_index(self.gaussian, sigma).long()]
-        self._likelihoods.append(self.gaussian(y, sigma, mu)[1])
+        if self.noise is None:
+            _, likelihood = self.gaussian(y, sigma, mu)
+        else:
+            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
+        self._likelihoods.append(likelihood)
         return ste_round(y - mu) + mu
 
     def likelihoods(self) -> Tensor:

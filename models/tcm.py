@@ -14,7 +14,7 @@ from compressai.models import CompressionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.coding import CodingTables, Decode, Encode, Estimate, open_stream, ste_round, to_symbols
+from models.coding import CodingTables, Decode, Encode, Estimate, likelihood_of_z, open_stream, ste_round, to_symbols
 from models.layers import ConvTransBlock, SWAtten
 from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
 from utils.lambdas import check_index, draw_index
@@ -150,6 +150,7 @@ class TCM(CompressionModel):
         self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
         self._tables: tuple[CodingTables, CodingTables] | None = None
+        self.metric = "mse"  # what the weights were trained for; a checkpoint says so
 
     # What TCM_VBR overrides ------------------------------------------------------------------
 
@@ -189,13 +190,20 @@ class TCM(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, index: Tensor | float | None = None, tabled: bool = False) -> dict:
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | float | None = None,
+        tabled: bool = False,
+        noise: tuple[Tensor, Tensor] | None = None,
+    ) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
             index: rate index in [0, 5], one or one an image. TCM_VBR draws it when it is omitted in
                 training; in evaluation it is required. TCM computes the same whatever it is.
             tabled: likelihoods of y under the coder's table of σ, as files are coded, not under σ itself.
+            noise: what is added to y and z for their likelihoods, in place of training's own noise: `noise_shapes`.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
@@ -204,7 +212,7 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._estimate(y, self.h_a(y), index, tabled)
+        return self._estimate(y, self.h_a(y), index, tabled, noise)
 
     def forward_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
@@ -214,12 +222,28 @@ class TCM(CompressionModel):
         """
         return self._estimate(y, z, self.resolve_index(index, len(y)))
 
-    def _estimate(self, y: Tensor, z: Tensor, index: Tensor | None, tabled: bool = False) -> dict:
+    def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of y and z of one image."""
+        channels = self.arguments["hyper_channels"]
+        return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
+
+    def _estimate(
+        self,
+        y: Tensor,
+        z: Tensor,
+        index: Tensor | None,
+        tabled: bool = False,
+        noise: tuple[Tensor, Tensor] | None = None,
+    ) -> dict:
+        noise_y, noise_z = noise or (None, None)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            _, z_likelihoods = self.entropy_bottleneck(z)
+            if noise_z is None:
+                _, z_likelihoods = self.entropy_bottleneck(z)
+            else:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
             z_hat = ste_round(z - self.medians) + self.medians
-        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled)
+        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled, noise_y)
         y_hat = self.walk(z_hat, coder)
         return {
             "x_hat": self.synthesize(y_hat, index),

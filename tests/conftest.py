@@ -1,10 +1,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.tcm import TCM_VBR
+from utils.checkpoint import export_model
 
 TINY = dict(
     config=(1, 1, 2, 1, 2, 1),
@@ -39,6 +42,24 @@ def tiny() -> TCM_VBR:
     model = shake(TCM_VBR(**TINY)).eval()
     model.update(force=True)
     return model
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path) -> str:
+    export_model(tmp_path / "tiny.pth.tar", tiny, [])
+    return str(tmp_path / "tiny.pth.tar")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Eight smooth pictures of odd sizes."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(8):
+        small = Image.fromarray(random.integers(0, 255, (6, 7, 3), dtype=np.uint8))
+        small.resize((190 + i, 170 + i), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
+    return folder
 
 
 @pytest.fixture

@@ -10,38 +10,18 @@ import numpy as np
 import pytest
 import torch
 from compressai.utils.plot.__main__ import parse_json_file
-from PIL import Image
 
 import eval_vbr
+import train_latent_e2e
 import train_vbr
 from models.tcm import TCM
 from tests.conftest import TINY, shake
-from utils import benchmark, cli
-from utils.checkpoint import export_model, load_model, read_checkpoint
-from utils.crops import Crops
+from utils import bd_rate, benchmark, cli
+from utils.checkpoint import export_model
 from utils.evaluation import estimate, evaluate
 from utils.images import read_image
-from utils.training import Progress, Settings, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def checkpoint(tiny, tmp_path) -> str:
-    export_model(tmp_path / "tiny.pth.tar", tiny, [])
-    return str(tmp_path / "tiny.pth.tar")
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """Eight smooth pictures of odd sizes."""
-    random = np.random.default_rng(0)
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(8):
-        small = Image.fromarray(random.integers(0, 255, (6, 7, 3), dtype=np.uint8))
-        small.resize((190 + i, 170 + i), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
-    return folder
 
 
 # eval_vbr.py ---------------------------------------------------------------------------------
@@ -117,7 +97,7 @@ def test_a_wrong_path_is_one_line_and_a_status():
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("main", [eval_vbr.main, train_vbr.main, benchmark.main])
+@pytest.mark.parametrize("main", [eval_vbr.main, train_vbr.main, train_latent_e2e.main, benchmark.main])
 def test_help_tells_the_defaults(main, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
@@ -138,98 +118,25 @@ def test_benchmark_prints_every_part(capsys):
         assert part in output
 
 
-# train_vbr.py --------------------------------------------------------------------------------
+def test_bd_rate_joins_files_and_leaves_out_what_is_beaten(tmp_path, capsys):
+    def write(name, points):
+        bpp, psnr = map(list, zip(*points, strict=True))
+        (tmp_path / name).write_text(json.dumps({"results": {"bpp": bpp, "psnr-rgb": psnr}}))
+        return str(tmp_path / name)
 
-
-def train(photos, folder, checkpoint, *more):
-    arguments = ["-d", str(photos), "--checkpoint", checkpoint, "--save_path", str(folder), "--device", "cpu"]
-    sizes = ["--patch-size", "128", "--val-size", "128", "-bs", "2", "--warmup", "2"]
-    train_vbr.main([*arguments, *sizes, *more])
-
-
-def test_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp_path):
-    before = load_model(checkpoint)
-    train(photos, tmp_path / "run", checkpoint, "--max-steps", "30", "-lr", "1e-3", "--ema", "0.9")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 30 and len(rows[-1]["bpp"]) == 6
-    model = load_model(tmp_path / "run" / "model.pth.tar")
-    record = read_checkpoint(tmp_path / "run" / "model.pth.tar")["training"]
-    assert record[-1]["patches"] == 60 and record[-1]["loss"] == rows[-1]["loss"]
-    assert not torch.equal(model.entropy_bottleneck.quantiles, before.entropy_bottleneck.quantiles)
-    assert not torch.equal(model.modnet_gs.mask.alpha, before.modnet_gs.mask.alpha)
-
-    def loss(m):
-        return np.mean([evaluate(m, path.name, read_image(path), 3.0, real=False)[0].loss for path in photos.iterdir()])
-
-    assert loss(model) < 0.8 * loss(before)
-    assert list((tmp_path / "run").glob("events.*"))
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, monkeypatch):
-    train(photos, tmp_path / "whole", checkpoint, "--max-steps", "6")
-    step = train_vbr.Trainer.step
-
-    def interrupted(self):
-        if self.progress.step == 3:
-            self.validate_and_save()
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(train_vbr.Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(photos, tmp_path / "parts", checkpoint, "--max-steps", "6")
-    monkeypatch.undo()
-    train(photos, tmp_path / "parts", "moved away since", "--max-steps", "6", "--resume")
-    whole, parts = (read_checkpoint(tmp_path / run / "last.pth.tar") for run in ("whole", "parts"))
-    for key in ("state_dict", "ema"):
-        assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
-    assert whole["progress"]["step"] == parts["progress"]["step"] == 6
-
-
-def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp_path):
-    with pytest.raises(cli.UserError, match="no budget"):
-        train(photos, tmp_path / "run", checkpoint)
-    for wrong in (["--max-minutes", "-5"], ["-e", "1", "-bs", "0"]):
-        with pytest.raises(cli.UserError, match="must not be negative"):
-            train(photos, tmp_path / "run", checkpoint, *wrong)
-    with pytest.raises(cli.UserError, match="nothing to resume"):
-        train(photos, tmp_path / "run", checkpoint, "-e", "1", "--resume")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pth.tar").touch()
-    with pytest.raises(cli.UserError, match="already there"):
-        train(photos, tmp_path / "run", checkpoint, "-e", "1")
-    with pytest.raises(cli.UserError, match="multiple of 128"):
-        train(photos, tmp_path / "other", checkpoint, "-e", "1", "--patch-size", "100")
-
-
-def test_a_step_that_is_not_finite_changes_nothing(photos, checkpoint, tmp_path, monkeypatch):
-    def poisoned(self):
-        batch = crops(self)
-        return batch * float("nan")
-
-    crops = Crops.__call__
-    monkeypatch.setattr(Crops, "__call__", poisoned)
-    monkeypatch.setattr(train_vbr.Trainer, "validate_and_save", lambda self: self.save())
-    train(photos, tmp_path / "run", checkpoint, "--max-steps", "2")
-    saved, before = read_checkpoint(tmp_path / "run" / "last.pth.tar"), load_model(checkpoint).state_dict()
-    assert saved["progress"]["skipped"] == 2
-    assert all(torch.equal(value, before[name]) for name, value in saved["state_dict"].items() if "_cdf" not in name)
-
-
-def test_the_learning_rate_ends_with_the_budget():
-    settings = Settings(max_minutes=10, max_steps=1000, warmup=10, learning_rate=1.0)
-    assert learning_rate(Progress(step=0), settings) == pytest.approx(0.1, rel=1e-3)
-    assert learning_rate(Progress(step=500), settings) == pytest.approx(0.5)
-    assert learning_rate(Progress(step=500, seconds=600), settings) == 0  # whichever ends first
-    assert learning_rate(Progress(step=1000), settings) == 0
-
-
-def test_crops_are_repeatable_patches_of_the_photographs():
-    image = torch.arange(3 * 200 * 220).view(3, 200, 220).remainder(251).to(torch.uint8)
-    first, second = (Crops([image], 128, 16, seed=3, scaled=0.0)() for _ in range(2))
-    assert torch.equal(first, second)
-    values = {tuple(v) for v in (image.flatten(1).T).tolist()}
-    patch = (first[5] * 255).round().long().flatten(1).T.tolist()
-    assert all(tuple(v) in values for v in patch)
-    scaled = Crops([image], 128, 16, seed=3, scaled=1.0)()
-    assert scaled.shape == (16, 3, 128, 128) and scaled.min() >= 0 and scaled.max() <= 1
+    curve = [(0.1, 28.0), (0.2, 31.0), (0.4, 34.0), (0.8, 37.0), (1.6, 40.0)]
+    singles = [write(f"{number}.json", [point]) for number, point in enumerate(curve)]
+    test = write("test.json", [(0.9 * bpp, psnr) for bpp, psnr in curve] + [(1.0, 30.0)])
+    bd_rate.main(["--anchor", *singles, "--test", test])
+    output = capsys.readouterr().out
+    assert "BD-rate -10.00 %" in output and "over 100%" in output
+    assert "left out, beaten by a cheaper point: 1.0000 bpp 30.00 dB" in output
+    with pytest.raises(cli.UserError, match="four rising points"):
+        bd_rate.main(["--anchor", *singles[:3], "--test", test])
+    high = write("high.json", [(bpp, psnr + 20) for bpp, psnr in curve])
+    with pytest.raises(cli.UserError, match="no quality in common"):
+        bd_rate.main(["--anchor", *singles, "--test", high])
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(cli.UserError, match="broken.json"):
+        bd_rate.main(["--anchor", str(broken), "--test", test])

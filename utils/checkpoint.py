@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from models.latent_map import TCM_Mapped
 from models.tcm import TCM, TCM_VBR
 from utils.files import atomic_write
-from utils.lambdas import LADDER
+from utils.lambdas import LADDERS
 
 BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"
 FORMAT = "tcm-vbr/1"
@@ -24,7 +25,8 @@ def describe(model: TCM) -> dict:
         "format": FORMAT,
         "model": type(model).__name__,
         "arguments": model.arguments,
-        "lambdas": list(LADDER),
+        "metric": model.metric,
+        "lambdas": list(LADDERS[model.metric]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "compressai")},
     }
 
@@ -42,8 +44,16 @@ def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
     rounded.load_state_dict(halves)
     rounded.update(force=True)
     state = {name: t.half() if name in weights else t for name, t in rounded.state_dict().items()}
+    write_checkpoint(path, describe(model) | {"state_dict": state, "training": training})
+
+
+def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write whole or not at all; OSError with the file's name where that fails."""
     with atomic_write(path) as file:
-        torch.save(describe(model) | {"state_dict": state, "training": training}, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # PyTorch's own, in front of what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -75,20 +85,29 @@ def build_model(checkpoint: dict, path: str | Path) -> TCM:
         CheckpointError: names what does not fit.
     """
     state = checkpoint.get("ema", checkpoint["state_dict"])
-    if checkpoint.get("lambdas", list(LADDER)) != list(LADDER):
+    metric = checkpoint.get("metric", "mse")
+    if metric not in LADDERS:
+        raise CheckpointError(f"{path}: trained for {metric!r}, which is not one of {', '.join(LADDERS)}")
+    if list(checkpoint.get("lambdas", LADDERS[metric])) != list(LADDERS[metric]):
         raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: its state_dict is a {type(state).__name__}")
     try:
-        variable = any("modnet_" in name for name in state)
-        cls = TCM_VBR if variable else TCM
+        cls = _class_of(state)
         if "arguments" not in checkpoint:  # a published file: the sizes are in its shapes
             return cls.from_state_dict(state)
         model = cls(**checkpoint["arguments"])
         model.load_state_dict(state)
+        model.metric = metric
         return model.eval()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _class_of(state: dict) -> type[TCM]:
+    if any("modnet_" in name for name in state):
+        return TCM_VBR
+    return TCM_Mapped if any(name.startswith("map.") for name in state) else TCM
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> TCM:

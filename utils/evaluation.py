@@ -26,7 +26,7 @@ class Result:
     psnr: float
     ms_ssim: float | None
     ms_ssim_db: float | None
-    loss: float | None  # bpp + λ · MSE on the 0–255 scale, what the model is trained for
+    loss: float | None  # bpp + λ · D, what the model is trained for: D = MSE on the 0–255 scale, or 1 − MS-SSIM
     encode_seconds: float | None
     decode_seconds: float | None
 
@@ -67,6 +67,9 @@ def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bo
     height, width = image.shape[1:]
     bpp = count / (height * width)
     quality = ms_ssim_value(image, decoded)
+    missing = None if quality is None else 1 - quality
+    distortion = mse(image, decoded) if model.metric == "mse" else missing
+    known = index is not None and distortion is not None
     result = Result(
         image=name,
         width=width,
@@ -76,7 +79,7 @@ def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bo
         psnr=psnr(image, decoded),
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
-        loss=None if index is None else bpp + index_to_lambda(index) * mse(image, decoded),
+        loss=bpp + index_to_lambda(index, model.metric) * distortion if known else None,
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )

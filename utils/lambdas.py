@@ -1,23 +1,28 @@
-"""The λ ladder and the index that stands for λ: the one place that knows either.
+"""The λ ladders and the index that stands for λ: the one place that knows either.
 
 A rate is named by an index in [0, 5], a float: whole indices are the six λ of the published
 models, and between them λ is interpolated geometrically (log λ is piecewise linear in the index).
-Loss = λ · 255² · MSE + bits per pixel.
+Loss = λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
 """
 
 import torch
 from torch import Tensor
 
-LADDER = (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05)
+LADDERS = {
+    "mse": (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05),
+    # Those that TCM's authors trained their six MS-SSIM models at (CVPR 2023, arXiv 2303.14978, section 4.1).
+    "ms-ssim": (3.0, 5.0, 8.0, 16.0, 36.0, 64.0),
+}
+LADDER = LADDERS["mse"]
 MAX_INDEX = float(len(LADDER) - 1)
 
 
-def index_to_lambda(index: Tensor | float) -> Tensor | float:
+def index_to_lambda(index: Tensor | float, metric: str = "mse") -> Tensor | float:
     """λ of an index: a tensor `[B]` gives a tensor of its shape, a number gives a float."""
     if not isinstance(index, Tensor):
-        return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64)))
+        return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64), metric))
     index = index if index.is_floating_point() else index.float()
-    logs = torch.tensor(LADDER, dtype=index.dtype, device=index.device).log()
+    logs = torch.tensor(LADDERS[metric], dtype=index.dtype, device=index.device).log()
     lower = index.floor().clamp(0, MAX_INDEX - 1)
     start, end = logs[lower.long()], logs[lower.long() + 1]
     return (start + (index - lower) * (end - start)).exp()

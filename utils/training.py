@@ -1,4 +1,4 @@
-"""The training loop: budget and schedule, optimisers, EMA, validation, logs, exact resume.
+"""The training loop: one step, the run, and leaving and coming back without a trace.
 
 A run lives in one folder: `last.pth.tar` to resume from, `model.pth.tar` to use (EMA weights, float16,
 coding tables), `validation.jsonl`, and TensorBoard's events.
@@ -6,113 +6,95 @@ coding tables), `validation.jsonl`, and TensorBoard's events.
 
 import contextlib
 import json
-import math
 import platform
+import signal
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.tcm import TCM
-from utils.checkpoint import describe, export_model, read_checkpoint
-from utils.crops import Crops
+from utils import cli
+from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
+from utils.distributed import Team, is_lost_peer
 from utils.files import atomic_write
-from utils.lambdas import LADDER, draw_index, index_to_lambda
-from utils.losses import psnr_of_mse, rate_distortion
+from utils.objectives import Objective
+from utils.patches import Batch, Photographs, batches
+from utils.schedule import Progress, Settings, budget_used, learning_rate
+from utils.validation import log_validation, validate
 
-
-@dataclass
-class Settings:
-    """How to train; all of it is written to the checkpoint's training record."""
-
-    max_minutes: float = 0  # budget: whichever of the two ends first; 0 is none
-    max_steps: int = 0
-    learning_rate: float = 2e-4
-    aux_learning_rate: float = 1e-3
-    density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
-    warmup: int = 200  # steps
-    clip_max_norm: float = 1.0
-    ema: float = 0.999
-    validate_minutes: float = 15
-    amp: bool = False  # bfloat16 autocast; the entropy models stay in float32
-    seed: int = 0
-
-
-@dataclass
-class Progress:
-    """How far a run is; part of what a resume restores."""
-
-    step: int = 0
-    patches: int = 0
-    seconds: float = 0  # in training steps, validation and saving not counted
-    skipped: int = 0  # steps with a loss or gradient that was not finite
-
-
-def budget_used(progress: Progress, settings: Settings) -> float:
-    """Share of the budget that is spent, 0 … 1 and beyond."""
-    shares = [0.0]
-    if settings.max_minutes:
-        shares.append(progress.seconds / 60 / settings.max_minutes)
-    if settings.max_steps:
-        shares.append(progress.step / settings.max_steps)
-    return max(shares)
-
-
-def learning_rate(progress: Progress, settings: Settings) -> float:
-    """Linear warm-up in steps, then a cosine over the budget that ends at zero with it."""
-    warm = min(1.0, (progress.step + 1) / max(1, settings.warmup))
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, budget_used(progress, settings))))
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HOPELESS = 10  # skipped steps in a row that end a run
 
 
 def make_optimizers(model: TCM, settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam for the networks, "net", and another, "aux", for the bottleneck's quantiles.
+    """Adam for the networks, "net", and another, "aux", for the bottleneck's quantiles, of what is trained.
 
     Not CompressAI's net_aux_optimizer, which has no groups: the density of z starts 10 wide, and Adam moves
     a weight by the learning rate a step, so that at the networks' rate z would cost 3 bits a symbol for long.
     """
-    quantiles = [model.entropy_bottleneck.quantiles]
-    density = [p for name, p in model.entropy_bottleneck.named_parameters() if name != "quantiles"]
-    networks = [p for name, p in model.named_parameters() if not name.startswith("entropy_bottleneck.")]
+    networks, density, quantiles = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            bottleneck = name.startswith("entropy_bottleneck.")
+            (quantiles if name.endswith(".quantiles") else density if bottleneck else networks).append(p)
     groups = [{"params": networks, "factor": 1.0}, {"params": density, "factor": settings.density_factor}]
-    return {
-        "net": torch.optim.Adam(groups, lr=settings.learning_rate),
-        "aux": torch.optim.Adam(quantiles, lr=settings.aux_learning_rate),
-    }
+    optimizers = {"net": torch.optim.Adam([g for g in groups if g["params"]], settings.learning_rate, fused=True)}
+    if quantiles:
+        optimizers["aux"] = torch.optim.Adam(quantiles, settings.aux_learning_rate, fused=True)
+    return optimizers
 
 
 class Trainer:
-    """Trains a TCM or TCM_VBR jointly over all rates (SPEC 4: one λ index a sample).
+    """Trains the model of an objective.
 
     Args:
-        model: on its device; the optimisers are made here.
-        crops: gives a batch of patches at each call.
-        validation: photographs `[1, 3, H, W]` on the device, sides multiples of 128.
+        objective: on its device; the optimisers are made here.
+        photographs: what patches are cut from.
+        workers: processes that read photographs which are not cached.
+        validation: photographs uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
         folder: where the run is written.
         history: training records of the weights that the run starts from.
     """
 
     def __init__(
         self,
-        model: TCM,
-        crops: Crops,
+        objective: Objective,
+        photographs: Photographs,
+        workers: int,
         validation: Sequence[Tensor],
         folder: Path,
         settings: Settings,
+        team: Team,
         history: Sequence[dict] = (),
     ) -> None:
-        self.model, self.crops, self.validation = model, crops, validation
-        self.folder, self.settings, self.history = folder, settings, list(history)
-        self.device = next(model.parameters()).device
+        self.objective, self.model = objective, objective.model
+        self.photographs, self.workers, self.validation = photographs, workers, validation
+        self.folder, self.settings, self.team, self.history = folder, settings, team, list(history)
+        self.device = team.device
         self.progress = Progress()
-        self.ema = AveragedModel(model, multi_avg_fn=self._average)
-        self.optimizers = make_optimizers(model, settings)
-        self.writer = SummaryWriter(str(folder))
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
+        self.optimizers = make_optimizers(self.model, settings)
+        precision = PRECISIONS.get(settings.amp)
+        objective.autocast = precision
+        # fp16's small gradients would vanish; a start at 2^10 costs no skipped steps, as 2^16 does.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
+        self.shared: nn.Module = DistributedDataParallel(objective) if team.size > 1 else objective
+        self.batches: Iterator[Batch] = iter(())
+        self.ahead: Batch | None = None
+        self.waited = 0.0
+        self.unusable = {told for told in photographs.cache.values() if isinstance(told, str)}
+        self.stop = False
+        self.writer: SummaryWriter | None = None
 
     def _average(self, ema: list[Tensor], new: list[Tensor], _: Tensor) -> None:
         # The decay warms up: a fixed one would keep the first, random weights for long.
@@ -121,177 +103,264 @@ class Trainer:
 
     # One step ---------------------------------------------------------------------------------
 
-    def step(self) -> dict[str, float] | None:
-        """One step of both optimisers; None where it was skipped because something was not finite."""
+    def step(self) -> dict[str, float]:
+        """One step of the optimisers, unless a loss or gradient is not finite; what there is to log."""
         rate = learning_rate(self.progress, self.settings)
         groups = self.optimizers["net"].param_groups
         for group in groups:
             group["lr"] = rate * group["factor"]
-        self.model.train()
-        x = self.crops()
-        index = draw_index(len(x))
-        lmbda = index_to_lambda(index).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-            out = self.model(x, index)
-        losses = rate_distortion(out, x, lmbda)
-        aux = self.model.aux_loss()
-        (losses["loss"] + aux).backward()  # no parameter is in both: the bottleneck's loss stops at the quantiles
+        self.objective.train()
+        # Drop-path draws from PyTorch's own generator: like all that is random, it depends on the step alone.
+        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.team.rank))
+        batch = self.ahead or self.next_batch()
+        x = batch.patches.to(self.device, non_blocking=True).float() / 255
+        # The seeds of the noise and the rates come with the samples: the same in however many processes.
+        out = self.shared(x, batch.draws, self._noise(batch.seeds, x.shape[2:]))
+        self.scaler.scale(out.pop("total")).backward()
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         parameters = [p for group in groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm)
-        finite = bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
-        if finite:
-            for optimizer in self.optimizers.values():
-                optimizer.step()
-            self.ema.update_parameters(self.model)
-        else:
-            self.progress.skipped += 1
+        self.ahead = self.next_batch()  # here, while a GPU is still busy with the step
+        means = self.team.mean(torch.stack([value.detach().float() for value in out.values()]))
+        numbers = torch.cat([means, norm.detach().view(1)]).tolist()
+        finite = bool(np.isfinite(numbers).all())
         for optimizer in self.optimizers.values():
+            if finite:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if finite:
+            self.ema.update_parameters(self.model)
+        self.progress.skipped += not finite
+        self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
         self.progress.step += 1
-        self.progress.patches += len(x)
-        if not finite:
-            return None
-        return {
-            "loss": float(losses["loss"].detach()),
-            "bpp": float(losses["bpp"].detach().mean()),
-            "psnr": float(psnr_of_mse(losses["mse"].detach()).mean()),
-            "aux": float(aux.detach()),
-            "gradient norm": float(norm),
-            "learning rate": rate,
-        }
+        self.progress.patches += self.settings.batch_size
+        return dict(zip([*out, "gradient norm"], numbers, strict=True)) | {"learning rate": rate}
+
+    def next_batch(self) -> Batch:
+        start = time.monotonic()
+        batch = next(self.batches)
+        self.waited = time.monotonic() - start
+        for text in batch.unusable:
+            if text not in self.unusable:
+                self.unusable.add(text)
+                tqdm.write(f"skipped: {text}", file=sys.stderr)
+        return batch
+
+    def _noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Uniform noise in ±½ for y and z of each sample."""
+        generator = torch.Generator(self.device)
+        noises: tuple[list[Tensor], list[Tensor]] = [], []
+        for seed in seeds:
+            generator.manual_seed(seed)
+            for noise, shape in zip(noises, self.model.noise_shapes(*size), strict=True):
+                noise.append(torch.rand(shape, generator=generator, device=self.device) - 0.5)
+        return torch.stack(noises[0]), torch.stack(noises[1])
 
     # The run ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until the budget is spent; validate and save on the way, at the end, and (save) on Ctrl-C."""
-        bar = tqdm(total=100, desc="training", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
+        """Train until the budget is spent, or a signal comes; validate and save on the way and at the end.
+
+        Raises:
+            UserError: ten steps in a row were not finite, or another process of the run is gone.
+        """
+        self.batches = batches(
+            self.photographs,
+            self.settings.batch_size // self.team.size,
+            self.team.rank,
+            self.team.size,
+            self.progress.step,
+            self.workers,
+            self.device,
+        )
+        if self.team.first:
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
         try:
-            while budget_used(self.progress, self.settings) < 1:
-                self._timed_step(bar)
-                if self.progress.seconds / 60 >= next_validation:
-                    next_validation += self.settings.validate_minutes
-                    self.validate_and_save()
-        except KeyboardInterrupt:
-            self.save()
-            tqdm.write(f"saved at step {self.progress.step}; go on with --resume")
+            with self._signals():
+                self._run()
+        except RuntimeError as error:
+            if self.team.size > 1 and is_lost_peer(error):
+                last = self.folder / "last.pth.tar"
+                raise cli.UserError(f"another process of this run has ended; go on with --resume from {last}") from None
             raise
         finally:
-            bar.close()
-        self.validate_and_save()
-        self.writer.close()
+            if self.writer:
+                self.writer.close()
 
-    def _timed_step(self, bar: tqdm) -> None:
+    def _run(self) -> None:
+        bar = tqdm(
+            total=100,
+            desc="training",
+            unit="%",
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+            disable=not self.team.first,
+        )
+        minutes = self.progress.seconds / 60
+        next_save = minutes + self.settings.save_minutes
+        next_validation = minutes + self.settings.validate_minutes
+        with contextlib.closing(bar):
+            while budget_used(self.progress, self.settings) < 1:
+                stop = self._timed_step(bar)
+                minutes = self.progress.seconds / 60
+                if stop:
+                    self.save()
+                    self._say(f"stopped and saved at step {self.progress.step}; go on with --resume")
+                    return
+                if minutes >= next_validation:
+                    next_validation = minutes + self.settings.validate_minutes
+                    self.save()
+                    self.validate()
+                elif minutes >= next_save:
+                    next_save = minutes + self.settings.save_minutes
+                    self.save()
+        self.save()  # first: what follows may be interrupted
+        self.validate()
+
+    def _timed_step(self, bar: tqdm) -> bool:
+        """A step, its time and its log; whether the run was asked to stop, in any of its processes."""
         start = time.monotonic()
         values = self.step()
-        seconds = time.monotonic() - start
+        seconds, waited, stop = self.team.largest(time.monotonic() - start, self.waited, float(self.stop))
         self.progress.seconds += seconds
-        if values is None:
-            tqdm.write(f"step {self.progress.step}: loss or gradient not finite, skipped")
-            return
+        self.progress.waiting += waited
+        if self.progress.skipped_in_a_row:
+            self._say(f"step {self.progress.step}: loss or gradient not finite, skipped")
+        if self.progress.skipped_in_a_row >= HOPELESS:
+            raise cli.UserError(
+                f"{HOPELESS} steps in a row had a loss or gradient that is not finite: a lower learning rate may help; "
+                f"the last good checkpoint is {self.folder / 'last.pth.tar'}"
+            )
         bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
-        bar.set_postfix(step=self.progress.step, loss=f"{values['loss']:.3f}", bpp=f"{values['bpp']:.3f}")
-        if self.progress.step % 10 == 0:
-            values["patches a second"] = self.crops.batch / seconds
+        bar.set_postfix({"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}})
+        if self.writer and (self.progress.step % 10 == 0 or self.progress.skipped_in_a_row):
+            values["patches a second"] = self.settings.batch_size / seconds
+            values["share of the time waiting for patches"] = waited / seconds
+            values["skipped steps"] = self.progress.skipped
             for name, value in values.items():
                 self.writer.add_scalar(f"training/{name}", value, self.progress.step)
+        return bool(stop)
 
-    def validate_and_save(self) -> dict:
-        result = self.validate()
-        tqdm.write(json.dumps(result))
-        with (self.folder / "validation.jsonl").open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        export_model(self.folder / "model.pth.tar", self.ema.module, self.history + [self.record(result)])
-        self.save()
-        return result
-
-    @torch.no_grad()
-    def validate(self) -> dict:
-        """Mean bpp and PSNR of the EMA weights at the six λ, with real rounding, and the mean R-D loss."""
-        model = self.ema.module.eval()
-        indices = range(len(LADDER))
-        bpp, psnr, losses = [], [], []
-        for index in indices:
-            outs = []
-            for number, x in enumerate(self.validation):
-                out = model(x, index)
-                out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
-                outs.append(rate_distortion(out, x, torch.tensor([LADDER[index]], device=self.device)))
-                if number == 0:
-                    self.writer.add_image(f"validation/index {index}", out["x_hat"][0], self.progress.step)
-            bpp.append(float(torch.cat([o["bpp"] for o in outs]).mean()))
-            psnr.append(float(psnr_of_mse(torch.cat([o["mse"] for o in outs])).mean()))
-            losses.append(float(torch.stack([o["loss"] for o in outs]).mean()))
-            self.writer.add_scalar(f"validation/bpp {index}", bpp[-1], self.progress.step)
-            self.writer.add_scalar(f"validation/PSNR {index}", psnr[-1], self.progress.step)
-        loss = sum(losses) / len(losses)
-        self.writer.add_scalar("validation/loss", loss, self.progress.step)
-        return {
+    def validate(self) -> None:
+        """Measure the EMA weights, write them for use, and log."""
+        # Of several processes all must do the same, and a signal reaches them at different moments.
+        cancelled = None if self.team.size > 1 else lambda: self.stop
+        found = validate(self.objective, self.ema.module, self.validation, self.team, cancelled)
+        if found is None:
+            self._say("stopped while validating; go on with --resume")
+            return
+        means, pictures = found
+        result = {
             "step": self.progress.step,
             "patches": self.progress.patches,
             "minutes": round(self.progress.seconds / 60, 2),
-            "bpp": [round(v, 4) for v in bpp],
-            "psnr": [round(v, 3) for v in psnr],
-            "loss": round(loss, 5),
+            **means,
         }
+        if self.team.first:
+            self._say(json.dumps(result))
+            log_validation(self.writer, result, pictures, self.progress.step)
+            with (self.folder / "validation.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
+
+    def _say(self, text: str) -> None:
+        if self.team.first:
+            tqdm.write(text)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGINT and SIGTERM end the run after the step; a second SIGINT at once."""
+
+        def handle(number: int, frame: object) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
     # Leaving and coming back ------------------------------------------------------------------
 
     def record(self, result: dict) -> dict:
         """What this run did, in plain values."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
+        seconds = max(1e-9, self.progress.seconds)
         return {
-            "settings": dict(vars(self.settings)),
-            "patch_size": self.crops.size,
-            "batch_size": self.crops.batch,
-            "photographs": len(self.crops.images),
+            **self.objective.describe(),
+            "settings": asdict(self.settings),
+            "photographs": len(self.photographs.paths),
             "machine": name,
-            "patches_per_second": round(self.progress.patches / max(1e-9, self.progress.seconds), 2),
+            "processes": self.team.size,
+            "patches_per_second": round(self.progress.patches / seconds, 2),
+            "waiting_for_patches": round(self.progress.waiting / seconds, 4),
             "skipped_steps": self.progress.skipped,
             **result,
         }
 
     def save(self) -> None:
         """`last.pth.tar`: all that the next step depends on."""
+        if not self.team.first:
+            return
         state = describe(self.model) | {
             "state_dict": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "progress": dict(vars(self.progress)),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "settings": asdict(self.settings),
+            "objective": self.objective.describe(),
             "training": self.history,
-            "random": {
-                "crops": self.crops.generator.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
         }
-        with atomic_write(self.folder / "last.pth.tar") as file:
-            torch.save(state, file)
+        write_checkpoint(self.folder / "last.pth.tar", state)
 
     def resume(self) -> None:
-        """Go on from `last.pth.tar` as if the run had not been interrupted."""
+        """Go on from `last.pth.tar` as if the run had not been interrupted.
+
+        Raises:
+            UserError: the run there is of another stage.
+        """
         state = read_checkpoint(self.folder / "last.pth.tar")
+        if state["objective"] != self.objective.describe():
+            told = f"{state['objective']}, not of {self.objective.describe()}"
+            raise cli.UserError(f"{self.folder} holds a run of {told}")
+        for name, value in asdict(self.settings).items():
+            if (before := state["settings"].get(name)) != value:
+                self._say(f"note: {name} was {before} in this run and is {value} from here on")
         self.model.load_state_dict(state["state_dict"])
         self.ema.module.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.ema.n_averaged.fill_(self.progress.step - self.progress.skipped)
         self.history = state["training"]
-        self.crops.generator.set_state(state["random"]["crops"])
-        torch.set_rng_state(state["random"]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        if self.team.first:
+            self._forget_later_validations()
+
+    def _forget_later_validations(self) -> None:
+        path = self.folder / "validation.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.progress.step]
+            with atomic_write(path) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def compile_networks(model: TCM) -> None:
     """`torch.compile` the sub-networks in place; the slice walk between them stays as it is."""
-    networks: list[torch.nn.Module] = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
+    networks: list[nn.Module] = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
     for parts in (model.atten_mean, model.atten_scale, model.cc_mean_transforms, model.cc_scale_transforms):
         networks += parts
     networks += model.lrp_transforms
     for network in networks:
         network.compile()
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _processor() -> str:

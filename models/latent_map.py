@@ -1,0 +1,59 @@
+"""The latent toy experiment: is the latent of a low rate a map, in the latent domain, of one of a high rate?
+
+TCSVT 2025; SPEC 4. The map is a pair of gains, `g_a` towards the low rate and `g_s` back.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import ConvTransBlock
+from models.tcm import TCM
+
+
+class Gain(nn.Module):
+    """x · exp(softsign(lmd_map)) on `[B, M, h, w]`; contextual: lmd_map + alpha · latent_attn(x) instead.
+
+    Logits start at one, as published, so the gain starts at exp(½).
+    """
+
+    def __init__(self, M: int, contextual: bool) -> None:
+        super().__init__()
+        self.lmd_map = nn.Parameter(torch.ones(1, M, 1, 1))
+        self.contextual = contextual
+        if contextual:
+            self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
+            self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scaled latent, and the logarithm of the gain, `[B, M, h, w]` both."""
+        logits = self.lmd_map + self.alpha * self.latent_attn(x) if self.contextual else self.lmd_map
+        log_gain = F.softsign(logits)
+        return x * log_gain.exp(), log_gain.expand_as(x)
+
+
+class LatentMap(nn.Module):
+    """`g_a`: latent of the high rate to that of the low one; `g_s`: back."""
+
+    def __init__(self, M: int, contextual: bool) -> None:
+        super().__init__()
+        self.g_a, self.g_s = Gain(M, contextual), Gain(M, contextual)
+
+
+class TCM_Mapped(TCM):
+    """A TCM with the map around its entropy model: the high-rate codec run at the low rate.
+
+    Arguments as TCM, and contextual: whether the gains see the latent.
+    """
+
+    def __init__(self, *args, contextual: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.arguments["contextual"] = contextual
+        self.map = LatentMap(self.M, contextual)
+
+    def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As TCM, with y mapped; the second output is the logarithm of the gain."""
+        return self.map.g_a(super().analyze(x, index)[0])
+
+    def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
+        return super().synthesize(self.map.g_s(y_hat)[0], index)

@@ -1,0 +1,407 @@
+"""Training in one process: stages, budget, resume, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import eval_vbr
+import train_latent_e2e
+import train_vbr
+from models.latent_map import TCM_Mapped
+from models.tcm import TCM, TCM_VBR
+from tests.conftest import TINY, shake
+from utils import cli
+from utils.checkpoint import build_model, export_model, load_model, read_checkpoint
+from utils.evaluation import evaluate
+from utils.images import read_image
+from utils.lambdas import LADDERS
+from utils.objectives import Objective, Static
+from utils.schedule import Progress, Settings, learning_rate
+from utils.training import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ["--patch-size", "128", "--val-size", "128", "-bs", "2", "--warmup", "2", "--device", "cpu"]
+
+
+def arguments(photos, folder, *more) -> list[str]:
+    return ["-d", str(photos), "--save_path", str(folder), *SIZES, *map(str, more)]
+
+
+def train(photos, folder, *more) -> dict:
+    """Train, and read what a resume would start from."""
+    train_vbr.main(arguments(photos, folder, *more))
+    return read_checkpoint(folder / "last.pth.tar")
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture
+def tcm(tmp_path) -> str:
+    torch.manual_seed(1)
+    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [])
+    return str(tmp_path / "tcm.pth.tar")
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[float]:
+    """The loss of every step, exactly."""
+    found: list[float] = []
+    step = Trainer.step
+
+    def recorded(self):
+        values = step(self)
+        found.append(values["loss"])
+        return values
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    return found
+
+
+# Stages --------------------------------------------------------------------------------------
+
+
+def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp_path):
+    before = load_model(checkpoint)
+    train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 30, "-lr", 1e-3, "--ema", 0.9)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 30
+    assert all(len(rows[-1][name]) == 6 for name in ("bpp", "psnr", "log_m_ga", "log_m_gs"))
+    model = load_model(tmp_path / "run" / "model.pth.tar")
+    record = read_checkpoint(tmp_path / "run" / "model.pth.tar")["training"][-1]
+    assert record["patches"] == 60 and record["loss"] == rows[-1]["loss"] and record["stage"] == "joint"
+    assert not torch.equal(model.entropy_bottleneck.quantiles, before.entropy_bottleneck.quantiles)
+    assert not torch.equal(model.modnet_gs.mask.alpha, before.modnet_gs.mask.alpha)
+
+    def loss(m):
+        return np.mean([evaluate(m, path.name, read_image(path), 3.0, real=False)[0].loss for path in photos.iterdir()])
+
+    assert loss(model) < 0.8 * loss(before)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"training/loss", "training/learning rate", "training/gradient norm", "training/patches a second"} <= scalars
+    assert {"validation/bpp 5", "validation/PSNR 0", "validation/log_m_gs 3", "validation/alpha_ga"} <= scalars
+    assert {"validation/original", "validation/index 5"} <= set(events.Tags()["images"])
+
+
+def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoint, tmp_path):
+    more = ["--stage", "base", "--lmd", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
+    state = train(photos, tmp_path / "run", *more)
+    assert state["model"] == "TCM" and state["objective"]["lmd"] == 0.0067
+    row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
+    assert len(row["bpp"]) == 1
+    image = read_image(sorted(photos.iterdir())[0])[:, :128, :128]
+    model = load_model(tmp_path / "run" / "model.pth.tar")
+    assert type(model) is TCM
+    result, _ = evaluate(model, "", image, None, real=False)
+    assert result.bpp > 0 and result.loss is None
+
+
+def six_teachers(folder: Path) -> list[TCM]:
+    """Models that differ, three named by their record and three by their file."""
+    teachers = []
+    for number, lmbda in enumerate(LADDERS["mse"]):
+        torch.manual_seed(number)
+        teachers.append(shake(TCM(**TINY), seed=number).eval())
+        name = f"tcm_{lmbda}.pth.tar" if number % 2 else f"teacher{'abcdef'[number]}.pth.tar"
+        export_model(folder / name, teachers[-1], [] if number % 2 else [{"lmd": lmbda}])
+    return teachers
+
+
+def test_static_stage_moves_the_laes_alone(photos, tcm, tmp_path):
+    (tmp_path / "six").mkdir()
+    six_teachers(tmp_path / "six")
+    more = ["--stage", "static", "--checkpoint", tcm, "--teachers", tmp_path / "six", "--max-steps", 3, "-lr", 1e-2]
+    state = train(photos, tmp_path / "run", *more)["state_dict"]
+    before = load_model(tcm).state_dict()
+    assert same({name: before[name] for name in before if "_cdf" not in name and "offset" not in name}, state)
+    moved = [name for name, value in state.items() if name.startswith("modnet_") and value.abs().sum()]
+    for lae in ("modnet_ga", "modnet_gs"):
+        assert f"{lae}.mask.alpha" in moved and f"{lae}.mask.lmd_map.fc_layers.1.bias" in moved
+
+
+def test_static_loss_is_the_published_one(tmp_path):
+    """Against the formula of SPEC 4, sample by sample."""
+    (tmp_path / "six").mkdir()
+    teachers = six_teachers(tmp_path / "six")
+    student = shake(TCM_VBR(**TINY))
+    found = train_vbr.read_teachers(str(tmp_path / "six"), LADDERS["mse"], student)
+    assert len(found) == 6
+    objective = Static(student, found).eval()
+    x, draws = torch.rand(3, 3, 128, 128), torch.tensor([0.99, 0.05, 0.5])  # λ index 5, 0, 3
+    noise = tuple(torch.zeros(3, *shape) for shape in student.noise_shapes(128, 128))
+    with torch.no_grad():
+        out = objective(x, draws, noise)
+        distance = torch.stack(
+            [
+                (student.modnet_ga(student.g_a(x[i : i + 1]), torch.tensor([float(t)]))[0] - found[t].g_a(x[i : i + 1]))
+                .square()
+                .mean()
+                for i, t in enumerate((5, 0, 3))
+            ]
+        ).mean()
+        norms = sum(p.norm() for lae in (student.modnet_ga, student.modnet_gs) for p in lae.parameters())
+    assert float(out["latent MSE"]) == pytest.approx(float(distance), rel=1e-4)
+    assert float(out["total"]) == pytest.approx(float(out["loss"] + 0.03 * distance + 1e-4 * norms), rel=1e-5)
+    half = found[3].g_a(x[2:])
+    assert torch.allclose(half, teachers[3].g_a(x[2:]), rtol=0.05, atol=0.1 * float(half.abs().max()))
+
+
+def test_teachers_that_do_not_fit_are_named(photos, tcm, tmp_path):
+    (tmp_path / "six").mkdir()
+    six_teachers(tmp_path / "six")
+    start = ["--stage", "static", "--checkpoint", tcm, "--max-steps", 1, "--teachers", tmp_path / "six"]
+
+    def fails(text):
+        with pytest.raises(cli.UserError, match=text):
+            train(photos, tmp_path / "run", *start)
+
+    (tmp_path / "six" / "tcm_0.0035.pth.tar").rename(tmp_path / "six" / "tcm.pth.tar")
+    fails("tcm.pth.tar: neither its training record nor its name")
+    (tmp_path / "six" / "tcm.pth.tar").rename(tmp_path / "six" / "again 0.05.pth.tar")
+    fails("second teacher for λ = 0.05")
+    (tmp_path / "six" / "again 0.05.pth.tar").unlink()
+    fails("no teacher for λ = 0.0035")
+
+
+def test_ms_ssim_has_its_own_ladder(photos, checkpoint, tmp_path):
+    for path in photos.iterdir():
+        image = read_image(path)
+        eval_vbr.save_image(path, image.repeat(1, 2, 2))
+    sizes = ["--type", "ms-ssim", "--patch-size", 256, "--val-size", 256]
+    more = ["--checkpoint", checkpoint, "--max-steps", 1, *sizes]
+    train(photos, tmp_path / "run", *more)
+    path = tmp_path / "run" / "model.pth.tar"
+    saved = read_checkpoint(path)
+    assert saved["metric"] == "ms-ssim" and saved["lambdas"] == [3, 5, 8, 16, 36, 64]
+    model = load_model(path)
+    result, _ = evaluate(model, "", read_image(sorted(photos.iterdir())[0]), 5.0, real=False)
+    assert result.loss == pytest.approx(result.bpp + 64 * (1 - result.ms_ssim))
+    with pytest.raises(cli.UserError, match="at least 256"):
+        train(photos, tmp_path / "other", "--type", "ms-ssim", "--max-steps", 1)
+
+
+@pytest.mark.parametrize(("kind", "rate", "gain_db"), [("channel", 0.3, 10), ("contextual", 0.02, 2)])
+def test_the_latent_map_is_learnt_and_can_be_evaluated(photos, tmp_path, kind, rate, gain_db):
+    """The low codec's latent is half the high one's: a gain of ½ for every channel."""
+    torch.manual_seed(0)
+    high = shake(TCM(**TINY))
+    export_model(tmp_path / "high.pth.tar", high, [])
+    high.g_a[-1].weight.data.mul_(0.5)
+    high.g_a[-1].bias.data.mul_(0.5)
+    export_model(tmp_path / "low.pth.tar", high, [{"lmd": 0.0067}])
+    codecs = ["--high", tmp_path / "high.pth.tar", "--low", tmp_path / "low.pth.tar", "--map", kind]
+    more = [*codecs, "--max-steps", 40, "-lr", rate, "--ema", 0.5]
+    train_latent_e2e.main(arguments(photos, tmp_path / "map", *more))
+    row = json.loads((tmp_path / "map" / "validation.jsonl").read_text())
+    assert row["to_low_db"][0] > row["unmapped_db"][0] + gain_db
+    model = load_model(tmp_path / "map" / "model.pth.tar")
+    assert isinstance(model, TCM_Mapped)
+    gain = torch.nn.functional.softsign(model.map.g_a.lmd_map).exp()
+    if kind == "channel":
+        assert torch.allclose(gain, torch.tensor(0.5), atol=0.06)
+        assert torch.allclose(torch.nn.functional.softsign(model.map.g_s.lmd_map).exp(), torch.tensor(2.0), atol=0.2)
+    picture = str(sorted(photos.iterdir())[0])
+    assert eval_vbr.main(["-d", picture, "--real", "--checkpoint", str(tmp_path / "map" / "model.pth.tar")]) == 0
+    with pytest.raises(Exception, match="two fixed-rate TCMs"):
+        codecs[3] = tmp_path / "map" / "model.pth.tar"
+        train_latent_e2e.main(arguments(photos, tmp_path / "other", *codecs, "--max-steps", 1))
+
+
+# Budget --------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_ends_with_the_budget():
+    settings = Settings(max_minutes=10, max_steps=1000, warmup=10, learning_rate=1.0)
+    assert learning_rate(Progress(step=0), settings) == pytest.approx(0.1, rel=1e-3)
+    assert learning_rate(Progress(step=500), settings) == pytest.approx(0.5)
+    assert learning_rate(Progress(step=500, seconds=600), settings) == 0  # whichever ends first
+    assert learning_rate(Progress(step=1000), settings) == 0
+    steps = Settings(max_steps=200, warmup=0, learning_rate=1.0, schedule="step")
+    assert [learning_rate(Progress(step=s), steps) for s in (0, 49, 50, 100, 150, 199)] == [1, 1, 0.5, 0.1, 0.05, 0.05]
+
+
+def test_epochs_are_passes_over_the_photographs(photos, checkpoint, tmp_path):
+    state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "-e", 2, "--val", sorted(photos.iterdir())[0])
+    assert state["progress"]["step"] == 8  # seven photographs, two a step, twice
+
+
+def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp_path):
+    def fails(text, *more):
+        with pytest.raises(cli.UserError, match=text):
+            train(photos, tmp_path / "run", "--checkpoint", checkpoint, *more)
+
+    fails("no budget")
+    for wrong in (["--max-minutes", "-5"], ["-e", "1", "-bs", "0"]):
+        fails("must not be negative", *wrong)
+    fails("multiple of 128", "-e", 1, "--patch-size", 100)
+    fails("one number or two", "-e", 1, "--patch-size", 128, 128, 128)
+    fails("belong together", "-e", 1, "--stage", "static")
+    fails("of --stage base", "-e", 1, "--lmd", 0.05)
+    fails("nothing to resume", "-e", 1, "--resume")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pth.tar").touch()
+    fails("already there", "-e", 1)
+
+
+# Leaving and coming back ---------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, losses, monkeypatch):
+    more = ["--checkpoint", checkpoint, "--max-steps", 6]
+    whole = train(photos, tmp_path / "whole", *more)
+    expected = list(losses)
+    losses.clear()
+    step = Trainer.step
+
+    def interrupted(self):
+        if self.progress.step == 4:  # saved at 3: the step that is lost is made again
+            raise KeyboardInterrupt
+        if self.progress.step == 3:
+            self.save()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(photos, tmp_path / "parts", *more)
+    monkeypatch.setattr(Trainer, "step", step)
+    parts = train(photos, tmp_path / "parts", "--checkpoint", "moved away since", "--max-steps", 6, "--resume")
+    assert losses[:4] == expected[:4] and losses[4:] == expected[3:]
+    assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
+    assert whole["progress"]["step"] == parts["progress"]["step"] == 6
+
+
+def start(folder: Path, *more, **environment) -> subprocess.Popen:
+    command = [sys.executable, "train_vbr.py", *map(str, more)]
+    folder.mkdir(exist_ok=True)
+    with (folder / "output").open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | environment)
+
+
+def wait_for(condition, process=None, seconds=120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        assert process is None or process.poll() is None, "the run ended early"
+        time.sleep(0.05)
+
+
+def test_killed_at_any_moment_a_run_goes_on_exactly(photos, checkpoint, tmp_path, losses):
+    more = ["--checkpoint", checkpoint, "--max-steps", 12]
+    whole = train(photos, tmp_path / "whole", *more)
+    expected = list(losses)
+    losses.clear()
+    killed = start(tmp_path / "killed", *arguments(photos, tmp_path / "killed", *more), "--save-minutes", 0)
+    last = tmp_path / "killed" / "last.pth.tar"
+    wait_for(last.exists, killed)
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = read_checkpoint(last)["progress"]["step"]
+    assert 0 < done < 12
+    parts = train(photos, tmp_path / "killed", *more, "--resume")
+    assert losses == expected[done:]
+    assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "validation.jsonl").read_text().splitlines()]
+    assert steps == [12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, number):
+    more = ["--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000, "--cache-gb", 0, "-n", 1]
+    process = start(tmp_path / "run", *arguments(photos, tmp_path / "run", *more))
+    output = tmp_path / "run" / "output"
+    wait_for(lambda: "step=2" in output.read_text(), process)
+    process.send_signal(number)
+    assert process.wait(60) == 0, output.read_text()
+    assert "stopped and saved at step" in output.read_text() and "Traceback" not in output.read_text()
+    assert read_checkpoint(tmp_path / "run" / "last.pth.tar")["progress"]["step"] >= 2
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(photos, checkpoint, tmp_path):
+    more = arguments(photos, tmp_path / "run", "--checkpoint", checkpoint)
+    train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+    before = (tmp_path / "run" / "last.pth.tar").read_bytes()
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2);"
+        "import train_vbr; from utils import cli;"
+        f"cli.run(lambda: train_vbr.main({more + ['--max-steps', '2', '--resume']}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "last.pth.tar" in error and "File too large" in error
+    assert (tmp_path / "run" / "last.pth.tar").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".last*"))
+
+
+def test_a_run_of_another_stage_is_not_resumed_and_changes_are_told(photos, checkpoint, tmp_path, capsys):
+    more = ["--stage", "base", "--checkpoint", checkpoint]
+    train(photos, tmp_path / "run", *more, "--max-steps", 1)
+    with pytest.raises(cli.UserError, match="holds a run of"):
+        train(photos, tmp_path / "run", *more, "--max-steps", 2, "--lmd", 0.0025, "--resume")
+    train(photos, tmp_path / "run", *more, "--max-steps", 2, "--resume", "-lr", 5e-5)
+    assert "learning_rate was 0.0002 in this run and is 5e-05 from here on" in capsys.readouterr().out
+
+
+# What goes wrong -----------------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps) -> None:
+    forward = Objective.forward
+
+    def poisoned(self, x, draws, noise):
+        poisoned.calls += 1
+        return forward(self, x * float("nan") if poisoned.calls in steps else x, draws, noise)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(Objective, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped(photos, checkpoint, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {1})
+    monkeypatch.setattr(Trainer, "validate", lambda self: None)
+    state = train(photos, tmp_path / "one", "--checkpoint", checkpoint, "--max-steps", 1)
+    before = load_model(checkpoint).state_dict()
+    assert state["progress"]["skipped"] == 1
+    assert "step 1: loss or gradient not finite, skipped" in capsys.readouterr().out
+    assert all(torch.equal(value, before[name]) for name, value in state["state_dict"].items() if "_cdf" not in name)
+    state = train(photos, tmp_path / "one", "--checkpoint", checkpoint, "--max-steps", 2, "--resume")
+    assert state["progress"]["skipped_in_a_row"] == 0
+    assert not same({k: v for k, v in before.items() if k == "g_a.0.conv1.weight"}, state["state_dict"])
+
+
+def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(photos, checkpoint, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(3, 100)))
+    more = ["--checkpoint", checkpoint, "--max-steps", 100, "--save-minutes", 0]
+    with pytest.raises(cli.UserError, match="10 steps in a row .* last good checkpoint"):
+        train(photos, tmp_path / "run", *more)
+    state = read_checkpoint(tmp_path / "run" / "last.pth.tar")
+    assert state["progress"]["step"] < 12
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+    build_model(state, "last.pth.tar")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_leaves_the_entropy_models_in_float32(photos, tmp_path, precision, losses):
+    torch.manual_seed(0)
+    export_model(tmp_path / "fresh.pth.tar", TCM_VBR(**TINY), [])
+    more = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 1]
+    train(photos, tmp_path / "float32", *more)
+    train(photos, tmp_path / precision, *more, "--amp", precision)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
+    record = read_checkpoint(tmp_path / precision / "model.pth.tar")["training"][-1]
+    assert record["settings"]["amp"] == precision
+    assert record["skipped_steps"] == (precision == "fp16")  # the scale of its gradients is found by halving

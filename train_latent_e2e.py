@@ -1,0 +1,71 @@
+"""The latent toy experiment: are latents of two rates related by a map in the latent domain? (SPEC 4; TCSVT 2025)
+
+    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map channel -e 300
+    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map contextual -e 300
+
+Two frozen TCMs, the low-rate one best fine-tuned from the high-rate one; a gain for every channel, or one that
+also sees the latent, learns to turn the latent of the one into that of the other, and back. Each validation
+reports both errors as −10·log10 MSE, and that without a map, and bpp and PSNR of the high-rate codec with the
+map around its entropy model. The weights can be measured with eval_vbr.py, as those of any codec here.
+"""
+
+import argparse
+from pathlib import Path
+
+from models.latent_map import TCM_Mapped
+from models.tcm import TCM
+from utils import cli
+from utils.checkpoint import CheckpointError, build_model, read_checkpoint
+from utils.distributed import Team
+from utils.lambdas import LADDER
+from utils.latent_objective import LatentObjective
+from utils.run_arguments import add_run_arguments, check_run_arguments, train
+
+MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # epochs 50, 100 and 200 of 300
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    codecs = parser.add_argument_group("codecs")
+    add = codecs.add_argument
+    add("--high", required=True, metavar="FILE", help="TCM of the high rate (λ = 0.05)")
+    add("--low", required=True, metavar="FILE", help="TCM of the low rate, fine-tuned from the high one")
+    add("--map", choices=("channel", "contextual"), default="channel", help="a gain for every channel, or one that sees the latent too")
+    add("--lmd", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
+    add_run_arguments(parser, save_path="runs/latent_e2e")
+    parser.set_defaults(learning_rate=1e-4)
+    return parser.parse_args(argv)
+
+
+def read_tcm(path: str) -> tuple[TCM, dict]:
+    """A fixed-rate codec, and its last training record."""
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint, path)
+    if type(model) is not TCM:
+        raise CheckpointError(f"{path}: holds a {type(model).__name__}; the experiment is between two fixed-rate TCMs")
+    return model, (checkpoint.get("training") or [{}])[-1]
+
+
+def make_objective(args: argparse.Namespace) -> tuple[LatentObjective, list[dict]]:
+    high, _ = read_tcm(args.high)
+    low, record = read_tcm(args.low)
+    if high.M != low.M:
+        raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
+    mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
+    mapped.load_state_dict(mapped.state_dict() | high.state_dict())
+    return LatentObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_run_arguments(args)
+    team = Team.join(args.device)
+    trainer = train(args, team, lambda: make_objective(args), milestones=MILESTONES)
+    if team.first and (weights := Path(trainer.folder) / "model.pth.tar").exists():
+        print(f"high-rate codec with the map, for eval_vbr.py: {weights}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+"""BD-rate of one codec against another, from the JSON files of eval_vbr.py (or any in CompressAI's format).
+
+    python -m utils.bd_rate --anchor tcm_*.json --test vbr.json
+
+Several files make one curve: six fixed-rate models are six files of one point.
+"""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import bjontegaard
+
+from utils import cli
+
+Curve = list[tuple[float, float]]
+METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--anchor", nargs="+", required=True, metavar="JSON", help="what is compared with")
+    add("--test", nargs="+", required=True, metavar="JSON", help="what is compared")
+    add("--metric", choices=sorted(METRICS), default="psnr", help="quality")
+    add("--method", choices=("akima", "pchip", "cubic"), default="akima", help="interpolation between the points")
+    return parser.parse_args(argv)
+
+
+def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
+    """Points (bpp, quality) by rising rate, and those left out: another one has more quality for no more bits.
+
+    Raises:
+        UserError: names the file that holds no such curve.
+    """
+    points = []
+    for file in files:
+        try:
+            results = json.loads(Path(file).read_text())["results"]
+            quality = next(results[name] for name in METRICS[metric] if name in results)
+            points += zip(map(float, results["bpp"]), map(float, quality), strict=True)
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            cause = f"no {metric}" if isinstance(error, StopIteration) else error
+            raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+    kept: list[tuple[float, float]] = []
+    beaten = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        (beaten if kept and point[1] <= kept[-1][1] else kept).append(point)
+    return kept, beaten
+
+
+def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float, float]:
+    """BD-rate in percent (negative: the tested codec needs fewer bits), and the share of quality in common.
+
+    Raises:
+        UserError: the curves have no quality in common, or one has fewer than four points.
+    """
+    (_, low_a), (_, high_a) = anchor[0], anchor[-1]
+    (_, low_t), (_, high_t) = test[0], test[-1]
+    if min(len(anchor), len(test)) < 4:
+        raise cli.UserError(f"BD-rate needs four rising points a curve, not {len(anchor)} and {len(test)}")
+    common = min(high_a, high_t) - max(low_a, low_t)
+    if common <= 0:
+        raise cli.UserError(
+            f"the curves have no quality in common ({low_a:.2f} … {high_a:.2f} dB and {low_t:.2f} … {high_t:.2f} dB)"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its warning of little overlap: the share is returned
+        rate = bjontegaard.bd_rate(
+            *map(list, zip(*anchor, strict=True)),
+            *map(list, zip(*test, strict=True)),
+            method=method,
+            require_matching_points=False,
+            min_overlap=0,
+        )
+    return float(rate), common / (max(high_a, high_t) - min(low_a, low_t))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    curves = []
+    for name, files in (("anchor", args.anchor), ("test", args.test)):
+        curve, beaten = read_curve(files, args.metric)
+        curves.append(curve)
+        print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
+        for bpp, quality in beaten:
+            print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
+    rate, common = compare(*curves, args.method)
+    print(f"BD-rate {rate:+.2f} % ({args.metric}, {args.method}, over {common:.0%} of the quality range)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

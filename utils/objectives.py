@@ -1,0 +1,162 @@
+"""What each stage of training minimises (SPEC 4): fixed-rate TCM, LAEs alone, everything jointly."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.tcm import TCM, TCM_VBR
+from utils.lambdas import LADDERS, MAX_INDEX, index_to_lambda
+from utils.losses import psnr_of_mse, rate_distortion
+
+
+class Objective(nn.Module):
+    """A model and what it is trained for. As one module, so that several GPUs can share it (DDP).
+
+    Parameters that a stage does not train have `requires_grad` off.
+
+    Args:
+        model: to be trained, in place.
+        metric: "mse" or "ms-ssim".
+    """
+
+    stage = "joint"
+    indices: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
+
+    def __init__(self, model: TCM, metric: str = "mse") -> None:
+        super().__init__()
+        self.model, self.metric = model, metric
+        self.autocast: torch.dtype | None = None
+
+    def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            x: patches `[B, 3, H, W]` in [0, 1].
+            draws: a number in [0, 1) a sample, which names its rate.
+            noise: uniform in ±½, for y and for z.
+
+        Returns:
+            `total`, which has the gradients, and what there is to log: `loss` and others, scalars.
+        """
+        index = self.index(draws)
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.model(x, index, noise=noise)
+        losses = rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
+        aux = self.model.aux_loss()  # of the quantiles alone: no parameter is in both
+        return {"total": losses["loss"] + aux, "aux": aux, **_means(losses)}
+
+    def index(self, draws: Tensor) -> Tensor | None:
+        """Rate index of each sample, `[B]`: uniform over [0, 5]."""
+        return draws * MAX_INDEX
+
+    def lambdas(self, index: Tensor | float | None, batch: int) -> Tensor:
+        """λ of each sample, `[B]`."""
+        index = torch.as_tensor(index, dtype=torch.float32).expand(batch)
+        return index_to_lambda(index, self.metric)
+
+    @torch.no_grad()
+    def measure(self, model: TCM, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
+        """A photograph `[1, 3, H, W]` at a rate, with real rounding: numbers to average, and x̂ as a file holds it."""
+        with recorded_log_m(model) as log_m:
+            out = model(x, index)
+        out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
+        losses = rate_distortion(out, x, self.lambdas(index, 1).to(x.device), self.metric)
+        values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"], **log_m}
+        return {name: float(value) for name, value in values.items()}, out["x_hat"]
+
+    def describe(self) -> dict:
+        """For the training record."""
+        return {"stage": self.stage, "metric": self.metric}
+
+
+class FixedRate(Objective):
+    """A plain TCM at one λ: the base of the variable-rate model, and the teachers of the static stage."""
+
+    stage = "base"
+    indices = (None,)
+
+    def __init__(self, model: TCM, lmbda: float, metric: str = "mse") -> None:
+        super().__init__(model, metric)
+        self.lmbda = lmbda
+
+    def index(self, draws: Tensor) -> None:
+        return None
+
+    def lambdas(self, index: None, batch: int) -> Tensor:
+        return torch.full((batch,), self.lmbda)
+
+    def describe(self) -> dict:
+        return super().describe() | {"lmd": self.lmbda}
+
+
+class Static(Objective):
+    """The LAEs alone, towards the latents of six fixed-rate teachers (SPEC 4: static stage).
+
+    loss = R-D loss + 0.03 · MSE(LAE(g_a(x)), g_a of the teacher of the sample's λ(x)) + 1e-4 · Σ‖p‖₂ over the
+    parameters of both LAEs. Rates are drawn from the six that have a teacher.
+    """
+
+    stage = "static"
+    latent_weight, norm_weight = 0.03, 1e-4
+
+    def __init__(self, model: TCM_VBR, teachers: Sequence[TCM], metric: str = "mse") -> None:
+        super().__init__(model, metric)
+        model.requires_grad_(False)
+        self.laes = [model.modnet_ga, model.modnet_gs]
+        for lae in self.laes:
+            lae.requires_grad_(True)
+        self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False).eval()
+
+    def index(self, draws: Tensor) -> Tensor:
+        return (draws * len(self.teachers)).floor()
+
+    def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        index = self.index(draws)
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.model(x, index, noise=noise)
+            target = self._taught(x, index)
+        losses = rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
+        latent = (out["latent"].float() - target.float()).square().mean()
+        norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
+        total = losses["loss"] + self.latent_weight * latent + self.norm_weight * norms
+        return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
+
+    def _taught(self, x: Tensor, index: Tensor) -> Tensor:
+        """Each sample's latent by the teacher of its λ."""
+        latents: list[Tensor] = [x] * len(x)
+        for number in index.unique().long().tolist():
+            chosen = (index == number).nonzero().flatten()
+            for place, latent in zip(chosen.tolist(), self.teachers[number](x[chosen]), strict=True):
+                latents[place] = latent
+        return torch.stack(latents)
+
+    def train(self, mode: bool = True) -> "Static":
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = {"loss": losses["loss"], "bpp": losses["bpp"], "bpp of z": losses["bpp_z"]}
+    values["psnr"] = psnr_of_mse(losses["mse"])
+    return {name: value.detach().mean() for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def recorded_log_m(model: TCM) -> Iterator[dict[str, Tensor]]:
+    """Mean ln m of the LAEs in a forward pass inside the block: `log_m_ga`, `log_m_gs`; nothing for a TCM."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        getattr(model, f"modnet_{name}").mask.register_forward_hook(
+            lambda module, inputs, log_m, name=name: found.__setitem__(f"log_m_{name}", log_m.mean())
+        )
+        for name in ("ga", "gs")
+        if hasattr(model, f"modnet_{name}")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

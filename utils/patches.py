@@ -1,0 +1,189 @@
+"""Training patches: cut on the device from photographs kept in its memory, or read by workers.
+
+Everything random about a sample is a function of the seed and of the sample's position in the run: the
+photograph, the crop, the rate, the noise. So a run can be resumed anywhere, and shared out to any number of
+processes or workers, without a change in what is trained on.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils.images import ImageError, read_image
+
+GIVE_UP = 100  # photographs in a row that cannot be used
+
+
+@dataclass
+class Batch:
+    """Patches uint8 `[B, 3, h, w]`; for each a number in [0, 1) that names its rate, and a seed for its noise."""
+
+    patches: Tensor
+    draws: Tensor
+    seeds: list[int]
+    unusable: list[str]  # photographs that were passed over, each with the cause
+
+    def pin_memory(self) -> "Batch":
+        self.patches = self.patches.pin_memory()
+        return self
+
+
+class Photographs(Dataset):
+    """Patches of photographs, by position in the run: every photograph once in each pass, in a new order.
+
+    A patch is flipped and (where it is square) transposed at random, and with a chance of `scaled` cut up to
+    twice as large and scaled down. A photograph that cannot be read, or is smaller than a patch, is passed
+    over for the next one.
+
+    Args:
+        size: height and width of a patch.
+        cache: decoded photographs by number; None for those that cannot be used. The others are read when needed.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], size: tuple[int, int], seed: int, scaled: float = 0.25, cache: dict | None = None
+    ) -> None:
+        self.paths, self.size, self.seed, self.scaled = list(paths), size, seed, scaled
+        self.cache: dict[int, Tensor | str] = cache or {}
+        self._pass = (-1, np.empty(0, np.int64))
+
+    def __getitem__(self, position: int) -> Batch:
+        """The sample at a position, as a batch of one.
+
+        Raises:
+            ImageError: a hundred photographs in a row, or all of them, cannot be used.
+        """
+        random = np.random.default_rng((self.seed, position))
+        number, unusable = self._number(position), []
+        for _ in range(min(GIVE_UP, len(self.paths))):
+            image = self._photograph(number)
+            if isinstance(image, Tensor):
+                patch = cut(image, self.size, self.scaled, random)
+                return Batch(patch[None], torch.tensor([random.random()]), [int(random.integers(2**62))], unusable)
+            unusable.append(image)
+            number = (number + 1) % len(self.paths)
+        raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
+
+    def _number(self, position: int) -> int:
+        lap, place = divmod(position, len(self.paths))
+        if self._pass[0] != lap:
+            self._pass = lap, np.random.default_rng((self.seed, lap, 0)).permutation(len(self.paths))
+        return int(self._pass[1][place])
+
+    def _photograph(self, number: int) -> Tensor | str:
+        return self.cache[number] if number in self.cache else usable(self.paths[number], self.size)
+
+
+def usable(path: Path, size: tuple[int, int]) -> Tensor | str:
+    """A photograph, uint8 `[3, H, W]`, or why it cannot be used."""
+    try:
+        image = read_image(path)
+    except ImageError as error:
+        return str(error)
+    if image.shape[1] < size[0] or image.shape[2] < size[1]:
+        return f"{path}: {image.shape[2]}×{image.shape[1]} is smaller than a patch of {size[1]}×{size[0]}"
+    return image
+
+
+def cut(image: Tensor, size: tuple[int, int], scaled: float, random: np.random.Generator) -> Tensor:
+    """One random patch, uint8 `[3, *size]`, of a photograph that is at least as large."""
+    factor = 1.0
+    if random.random() < scaled:
+        largest = min(2.0, image.shape[1] / size[0], image.shape[2] / size[1])
+        factor = random.uniform(1.0, largest)
+    height, width = (int(side * factor) for side in size)
+    top = random.integers(image.shape[1] - height + 1)
+    left = random.integers(image.shape[2] - width + 1)
+    patch = image[:, top : top + height, left : left + width]
+    if (height, width) != tuple(size):
+        patch = F.interpolate(patch[None].float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    turn = int(random.integers(8))
+    if turn & 1:
+        patch = patch.flip(1)
+    if turn & 2:
+        patch = patch.flip(2)
+    if turn & 4 and size[0] == size[1]:
+        patch = patch.transpose(1, 2)
+    return patch.contiguous()
+
+
+def read_all(paths: Sequence[Path], size: tuple[int, int], device: torch.device, quiet: bool = False) -> dict:
+    """All photographs on a device, by number; of those that cannot be used the cause, which is printed too."""
+    cache: dict[int, Tensor | str] = {}
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(lambda path: usable(path, size), paths)
+        bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=quiet)
+        for number, image in enumerate(bar):
+            if isinstance(image, str) and not quiet:
+                tqdm.write(f"skipped: {image}", file=sys.stderr)
+            cache[number] = image if isinstance(image, str) else image.to(device)
+    if not any(isinstance(image, Tensor) for image in cache.values()):
+        raise ImageError(f"no photograph is left to train on; the last one tried: {cache[len(paths) - 1]}")
+    return cache
+
+
+def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
+    """Memory that the photographs take once decoded, by the headers of at most so many of them."""
+    some = paths[:: -(-len(paths) // most)]
+    total = 0
+    for path in some:
+        try:
+            with Image.open(path) as image:
+                total += 3 * image.width * image.height
+        except Exception:  # what is wrong with it is told when it is read
+            continue
+    return total * len(paths) / len(some) / 1e9
+
+
+def batches(
+    photographs: Photographs, batch: int, rank: int, size: int, step: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of one process, without end, from a step on: it takes the rank-th part of every global batch.
+
+    With everything cached, patches are cut in this process, on the device; otherwise by worker processes, which hold
+    a few batches and one decoded photograph each at a time, however many photographs there are.
+    """
+
+    def positions() -> Iterator[list[int]]:
+        first = (step * size + rank) * batch
+        while True:
+            yield list(range(first, first + batch))
+            first += size * batch
+
+    if len(photographs.cache) == len(photographs.paths):
+        for place in positions():
+            yield collate([photographs[position] for position in place])
+    loader = DataLoader(
+        photographs,
+        batch_sampler=positions(),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_run,
+    )
+    yield from loader
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    return Batch(
+        torch.cat([sample.patches for sample in samples]),
+        torch.cat([sample.draws for sample in samples]),
+        [seed for sample in samples for seed in sample.seeds],
+        [text for sample in samples for text in sample.unusable],
+    )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,153 @@
+"""Arguments that the training scripts share, and the parts of a run that follow from them."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.tcm import STRIDE
+from utils import cli
+from utils.distributed import Team
+from utils.images import find_images
+from utils.objectives import Objective
+from utils.patches import Photographs, decoded_gigabytes, read_all
+from utils.schedule import Settings
+from utils.training import PRECISIONS, Trainer, compile_networks
+
+MOST_VALIDATION = 24  # photographs, where none are named
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
+    data = parser.add_argument_group("photographs")
+    add = data.add_argument
+    add("-d", "--dataset", nargs="+", required=True, metavar="DIR", help="folders of training photographs, searched recursively")
+    add("--val", nargs="+", metavar="DIR", help=f"photographs to validate on (default: every 20th training photograph, at most {MOST_VALIDATION})")
+    add("--val-size", type=int, default=256, metavar="N", help="centre crop of the validation photographs; a multiple of 128")
+    add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
+    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches a step and process")
+    add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this, and read again and again by workers otherwise")
+    add("-n", "--num-workers", type=int, default=4, metavar="W", help="processes that read photographs which are not kept")
+
+    budget = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none")
+    add = budget.add_argument
+    add("-e", "--epochs", type=int, default=0, metavar="E", help="passes over the photographs")
+    add("--max-steps", type=int, default=0, metavar="S", help="steps")
+    add("--max-minutes", type=float, default=0, metavar="T", help="minutes of training steps (validation comes on top)")
+
+    learning = parser.add_argument_group("optimisation")
+    add = learning.add_argument
+    add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
+    add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
+    add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
+    add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
+    add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at")
+    add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
+    add("--amp", nargs="?", const="bf16", choices=sorted(PRECISIONS), help="autocast (bf16 where nothing is said), entropy models in float32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--seed", type=int, default=Settings.seed, help="of weights, order, crops, rates and noise")
+
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--save_path", default=save_path, metavar="DIR", help="folder of the run")
+    add("--resume", action="store_true", help="go on with the run in --save_path, exactly")
+    add("--validate-minutes", type=float, default=Settings.validate_minutes, metavar="T", help="minutes of training between validations")
+    add("--save-minutes", type=float, default=Settings.save_minutes, metavar="T", help="minutes of training between saves of what --resume needs")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    add("--cuda", action="store_true", help="accepted for published command lines: a GPU is used where there is one")
+
+
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """UserError naming the flag that is wrong."""
+    if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
+        raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
+    if not (args.max_minutes or args.max_steps or args.epochs):
+        raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
+    if len(args.patch_size) > 2:
+        raise cli.UserError("--patch-size takes one number or two")
+    for flag, sides in (("--patch-size", args.patch_size), ("--val-size", [args.val_size])):
+        for side in sides:
+            if side <= 0 or side % STRIDE:
+                raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
+    if args.seed < 0 or args.num_workers < 0:
+        raise cli.UserError("--seed and --num-workers must not be negative")
+    last = Path(args.save_path) / "last.pth.tar"
+    if args.resume and not last.is_file():
+        raise cli.UserError(f"{last}: nothing to resume")
+    if not args.resume and last.exists():
+        raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
+
+
+def train(
+    args: argparse.Namespace,
+    team: Team,
+    make_objective: Callable[[], tuple[Objective, list[dict]]],
+    milestones: tuple[float, ...] = Settings.milestones,
+) -> Trainer:
+    """Read the photographs, make the objective (and the training records of its weights), and train it."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    size = (args.patch_size[0], args.patch_size[-1])
+    paths, held_out = split(args)
+    objective, history = make_objective()
+    objective.to(team.device, memory_format=torch.channels_last)
+    if objective.metric == "ms-ssim" and min(*size, args.val_size) < 256:
+        raise cli.UserError("MS-SSIM has five scales: it needs a --patch-size and a --val-size of at least 256")
+
+    needed = decoded_gigabytes(paths)
+    cache = None
+    if needed <= args.cache_gb:
+        cache = read_all(paths, size, team.device, quiet=not team.first)
+    elif team.first:
+        print(f"{len(paths)} photographs take about {needed:.1f} GB: more than --cache-gb, so workers read them as needed")
+    photographs = Photographs(paths, size, args.seed, cache=cache)
+    found = read_all(held_out, (STRIDE, STRIDE), torch.device("cpu"), quiet=not team.first)
+    validation = [centre_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
+
+    batch = args.batch_size * team.size
+    steps = [s for s in (args.max_steps, args.epochs * -(-len(paths) // batch)) if s]
+    settings = Settings(
+        max_minutes=args.max_minutes,
+        max_steps=min(steps, default=0),
+        batch_size=batch,
+        patch_size=size,
+        learning_rate=args.learning_rate,
+        aux_learning_rate=args.aux_learning_rate,
+        schedule=args.schedule,
+        milestones=milestones,
+        warmup=args.warmup,
+        clip_max_norm=args.clip_max_norm,
+        ema=args.ema,
+        validate_minutes=args.validate_minutes,
+        save_minutes=args.save_minutes,
+        amp=args.amp,
+        seed=args.seed,
+    )
+    folder = Path(args.save_path)
+    trainer = Trainer(objective, photographs, args.num_workers, validation, folder, settings, team, history)
+    if args.resume:
+        trainer.resume()
+    if args.compile:
+        compile_networks(objective.model)
+    trainer.run()
+    team.leave()
+    return trainer
+
+
+def split(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """Photographs to train on, and to validate on; none is in both."""
+    paths = find_images(args.dataset)
+    held_out = find_images(args.val) if args.val else paths[:: max(20, -(-len(paths) // MOST_VALIDATION))]
+    apart = {path.resolve() for path in held_out}
+    paths = [path for path in paths if path.resolve() not in apart]
+    if not paths:
+        raise cli.UserError("no photograph is left to train on beside those to validate on")
+    return paths, held_out
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """The middle of uint8 `[3, H, W]`: at most size × size, sides multiples of 128."""
+    height, width = (min(size, side // STRIDE * STRIDE) for side in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
