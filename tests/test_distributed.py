@@ -1,5 +1,6 @@
 """Training in several processes, as torchrun starts them (gloo on the CPU)."""
 
+import contextlib
 import json
 import os
 import re
@@ -47,12 +48,16 @@ def start(tmp_path):
         folder.mkdir()
         with (folder / "output").open("w") as file:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, env=environment))
-        return started[-1]
+            process = subprocess.Popen(
+                command, cwd=tmp_path, stdout=file, stderr=file, env=environment, start_new_session=True
+            )
+        started.append(process)
+        return process
 
     yield launch
-    for process in started:
-        process.kill()
+    for process in started:  # torchrun's own children too, which would go on without it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,7 +1,6 @@
 """Training in one process: stages, budget, resume, and what goes wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -51,6 +50,23 @@ def tcm(tmp_path) -> str:
     torch.manual_seed(1)
     export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [])
     return str(tmp_path / "tcm.pth.tar")
+
+
+@pytest.fixture
+def start():
+    """Start train_vbr.py as a process; its output is in the file `output` of the run's folder."""
+    started = []
+
+    def launch(folder: Path, *more) -> subprocess.Popen:
+        folder.mkdir()
+        with (folder / "output").open("w") as file:
+            command = [sys.executable, "train_vbr.py", *map(str, more)]
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file))
+        return started[-1]
+
+    yield launch
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture
@@ -282,13 +298,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, lo
     assert whole["progress"]["step"] == parts["progress"]["step"] == 6
 
 
-def start(folder: Path, *more, **environment) -> subprocess.Popen:
-    command = [sys.executable, "train_vbr.py", *map(str, more)]
-    folder.mkdir(exist_ok=True)
-    with (folder / "output").open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | environment)
-
-
 def wait_for(condition, process=None, seconds=120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -297,7 +306,7 @@ def wait_for(condition, process=None, seconds=120) -> None:
         time.sleep(0.05)
 
 
-def test_killed_at_any_moment_a_run_goes_on_exactly(photos, checkpoint, tmp_path, losses):
+def test_killed_at_any_moment_a_run_goes_on_exactly(photos, checkpoint, tmp_path, losses, start):
     more = ["--checkpoint", checkpoint, "--max-steps", 12]
     whole = train(photos, tmp_path / "whole", *more)
     expected = list(losses)
@@ -318,7 +327,7 @@ def test_killed_at_any_moment_a_run_goes_on_exactly(photos, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, number):
+def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, number, start):
     more = ["--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000, "--cache-gb", 0, "-n", 1]
     process = start(tmp_path / "run", *arguments(photos, tmp_path / "run", *more))
     output = tmp_path / "run" / "output"

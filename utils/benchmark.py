@@ -67,10 +67,11 @@ class Timer:
 
 
 class MatrixProduct:
-    """A float32 product of two square matrices: the rate that networks are compared with."""
+    """A product of two square matrices: the rate that networks are compared with."""
 
-    def __init__(self, device: torch.device, size: int = 2048) -> None:
-        self.a, self.b = torch.randn(2, size, size, device=device)
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        size = 8192 if device.type == "cuda" else 2048
+        self.a, self.b = torch.randn(2, size, size, device=device, dtype=dtype)
         self.macs = size**3
 
     def __call__(self) -> Tensor:
