@@ -7,7 +7,7 @@ processes or workers, without a change in what is trained on.
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +148,7 @@ def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
 
 def batches(
     photographs: Photographs, batch: int, rank: int, size: int, step: int, workers: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of one process, without end, from a step on: it takes the rank-th part of every global batch.
 
     With everything cached, patches are cut in this process, on the device; otherwise by worker processes, which hold

@@ -10,7 +10,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Trainer:
         # fp16's small gradients would vanish; a start at 2^10 costs no skipped steps, as 2^16 does.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.shared: nn.Module = DistributedDataParallel(objective) if team.size > 1 else objective
-        self.batches: Iterator[Batch] = iter(())
+        self.batches: Generator[Batch, None, None] | None = None
         self.ahead: Batch | None = None
         self.waited = 0.0
         self.unusable = {told for told in photographs.cache.values() if isinstance(told, str)}
@@ -186,6 +186,7 @@ class Trainer:
                 raise cli.UserError(f"another process of this run has ended; go on with --resume from {last}") from None
             raise
         finally:
+            self.batches.close()  # its workers end in peace
             if self.writer:
                 self.writer.close()
 
