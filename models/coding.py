@@ -5,13 +5,26 @@ slice round(y − μ) + μ. All symbols of one image form one rANS stream (Compr
 slice, each in C, H, W order.
 """
 
+import math
 import struct
 from array import array
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from torch import Tensor
+
+from models.sensitive import (
+    Guard,
+    crc_of,
+    is_sensitive,
+    pack_positions,
+    row_below,
+    table_index,
+    unpack_positions,
+)
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
@@ -39,6 +52,12 @@ class CodingTables:
         self.sizes = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
+
+    def fewest_bits(self, indexes: Tensor) -> float:
+        """No stream of symbols with these table rows is shorter: every one the likeliest of its row."""
+        likeliest = [max(np.diff(row).tolist()) / 2**16 for row in self.cdfs]
+        counts = np.bincount(indexes.flatten().numpy(), minlength=len(likeliest))
+        return float(-(counts * np.log2(likeliest)).sum())
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
         """One stream of int symbols, each with the row of the table that codes it; any equal shapes."""
@@ -70,16 +89,15 @@ def to_symbols(rounded: Tensor) -> Tensor:
     return rounded.int().cpu()
 
 
-def open_stream(stream: bytes) -> RansDecoder:
+def open_stream(stream: bytes, symbols: int) -> RansDecoder:
+    """A stream from which so many symbols will be taken.
+
+    CompressAI's decoder does not know where its stream ends, and a wrong one may end early: zeros follow, more than
+    the symbols can use up (2 bytes each, and rarely an escape).
+    """
     decoder = RansDecoder()
-    decoder.set_stream(stream)
+    decoder.set_stream(stream + bytes(4 * symbols + 1024))
     return decoder
-
-
-def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
-    """Row of the scale table for every σ, int32: build_indexes in one search instead of 63 passes."""
-    bounded = gaussian.lower_bound_scale(sigma).contiguous()  # the order in which symbols are coded
-    return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 
 
 def likelihood_of_y(gaussian: GaussianConditional, values: Tensor, sigma: Tensor, mu: Tensor) -> Tensor:
@@ -131,17 +149,21 @@ class Estimate:
 
 
 class Encode:
-    """Collects the symbols of y `[B, M, h, w]` and the table row of each."""
+    """Collects the symbols of y `[B, M, h, w]`, the table row of each, and where another machine may err."""
 
-    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int) -> None:
-        self.gaussian, self.slices = gaussian, y.float().chunk(num_slices, 1)
+    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, epsilon: float) -> None:
+        self.gaussian, self.slices, self.epsilon = gaussian, y.float().chunk(num_slices, 1), epsilon
         self.symbols: list[Tensor] = []
         self.indexes: list[Tensor] = []
+        self.sensitive: list[Tensor] = []
+        self.below: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         symbols = torch.round(self.slices[len(self.symbols)] - mu)
         self.symbols.append(to_symbols(symbols))
         self.indexes.append(table_index(self.gaussian, sigma).cpu())
+        self.sensitive.append(is_sensitive(self.gaussian, sigma, self.epsilon).cpu())
+        self.below.append(row_below(self.gaussian, sigma).cpu())
         return symbols + mu
 
     def streams(self, tables: CodingTables) -> list[bytes]:
@@ -149,16 +171,57 @@ class Encode:
         symbols, indexes = torch.cat(self.symbols, 1), torch.cat(self.indexes, 1)
         return [tables.encode(s, i) for s, i in zip(symbols, indexes, strict=True)]
 
+    def guards(self, crcs: list[int]) -> list[Guard]:
+        """One an image, from the CRC of its z."""
+        symbols, indexes, sensitive, below = (
+            torch.cat(parts, 1).flatten(1) for parts in (self.symbols, self.indexes, self.sensitive, self.below)
+        )
+        guards = []
+        for number, crc in enumerate(crcs):
+            positions = sensitive[number].nonzero().flatten()
+            above = (indexes[number, positions] != below[number, positions]).numpy()
+            guards.append(Guard(pack_positions(positions.numpy(), above), crc_of(symbols[number], crc)))
+        return guards
+
 
 class Decode:
-    """Takes the symbols from one stream an image."""
+    """Takes the symbols from one stream an image.
 
-    def __init__(self, gaussian: GaussianConditional, tables: CodingTables, streams: list[bytes]) -> None:
-        self.gaussian, self.tables = gaussian, tables
-        self.decoders = [open_stream(stream) for stream in streams]
+    Args:
+        shape: of y of one image, (M, h, w).
+        guards: the listed positions of each image, and nothing of the sort where it is None.
+        crcs: of each image's z; its y is added slice by slice.
+    """
+
+    def __init__(
+        self,
+        gaussian: GaussianConditional,
+        tables: CodingTables,
+        streams: list[bytes],
+        shape: Sequence[int],
+        guards: list[Guard] | None,
+        crcs: list[int],
+    ) -> None:
+        self.gaussian, self.tables, self.crcs = gaussian, tables, list(crcs)
+        count = math.prod(shape)
+        self.decoders = [open_stream(stream, count) for stream in streams]
+        self.listed = [unpack_positions(guard.listed, count) for guard in guards or ()]
+        self.done = 0
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         indexes = table_index(self.gaussian, sigma).cpu()
-        pairs = zip(self.decoders, indexes, strict=True)
-        symbols = torch.stack([self.tables.decode(decoder, index) for decoder, index in pairs])
-        return symbols.to(mu.device).type_as(mu) + mu
+        if self.listed:
+            self._correct(indexes.flatten(1), row_below(self.gaussian, sigma).cpu().flatten(1))
+        self.done += indexes[0].numel()
+        decoded = []
+        for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
+            decoded.append(self.tables.decode(decoder, index))
+            self.crcs[number] = crc_of(decoded[-1], self.crcs[number])
+        return torch.stack(decoded).to(mu.device).type_as(mu) + mu
+
+    def _correct(self, indexes: Tensor, below: Tensor) -> None:
+        """The encoder's rows at the listed positions of this slice, in place."""
+        for number, (positions, above) in enumerate(self.listed):
+            first, last = np.searchsorted(positions, (self.done, self.done + indexes.shape[1]))
+            here = torch.from_numpy(positions[first:last] - self.done)
+            indexes[number, here] = below[number, here] + torch.from_numpy(above[first:last]).int()

@@ -5,6 +5,8 @@ The slice walk exists once; `models.coding` says what happens to a slice on the 
 are estimated, its symbols written, or its symbols read. TCM_VBR overrides analysis and synthesis alone.
 """
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from models.coding import CodingTables, Decode, Encode, Estimate, likelihood_of_z, open_stream, ste_round, to_symbols
 from models.layers import ConvTransBlock, SWAtten
+from models.sensitive import EPSILON, DecodingError, Guard, crc_of
 from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
 from utils.lambdas import check_index, draw_index
 
@@ -150,6 +153,8 @@ class TCM(CompressionModel):
         self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
         self._tables: tuple[CodingTables, CodingTables] | None = None
+        self._fingerprint: bytes | None = None
+        self.epsilon = EPSILON  # how near a boundary of the scale table σ has to be for a file to list it
         self.metric = "mse"  # what the weights were trained for; a checkpoint says so
 
     # What TCM_VBR overrides ------------------------------------------------------------------
@@ -259,47 +264,68 @@ class TCM(CompressionModel):
         """Code images `[B, 3, H, W]`.
 
         Returns:
-            `strings`: [y_strings, z_strings], a bytes object an image; `shape`: (h, w) of z;
-            `m_y`: `[B]`, mean ln m of the analysis LAE.
+            `strings`: [y_strings, z_strings], a bytes object an image; `shape`: (h, w) of z; `guards`: one an
+            image, for decoding on another machine; `m_y`: `[B]`, mean ln m of the analysis LAE.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, log_m = self.analyze(x, index)
-        strings, shape, _ = self._encode(y, self.h_a(y))
-        return {"strings": strings, "shape": shape, "m_y": log_m.mean((1, 2, 3))}
+        coded, _ = self._encode(y, self.h_a(y))
+        return coded | {"m_y": log_m.mean((1, 2, 3))}
 
     @torch.no_grad()
     def test_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
-        """Code a latent for real: `strings` and `shape` as `compress`, `x_hat` as `decompress` of them."""
+        """Code a latent for real: as `compress`, with `x_hat` as `decompress` of it."""
         index = self.resolve_index(index, len(y))
-        strings, shape, y_hat = self._encode(y, z)
-        x_hat = self.synthesize(y_hat, index)
-        return {"strings": strings, "shape": shape, "x_hat": x_hat.clamp_(0, 1)}
+        coded, y_hat = self._encode(y, z)
+        return coded | {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
-    def decompress(self, strings: list[list[bytes]], shape: Sequence[int], index: Tensor | float | None = None) -> dict:
+    def decompress(
+        self,
+        strings: list[list[bytes]],
+        shape: Sequence[int],
+        index: Tensor | float | None = None,
+        guards: list[Guard] | None = None,
+    ) -> dict:
         """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
 
-        Decode the batch that was encoded: a convolution's last bits can depend on the batch size, and a σ on
-        the boundary of two table rows would then be read with the other one.
+        Without guards, decode in the batch, and on the machine, that encoded: the last bits of a convolution
+        depend on both, and a σ on the boundary of two table rows would be read with the other one.
+
+        Raises:
+            DecodingError: a stream is too short for the shape, or (with guards) the symbols are not those encoded.
         """
         y_strings, z_strings = strings
         index = self.resolve_index(index, len(y_strings))
         y_tables, z_tables = self.tables
         rows = self._z_rows(shape)
-        z = torch.stack([z_tables.decode(open_stream(s), rows) for s in z_strings])
+        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(rows) - 64:
+            raise DecodingError("the streams are too short for a picture of this size")
+        z = torch.stack([z_tables.decode(open_stream(s, rows.numel()), rows) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
-        y_hat = self.walk(z_hat, Decode(self.gaussian_conditional, y_tables, y_strings))
+        latent = (self.M, 4 * shape[0], 4 * shape[1])
+        crcs = [crc_of(symbols) for symbols in z]
+        coder = Decode(self.gaussian_conditional, y_tables, y_strings, latent, guards, crcs)
+        with _repeatable():
+            y_hat = self.walk(z_hat, coder)
+        if guards and [guard.crc for guard in guards] != coder.crcs:
+            raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
-    def _encode(self, y: Tensor, z: Tensor) -> tuple[list[list[bytes]], tuple[int, int], Tensor]:
+    def _encode(self, y: Tensor, z: Tensor) -> tuple[dict, Tensor]:
         y_tables, z_tables = self.tables
-        symbols = torch.round(z - self.medians)
-        coder = Encode(self.gaussian_conditional, y, self.num_slices)
-        y_hat = self.walk(symbols + self.medians, coder)
-        rows = self._z_rows(z.shape[-2:])
-        z_strings = [z_tables.encode(s, rows) for s in to_symbols(symbols)]
-        return [coder.streams(y_tables), z_strings], tuple(z.shape[-2:]), y_hat
+        rounded = torch.round(z - self.medians)
+        coder = Encode(self.gaussian_conditional, y, self.num_slices, self.epsilon)
+        with _repeatable():
+            y_hat = self.walk(rounded + self.medians, coder)
+        rows, symbols = self._z_rows(z.shape[-2:]), to_symbols(rounded)
+        z_strings = [z_tables.encode(s, rows) for s in symbols]
+        return {
+            "strings": [coder.streams(y_tables), z_strings],
+            "shape": tuple(z.shape[-2:]),
+            "guards": coder.guards([crc_of(s) for s in symbols]),
+        }, y_hat
 
     def _z_rows(self, shape: Sequence[int]) -> Tensor:
         """Table row of every element of z: its channel. int32 `[C, *shape]`."""
@@ -323,9 +349,20 @@ class TCM(CompressionModel):
             self._tables = CodingTables(self.gaussian_conditional), CodingTables(self.entropy_bottleneck)
         return self._tables
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Eight bytes that tell weights and coding tables from others; of what they were at the first call."""
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(repr(self.arguments).encode(), digest_size=8)
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+            self._fingerprint = digest.digest()
+        return self._fingerprint
+
     def update(self, *args, **kwargs) -> bool:
         """Compute the coding tables (CompressAI); needed once after training."""
-        self._tables = None
+        self._tables = self._fingerprint = None
         return super().update(*args, **kwargs)
 
     # Weights ---------------------------------------------------------------------------------
@@ -339,7 +376,7 @@ class TCM(CompressionModel):
         state_dict = normalise(state_dict, self)
         if strict and (problem := explain_mismatch(state_dict, self)):
             raise ValueError(f"these weights do not fit {type(self).__name__}: {problem}")
-        self._tables = None
+        self._tables = self._fingerprint = None
         empty_tables(self)
         return super().load_state_dict(state_dict, strict=strict)
 
@@ -350,6 +387,11 @@ class TCM(CompressionModel):
         model = cls(**infer_arguments(state_dict))
         model.load_state_dict(state_dict)
         return model.eval()
+
+
+def _repeatable() -> contextlib.AbstractContextManager:
+    """On a GPU: no TF32 (ten bits would steer the decoder), and no kernels chosen by how fast they ran."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 class _SubsampledConv(nn.Conv2d):
@@ -388,7 +430,7 @@ class mask(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        rate = self.lmd_map(index.to(y.device).view(-1, 1))[:, :, None, None]
+        rate = self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
         return F.softsign(rate + self.alpha * self.latent_attn(y))
 
 

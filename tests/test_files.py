@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from tests.conftest import TINY
-from utils.bitstream import Coded, pack, unpack
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.files import atomic_write
 from utils.images import ImageError, crop, find_images, pad, read_image, save_image, to_uint8
@@ -121,37 +120,6 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
             file.write(b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
     assert not Path("/dev/null").is_file()
-
-
-# Bitstream -----------------------------------------------------------------------------------
-
-
-def test_bitstream_returns_what_it_was_given():
-    coded = Coded(451, 300, 2.5, b"yyyyy", b"zz")
-    data = pack(coded)
-    assert unpack(data) == coded
-    assert len(data) == 17 + 5 + 2
-    assert coded.shape == (6, 8)
-    assert unpack(pack(coded._replace(index=None))).index is None
-
-
-@pytest.mark.parametrize("data", [b"", b"TVBR", b"PNG" * 20, pack(Coded(5, 5, 1.0, b"", b"zz"))[:-1]])
-def test_other_bytes_are_refused(data):
-    with pytest.raises(ValueError):
-        unpack(data)
-
-
-def test_newer_version_is_refused_by_number():
-    data = bytearray(pack(Coded(5, 5, 1.0, b"y", b"z")))
-    data[4] = 9
-    with pytest.raises(ValueError, match="version 9"):
-        unpack(bytes(data))
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, 65536)])
-def test_sides_that_do_not_fit(size):
-    with pytest.raises(ValueError, match="sides"):
-        pack(Coded(*size, 1.0, b"", b""))
 
 
 # Metrics -------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.coding import CodingTables, ste_round, table_index
+from models.coding import CodingTables, ste_round
+from models.sensitive import table_index
 from models.tcm import PRESETS, TCM, TCM_VBR
 from tests.conftest import TINY, shake
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.coding import CodingTables, Encode, open_stream, ste_round, table_index
+from models.coding import CodingTables, Encode, open_stream, ste_round
+from models.sensitive import table_index
 from models.tcm import PRESETS, TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import load_model
@@ -92,7 +93,7 @@ def drawn_symbols(model: TCM, shape: torch.Size) -> tuple[Tensor, Tensor]:
 
 
 def decode_slices(tables: CodingTables, stream: bytes, rows: Tensor, slices: int) -> None:
-    decoder = open_stream(stream)
+    decoder = open_stream(stream, rows.numel())
     for part in rows.chunk(slices):
         tables.decode(decoder, part)
 
@@ -117,13 +118,13 @@ def main(argv: list[str] | None = None) -> None:
 
     y, _ = model.analyze(x, index)
     z_hat = ste_round(model.h_a(y) - model.medians) + model.medians
-    coder = Encode(model.gaussian_conditional, y, model.num_slices)
+    coder = Encode(model.gaussian_conditional, y, model.num_slices, model.epsilon)
     y_hat = model.walk(z_hat, coder)
     symbols, rows = torch.cat(coder.symbols, 1)[0], torch.cat(coder.indexes, 1)[0]
 
     def walk() -> None:
         z_hat = ste_round(model.h_a(y) - model.medians) + model.medians
-        model.walk(z_hat, Encode(model.gaussian_conditional, y, model.num_slices))
+        model.walk(z_hat, Encode(model.gaussian_conditional, y, model.num_slices, model.epsilon))
 
     networks = {
         "analysis": lambda: model.analyze(x, index),

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from models.tcm import TCM
-from utils.bitstream import Coded, pack, unpack
+from models.tcm import TCM, TCM_VBR
+from utils.bitstream import MAX_PIXELS, Coded, FileError, pack, unpack
 from utils.images import crop, pad, to_float, to_uint8
 from utils.lambdas import index_to_lambda
 from utils.losses import bits
@@ -37,13 +37,27 @@ def encode(model: TCM, image: Tensor, index: float | None) -> bytes:
     """A picture, uint8 `[3, H, W]` on the model's device, as the bytes of a file."""
     out = model.compress(pad(to_float(image)), index)
     (y,), (z,) = out["strings"]
-    return pack(Coded(image.shape[2], image.shape[1], index, y, z))
+    height, width = image.shape[1:]
+    index = index if isinstance(model, TCM_VBR) else None
+    return pack(Coded(width, height, index, y, z, model.fingerprint, out["guards"][0]))
 
 
-def decode(model: TCM, data: bytes) -> Tensor:
-    """The picture in a file, uint8 `[3, H, W]`."""
-    coded = unpack(data)
-    out = model.decompress([[coded.y], [coded.z]], coded.shape, coded.index)
+def decode(model: TCM, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The picture in a file, uint8 `[3, H, W]`.
+
+    Raises:
+        FileError: not a file of these weights, or damaged.
+        DecodingError: the arithmetic of this machine differs from the encoder's by more than the file allows for.
+    """
+    coded = unpack(data, max_pixels)
+    if coded.fingerprint not in (None, model.fingerprint):
+        raise FileError(
+            f"encoded with other weights (fingerprint {coded.fingerprint.hex()}, not {model.fingerprint.hex()})"
+        )
+    if (coded.index is None) == isinstance(model, TCM_VBR):
+        raise FileError("encoded with weights of another kind (fixed-rate or variable-rate)")
+    guards = None if coded.guard is None else [coded.guard]
+    out = model.decompress([[coded.y], [coded.z]], coded.shape, coded.index, guards)
     return to_uint8(crop(out["x_hat"], coded.height, coded.width)[0])
 
 

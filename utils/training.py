@@ -86,9 +86,11 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, settings)
         precision = PRECISIONS.get(settings.amp)
         objective.autocast = precision
-        # fp16's small gradients would vanish; a start at 2^10 costs no skipped steps, as 2^16 does.
+        # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
-        self.shared: nn.Module = DistributedDataParallel(objective) if team.size > 1 else objective
+        self.shared: nn.Module = (
+            DistributedDataParallel(objective, broadcast_buffers=False) if team.size > 1 else objective
+        )
         self.batches: Generator[Batch, None, None] | None = None
         self.ahead: Batch | None = None
         self.waited = 0.0

@@ -1,0 +1,88 @@
+"""Decoding elsewhere: which σ lie so near a boundary of the scale table that another machine may see them across it.
+
+Only the table rows steer the entropy decoder. Floating point differs in its last bits between processors, thread
+counts and kernels, and one row taken differently makes garbage of all that follows. So the encoder lists the
+positions whose σ is within ε of a boundary, and the side that it took; the decoder computes the rest.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from compressai.entropy_models import GaussianConditional
+from torch import Tensor
+
+# Relative. Differences of σ measured between one thread and two, memory formats, attention kernels, with and
+# without oneDNN, and against float64: 5.8e-6 at most, 2.4e-6 for 99.9 % of the positions (README).
+EPSILON = 5e-6
+_BELOW = 0.95  # neighbouring boundaries are 13 % apart: a little below one is surely above the one before
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What makes decoding safe: the listed positions, coded, and the CRC-32 of all symbols, z's first."""
+
+    listed: bytes
+    crc: int
+
+
+class DecodingError(ValueError):
+    """The symbols are not those that were encoded."""
+
+
+def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
+    """Row of the scale table for every σ, int32: build_indexes in one search instead of 63 passes."""
+    bounded = gaussian.lower_bound_scale(sigma).contiguous()  # the order in which symbols are coded
+    return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
+
+
+def is_sensitive(gaussian: GaussianConditional, sigma: Tensor, epsilon: float) -> Tensor:
+    """Whether each σ has a boundary within relative ε."""
+    return table_index(gaussian, sigma * (1 - epsilon)) != table_index(gaussian, sigma * (1 + epsilon))
+
+
+def row_below(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
+    """For σ close to a boundary, on whichever side: the row below it."""
+    return table_index(gaussian, sigma * _BELOW)
+
+
+def pack_positions(positions: np.ndarray, above: np.ndarray) -> bytes:
+    """Rising positions, each with the side that was taken: Rice codes of the gaps, and a bit.
+
+    The first byte is the number of low bits; the end is filled with ones, which end no code.
+    """
+    if not len(positions):
+        return b""
+    gaps = np.diff(positions, prepend=-1) - 1
+    low = max(0, int(np.log2(gaps.mean() * np.log(2) + 1e-9)))
+    bits = "".join(
+        "1" * (gap >> low) + "0" + (f"{gap & ((1 << low) - 1):0{low}b}" if low else "") + str(side)
+        for gap, side in zip(gaps.tolist(), above.astype(int).tolist(), strict=True)
+    )
+    bits += "1" * (-len(bits) % 8)
+    return bytes([low]) + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+def unpack_positions(data: bytes, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `pack_positions` was given, of `count` positions in all. ValueError if it cannot be."""
+    positions, above = [], []
+    if data:
+        low = data[0]
+        bits = f"{int.from_bytes(data[1:], 'big'):0{8 * (len(data) - 1)}b}"
+        at, position = 0, -1
+        while (end := bits.find("0", at)) >= 0:
+            high, at = end - at, end + 2 + low
+            if at > len(bits):
+                raise ValueError("the list of sensitive positions is damaged")
+            position += 1 + (high << low) + int(bits[end + 1 : at - 1] or "0", 2)
+            if position >= count:
+                raise ValueError("the list of sensitive positions is damaged")
+            positions.append(position)
+            above.append(bits[at - 1] == "1")
+    return np.array(positions, np.int64), np.array(above, bool)
+
+
+def crc_of(symbols: Tensor, crc: int = 0) -> int:
+    """CRC-32 of int32 symbols, going on from another one."""
+    return zlib.crc32(symbols.contiguous().numpy(), crc)
