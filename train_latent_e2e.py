@@ -10,6 +10,7 @@ map around its entropy model. The weights can be measured with eval_vbr.py, as t
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from models.latent_map import TCM_Mapped
@@ -35,17 +36,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--map", choices=("channel", "contextual"), default="channel", help="a gain for every channel, or one that sees the latent too")
     add("--lmd", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
     add_run_arguments(parser, save_path="runs/latent_e2e")
-    parser.set_defaults(learning_rate=1e-4)
+    parser.set_defaults(learning_rate=1e-4, schedule="step")
     return parser.parse_args(argv)
 
 
 def read_tcm(path: str) -> tuple[TCM, dict]:
-    """A fixed-rate codec, and its last training record."""
+    """A fixed-rate codec, and what it was trained for."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     if type(model) is not TCM:
         raise CheckpointError(f"{path}: holds a {type(model).__name__}; the experiment is between two fixed-rate TCMs")
-    return model, (checkpoint.get("training") or [{}])[-1]
+    return model, checkpoint.get("objective") or (checkpoint.get("training") or [{}])[-1]
 
 
 def make_objective(args: argparse.Namespace) -> tuple[LatentObjective, list[dict]]:
@@ -61,6 +62,8 @@ def make_objective(args: argparse.Namespace) -> tuple[LatentObjective, list[dict
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_run_arguments(args)
+    if args.lmd is not None and not 0 < args.lmd < math.inf:
+        raise cli.UserError("--lmd is a λ, a positive number")
     team = Team.join(args.device)
     trainer = train(args, team, lambda: make_objective(args), milestones=MILESTONES)
     if team.first and (weights := Path(trainer.folder) / "model.pth.tar").exists():

@@ -23,6 +23,7 @@ from utils.distributed import Team
 from utils.lambdas import LADDERS
 from utils.objectives import FixedRate, Objective, Static
 from utils.run_arguments import add_run_arguments, check_run_arguments, train
+from utils.training import read_run
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +59,10 @@ def make_model(args: argparse.Namespace) -> tuple[TCM, list[dict]]:
     """The model to train, and the training records of the weights it starts from."""
     cls = TCM if args.stage == "base" else TCM_VBR
     if args.resume:
-        model, history = cls(**read_checkpoint(Path(args.save_path) / "last.pth.tar")["arguments"]), []
+        state = read_run(Path(args.save_path))
+        if state["model"] != cls.__name__:
+            raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; --stage {args.stage} is of a {cls.__name__}")
+        model, history = cls(**state["arguments"]), []
     elif args.checkpoint is None:
         arguments = PRESETS[args.preset] | ({"N": args.N} if args.N else {})
         try:
@@ -68,6 +72,8 @@ def make_model(args: argparse.Namespace) -> tuple[TCM, list[dict]]:
     else:
         checkpoint = read_checkpoint(args.checkpoint)
         start = build_model(checkpoint, args.checkpoint)
+        if type(start) not in (TCM, TCM_VBR):
+            raise cli.UserError(f"{args.checkpoint}: holds a {type(start).__name__}; training starts from a TCM or TCM_VBR")
         weights = start.state_dict()
         if cls is TCM:  # the LAEs of a TCM_VBR stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
@@ -83,6 +89,8 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
     Raises:
         UserError: one is missing, or there twice, or has another latent than the student.
     """
+    if not Path(folder).is_dir():
+        raise cli.UserError(f"{folder}: no such folder")
     found: dict[float, tuple[Path, TCM]] = {}
     paths = sorted(path for path in Path(folder).rglob("*") if path.name.endswith((".pth", ".pt", ".tar")))
     for path in (p for p in paths if p.name != "last.pth.tar"):
@@ -96,6 +104,8 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         if lmbda in found:
             raise cli.UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
         teacher = build_model(checkpoint, path)
+        if type(teacher) is not TCM or teacher.metric != student.metric:
+            raise cli.UserError(f"{path}: a {type(teacher).__name__} for {teacher.metric}; teachers are TCMs for {student.metric}")
         if teacher.M != student.M:
             raise cli.UserError(f"{path}: a latent of {teacher.M} channels cannot teach one of {student.M}")
         found[lmbda] = path, teacher

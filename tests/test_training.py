@@ -1,6 +1,7 @@
 """Training in one process: stages, budget, resume, and what goes wrong."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from models.latent_map import TCM_Mapped
 from models.tcm import TCM, TCM_VBR
 from tests.conftest import TINY, shake
 from utils import cli
-from utils.checkpoint import build_model, export_model, load_model, read_checkpoint
+from utils.checkpoint import CheckpointError, build_model, export_model, load_model, read_checkpoint
 from utils.evaluation import evaluate
 from utils.images import read_image
 from utils.lambdas import LADDERS
@@ -61,7 +62,7 @@ def start():
         folder.mkdir()
         with (folder / "output").open("w") as file:
             command = [sys.executable, "train_vbr.py", *map(str, more)]
-            started.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file))
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True))
         return started[-1]
 
     yield launch
@@ -250,7 +251,7 @@ def test_the_learning_rate_ends_with_the_budget():
 
 def test_epochs_are_passes_over_the_photographs(photos, checkpoint, tmp_path):
     state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "-e", 2, "--val", sorted(photos.iterdir())[0])
-    assert state["progress"]["step"] == 8  # seven photographs, two a step, twice
+    assert state["progress"]["step"] == 7  # seven photographs twice, two a step
 
 
 def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp_path):
@@ -332,7 +333,7 @@ def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, number, 
     process = start(tmp_path / "run", *arguments(photos, tmp_path / "run", *more))
     output = tmp_path / "run" / "output"
     wait_for(lambda: "step=2" in output.read_text(), process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as torchrun and a terminal do: the reading worker is meant too, and must not die
     assert process.wait(60) == 0, output.read_text()
     assert "stopped and saved at step" in output.read_text() and "Traceback" not in output.read_text()
     assert read_checkpoint(tmp_path / "run" / "last.pth.tar")["progress"]["step"] >= 2
@@ -414,3 +415,48 @@ def test_autocast_leaves_the_entropy_models_in_float32(photos, tmp_path, precisi
     record = read_checkpoint(tmp_path / precision / "model.pth.tar")["training"][-1]
     assert record["settings"]["amp"] == precision
     assert record["skipped_steps"] == (precision == "fp16")  # the scale of its gradients is found by halving
+
+
+def test_no_clipping_is_not_no_training(photos, checkpoint, tmp_path):
+    state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1, "--clip_max_norm", 0)
+    before = load_model(checkpoint).state_dict()
+    assert not torch.equal(state["state_dict"]["g_s.0.conv.weight"], before["g_s.0.conv.weight"])
+
+
+def test_resuming_with_another_batch_size_and_a_torn_line(photos, checkpoint, tmp_path, capsys):
+    more = ["--checkpoint", checkpoint, "--val", sorted(photos.iterdir())[0]]
+    state = train(photos, tmp_path / "run", *more, "-e", 2, "-bs", 1)
+    assert state["progress"]["step"] == 14
+    with (tmp_path / "run" / "validation.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    state = train(photos, tmp_path / "run", *more, "-e", 3, "-bs", 4, "--aux-learning-rate", 0.5, "--resume")
+    assert state["progress"]["patches"] == 22 and state["progress"]["step"] == 16
+    assert "batch_size was 1 in this run and is 4 from here on" in capsys.readouterr().out
+    assert state["optimizers"]["aux"]["param_groups"][0]["lr"] == 0.5
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "validation.jsonl").open()] == [14, 16]
+
+
+def test_tensorboard_is_not_worth_a_run(photos, checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.training.SummaryWriter.add_scalar", full)
+    state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+    assert state["progress"]["step"] == 1
+    assert capsys.readouterr().out.count("TensorBoard's events cannot be written any more") == 1
+
+
+def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):
+    def fails(text, *more):
+        with pytest.raises((cli.UserError, CheckpointError), match=text):
+            train(photos, tmp_path / "run", *more)
+
+    fails("--learning-rate must be", "-e", 1, "-lr", -1)
+    fails("--max-minutes must be", "--max-minutes", "nan")
+    fails("--ema must lie", "-e", 1, "--ema", 2)
+    fails("nowhere: no such folder", "-e", 1, "--stage", "static", "--checkpoint", checkpoint, "--teachers", "nowhere")
+    picture = sorted(photos.iterdir())[0]
+    fails("p0.png: refused: not a checkpoint", "-e", 1, "--checkpoint", picture)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "last.pth.tar").write_bytes(Path(checkpoint).read_bytes())
+    fails("not the state of a run", "-e", 1, "--resume")

@@ -13,6 +13,7 @@ from pathlib import Path
 import bjontegaard
 
 from utils import cli
+from utils.metrics import decibels
 
 Curve = list[tuple[float, float]]
 METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}
@@ -41,7 +42,8 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
         try:
             results = json.loads(Path(file).read_text())["results"]
             quality = next(results[name] for name in METRICS[metric] if name in results)
-            points += zip(map(float, results["bpp"]), map(float, quality), strict=True)
+            convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain value
+            points += zip(map(float, results["bpp"]), map(convert, quality), strict=True)
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
             cause = f"no {metric}" if isinstance(error, StopIteration) else error
             raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None

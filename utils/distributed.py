@@ -10,7 +10,9 @@ from torch import Tensor
 
 from utils import cli
 
-PATIENCE = timedelta(minutes=10)  # how long a process waits for one that hangs; one that dies is noticed at once
+# How long a process waits for one that hangs. One that dies is noticed at once by gloo; with NCCL torchrun ends the
+# others half a minute later.
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass

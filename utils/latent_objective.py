@@ -5,10 +5,10 @@ from torch import Tensor
 
 from models.latent_map import TCM_Mapped
 from models.tcm import TCM
-from utils.objectives import Objective
+from utils.objectives import FixedRate
 
 
-class LatentObjective(Objective):
+class LatentObjective(FixedRate):
     """MSE(g_s(g_a(y_high)), y_high) + MSE(g_a(y_high), y_low): a map from a high rate's latent to a low one's.
 
     Only the map learns. Beside what every objective measures (of the high-rate codec with the map around its
@@ -22,14 +22,12 @@ class LatentObjective(Objective):
     """
 
     stage = "latent map"
-    indices = (None,)
 
     def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float) -> None:
-        super().__init__(model)
+        super().__init__(model, lmbda)
         self.model.requires_grad_(False)
         self.model.map.requires_grad_(True)
         self.low = low.requires_grad_(False).eval()
-        self.lmbda = lmbda
 
     def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
@@ -45,9 +43,6 @@ class LatentObjective(Objective):
         pairs = ((back, y_high), (mapped, y_low), (y_high, y_low))
         return [(a.float() - b.float()).square().mean() for a, b in pairs]
 
-    def lambdas(self, index: None, batch: int) -> Tensor:
-        return torch.full((batch,), self.lmbda)
-
     @torch.no_grad()
     def measure(self, model: TCM_Mapped, x: Tensor, index: None) -> tuple[dict[str, float], Tensor]:
         values, x_hat = super().measure(model, x, index)
@@ -55,7 +50,7 @@ class LatentObjective(Objective):
         return values | dict(zip(("back_db", "to_low_db", "unmapped_db"), decibels, strict=True)), x_hat
 
     def describe(self) -> dict:
-        return super().describe() | {"lmd": self.lmbda, "contextual": self.model.arguments["contextual"]}
+        return super().describe() | {"contextual": self.model.arguments["contextual"]}
 
     def train(self, mode: bool = True) -> "LatentObjective":
         """The frozen codecs stay in evaluation mode: no drop-path in what is to be matched."""

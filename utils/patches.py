@@ -5,6 +5,7 @@ photograph, the crop, the rate, the noise. So a run can be resumed anywhere, and
 processes or workers, without a change in what is trained on.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from utils.images import ImageError, read_image
 
-GIVE_UP = 100  # photographs in a row that cannot be used
+GIVE_UP = 1000  # photographs in a row that cannot be used
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Photographs(Dataset):
 
     A patch is flipped and (where it is square) transposed at random, and with a chance of `scaled` cut up to
     twice as large and scaled down. A photograph that cannot be read, or is smaller than a patch, is passed
-    over for the next one.
+    over for another one, drawn at random.
 
     Args:
         size: height and width of a patch.
@@ -62,17 +63,17 @@ class Photographs(Dataset):
         """The sample at a position, as a batch of one.
 
         Raises:
-            ImageError: a hundred photographs in a row, or all of them, cannot be used.
+            ImageError: a thousand photographs in a row cannot be used.
         """
         random = np.random.default_rng((self.seed, position))
         number, unusable = self._number(position), []
-        for _ in range(min(GIVE_UP, len(self.paths))):
+        for _ in range(GIVE_UP):
             image = self._photograph(number)
             if isinstance(image, Tensor):
                 patch = cut(image, self.size, self.scaled, random)
                 return Batch(patch[None], torch.tensor([random.random()]), [int(random.integers(2**62))], unusable)
             unusable.append(image)
-            number = (number + 1) % len(self.paths)
+            number = int(random.integers(len(self.paths)))
         raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
 
     def _number(self, position: int) -> int:
@@ -118,7 +119,9 @@ def cut(image: Tensor, size: tuple[int, int], scaled: float, random: np.random.G
     return patch.contiguous()
 
 
-def read_all(paths: Sequence[Path], size: tuple[int, int], device: torch.device, quiet: bool = False) -> dict:
+def read_all(
+    paths: Sequence[Path], size: tuple[int, int], device: torch.device, purpose: str = "train on", quiet: bool = False
+) -> dict:
     """All photographs on a device, by number; of those that cannot be used the cause, which is printed too."""
     cache: dict[int, Tensor | str] = {}
     with ThreadPoolExecutor() as pool:
@@ -129,7 +132,7 @@ def read_all(paths: Sequence[Path], size: tuple[int, int], device: torch.device,
                 tqdm.write(f"skipped: {image}", file=sys.stderr)
             cache[number] = image if isinstance(image, str) else image.to(device)
     if not any(isinstance(image, Tensor) for image in cache.values()):
-        raise ImageError(f"no photograph is left to train on; the last one tried: {cache[len(paths) - 1]}")
+        raise ImageError(f"no photograph is left to {purpose}; the last one tried: {cache[len(paths) - 1]}")
     return cache
 
 
@@ -147,16 +150,16 @@ def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
 
 
 def batches(
-    photographs: Photographs, batch: int, rank: int, size: int, step: int, workers: int, device: torch.device
+    photographs: Photographs, batch: int, rank: int, size: int, start: int, workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """Batches of one process, without end, from a step on: it takes the rank-th part of every global batch.
+    """Batches of one process, without end, from a position on: it takes the rank-th part of every global batch.
 
     With everything cached, patches are cut in this process, on the device; otherwise by worker processes, which hold
     a few batches and one decoded photograph each at a time, however many photographs there are.
     """
 
     def positions() -> Iterator[list[int]]:
-        first = (step * size + rank) * batch
+        first = start + rank * batch
         while True:
             yield list(range(first, first + batch))
             first += size * batch
@@ -185,5 +188,5 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # Ctrl-C, torchrun and batch systems signal whole groups: a worker that died would end the run
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

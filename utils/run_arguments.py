@@ -1,6 +1,7 @@
 """Arguments that the training scripts share, and the parts of a run that follow from them."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from utils.schedule import Settings
 from utils.training import PRECISIONS, Trainer, compile_networks
 
 MOST_VALIDATION = 24  # photographs, where none are named
+MS_SSIM_SIDE = 256  # the first multiple of 128 that holds its five scales
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
@@ -42,7 +44,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
     add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
     add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
-    add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at")
+    add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at; 0 is no clipping")
     add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
     add("--amp", nargs="?", const="bf16", choices=sorted(PRECISIONS), help="autocast (bf16 where nothing is said), entropy models in float32")
     add("--compile", action="store_true", help="torch.compile the networks")
@@ -64,6 +66,11 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
     if not (args.max_minutes or args.max_steps or args.epochs):
         raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
+    for flag in ("learning_rate", "aux_learning_rate", "max_minutes", "clip_max_norm", "validate_minutes"):
+        if not 0 <= getattr(args, flag) < math.inf:  # a NaN compares false
+            raise cli.UserError(f"--{flag.replace('_', '-')} must be a number that is not negative")
+    if not 0 <= args.ema < 1:
+        raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
     if len(args.patch_size) > 2:
         raise cli.UserError("--patch-size takes one number or two")
     for flag, sides in (("--patch-size", args.patch_size), ("--val-size", [args.val_size])):
@@ -86,14 +93,17 @@ def train(
     milestones: tuple[float, ...] = Settings.milestones,
 ) -> Trainer:
     """Read the photographs, make the objective (and the training records of its weights), and train it."""
+    Path(args.save_path).mkdir(parents=True, exist_ok=True)  # found out now if it cannot be
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     size = (args.patch_size[0], args.patch_size[-1])
     paths, held_out = split(args)
     objective, history = make_objective()
     objective.to(team.device, memory_format=torch.channels_last)
-    if objective.metric == "ms-ssim" and min(*size, args.val_size) < 256:
-        raise cli.UserError("MS-SSIM has five scales: it needs a --patch-size and a --val-size of at least 256")
+    if objective.metric == "ms-ssim" and min(*size, args.val_size) < MS_SSIM_SIDE:
+        raise cli.UserError(
+            f"MS-SSIM has five scales: it needs a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
+        )
 
     needed = decoded_gigabytes(paths)
     cache = None
@@ -102,14 +112,15 @@ def train(
     elif team.first:
         print(f"{len(paths)} photographs take about {needed:.1f} GB: more than --cache-gb, so workers read them as needed")
     photographs = Photographs(paths, size, args.seed, cache=cache)
-    found = read_all(held_out, (STRIDE, STRIDE), torch.device("cpu"), quiet=not team.first)
+    smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
+    found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=not team.first)
     validation = [centre_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
 
     batch = args.batch_size * team.size
-    steps = [s for s in (args.max_steps, args.epochs * -(-len(paths) // batch)) if s]
     settings = Settings(
         max_minutes=args.max_minutes,
-        max_steps=min(steps, default=0),
+        max_steps=args.max_steps,
+        max_patches=args.epochs * len(paths),
         batch_size=batch,
         patch_size=size,
         learning_rate=args.learning_rate,

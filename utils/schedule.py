@@ -10,8 +10,9 @@ FACTORS = (0.5, 0.1, 0.05)  # the published steps of the learning rate, one for 
 class Settings:
     """How to train; all of it is written to the checkpoint's training record."""
 
-    max_minutes: float = 0  # budget: whichever of the two ends first; 0 is none
+    max_minutes: float = 0  # budget: whichever of the three ends first; 0 is none
     max_steps: int = 0
+    max_patches: int = 0
     batch_size: int = 8  # patches of a step, of all processes together
     patch_size: tuple[int, int] = (256, 256)
     learning_rate: float = 2e-4
@@ -47,6 +48,8 @@ def budget_used(progress: Progress, settings: Settings) -> float:
         shares.append(progress.seconds / 60 / settings.max_minutes)
     if settings.max_steps:
         shares.append(progress.step / settings.max_steps)
+    if settings.max_patches:
+        shares.append(progress.patches / settings.max_patches)
     return max(shares)
 
 

@@ -6,11 +6,12 @@ coding tables), `validation.jsonl`, and TensorBoard's events.
 
 import contextlib
 import json
+import math
 import platform
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.distributed import Team, is_lost_peer
 from utils.files import atomic_write
+from utils.images import ImageError
 from utils.objectives import Objective
 from utils.patches import Batch, Photographs, batches
 from utils.schedule import Progress, Settings, budget_used, learning_rate
@@ -112,9 +114,9 @@ class Trainer:
         for group in groups:
             group["lr"] = rate * group["factor"]
         self.objective.train()
-        # Drop-path draws from PyTorch's own generator: like all that is random, it depends on the step alone.
-        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.team.rank))
         batch = self.ahead or self.next_batch()
+        # Drop-path draws from PyTorch's own generator: it depends on the step (and, alone of all, on the process).
+        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.team.rank))
         x = batch.patches.to(self.device, non_blocking=True).float() / 255
         # The seeds of the noise and the rates come with the samples: the same in however many processes.
         out = self.shared(x, batch.draws, self._noise(batch.seeds, x.shape[2:]))
@@ -122,7 +124,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm or math.inf)
         self.ahead = self.next_batch()  # here, while a GPU is still busy with the step
         means = self.team.mean(torch.stack([value.detach().float() for value in out.values()]))
         numbers = torch.cat([means, norm.detach().view(1)]).tolist()
@@ -142,7 +144,10 @@ class Trainer:
 
     def next_batch(self) -> Batch:
         start = time.monotonic()
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except ImageError as error:  # of a worker: PyTorch puts its traceback in the text
+            raise ImageError(str(error).splitlines()[-1].split("ImageError: ")[-1]) from None
         self.waited = time.monotonic() - start
         for text in batch.unusable:
             if text not in self.unusable:
@@ -173,24 +178,27 @@ class Trainer:
             self.settings.batch_size // self.team.size,
             self.team.rank,
             self.team.size,
-            self.progress.step,
+            self.progress.patches,
             self.workers,
             self.device,
         )
         if self.team.first:
+            for left_over in self.folder.glob(".*.pth.tar.*"):  # of a save that was killed
+                left_over.unlink()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
         try:
             with self._signals():
                 self._run()
         except RuntimeError as error:
             if self.team.size > 1 and is_lost_peer(error):
-                last = self.folder / "last.pth.tar"
-                raise cli.UserError(f"another process of this run has ended; go on with --resume from {last}") from None
+                cause = str(error).strip().splitlines()[0]
+                raise cli.UserError(
+                    f"another process of this run has ended, or cannot be reached ({cause}); {self._way_on()}"
+                ) from None
             raise
         finally:
             self.batches.close()  # its workers end in peace
-            if self.writer:
-                self.writer.close()
+            self._log(lambda writer: writer.close())
 
     def _run(self) -> None:
         bar = tqdm(
@@ -233,16 +241,18 @@ class Trainer:
         if self.progress.skipped_in_a_row >= HOPELESS:
             raise cli.UserError(
                 f"{HOPELESS} steps in a row had a loss or gradient that is not finite: a lower learning rate may help; "
-                f"the last good checkpoint is {self.folder / 'last.pth.tar'}"
+                + self._way_on()
             )
         bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
         bar.set_postfix({"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}})
-        if self.writer and (self.progress.step % 10 == 0 or self.progress.skipped_in_a_row):
+        if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
             values["patches a second"] = self.settings.batch_size / seconds
             values["share of the time waiting for patches"] = waited / seconds
             values["skipped steps"] = self.progress.skipped
             for name, value in values.items():
-                self.writer.add_scalar(f"training/{name}", value, self.progress.step)
+                self._log(lambda writer, name=name, value=value: writer.add_scalar(
+                    f"training/{name}", value, self.progress.step
+                ))
         return bool(stop)
 
     def validate(self) -> None:
@@ -262,10 +272,23 @@ class Trainer:
         }
         if self.team.first:
             self._say(json.dumps(result))
-            log_validation(self.writer, result, pictures, self.progress.step)
+            self._log(lambda writer: log_validation(writer, result, pictures, self.progress.step))
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
             export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
+
+    def _log(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Write to TensorBoard, as long as that works: its curves are not worth a run."""
+        if self.writer:
+            try:
+                write(self.writer)
+            except OSError as error:
+                self.writer = None  # not closed: its thread is gone, and closing would wait for it
+                self._say(f"note: TensorBoard's events cannot be written any more ({error})")
+
+    def _way_on(self) -> str:
+        last = self.folder / "last.pth.tar"
+        return f"the last good checkpoint is {last}: go on with --resume" if last.exists() else "nothing was saved yet"
 
     def _say(self, text: str) -> None:
         if self.team.first:
@@ -324,9 +347,9 @@ class Trainer:
         """Go on from `last.pth.tar` as if the run had not been interrupted.
 
         Raises:
-            UserError: the run there is of another stage.
+            UserError: what is there is no run, or one of another stage.
         """
-        state = read_checkpoint(self.folder / "last.pth.tar")
+        state = read_run(self.folder)
         if state["objective"] != self.objective.describe():
             told = f"{state['objective']}, not of {self.objective.describe()}"
             raise cli.UserError(f"{self.folder} holds a run of {told}")
@@ -337,7 +360,10 @@ class Trainer:
         self.ema.module.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
+        for group in self.optimizers.get("aux", self.optimizers["net"]).param_groups:
+            group["lr"] = self.settings.aux_learning_rate  # as it is now; the networks' is set at every step
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.ema.n_averaged.fill_(self.progress.step - self.progress.skipped)
         self.history = state["training"]
@@ -347,7 +373,8 @@ class Trainer:
     def _forget_later_validations(self) -> None:
         path = self.folder / "validation.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.progress.step]
+            done = budget_used(self.progress, self.settings) >= 1  # then the last one is made again
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
             with atomic_write(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
 
@@ -358,8 +385,27 @@ def compile_networks(model: TCM) -> None:
     for parts in (model.atten_mean, model.atten_scale, model.cc_mean_transforms, model.cc_scale_transforms):
         networks += parts
     networks += model.lrp_transforms
+    # All are calls of one nn.Module method, so Dynamo counts their graphs together: its limit of 8 would leave g_s out.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(networks))
     for network in networks:
         network.compile()
+
+
+def read_run(folder: Path) -> dict:
+    """`last.pth.tar` of a run. UserError where it is something else."""
+    path = folder / "last.pth.tar"
+    state = read_checkpoint(path)
+    if not {"arguments", "ema", "optimizers", "progress", "settings", "objective"} <= state.keys():
+        raise cli.UserError(f"{path}: not the state of a run; start one from it with --checkpoint")
+    return state
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of validation.jsonl; infinite for one that a full disk or a power cut has torn."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _seed(*numbers: int) -> int:
