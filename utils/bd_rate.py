@@ -8,6 +8,7 @@ Several files make one curve: six fixed-rate models are six files of one point.
 import argparse
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import bjontegaard
@@ -54,31 +55,26 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
     return kept, beaten
 
 
-def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float, float]:
-    """BD-rate in percent (negative: the tested codec needs fewer bits), and the share of quality in common.
+def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float | None, float | None]:
+    """BD-rate in percent (negative: the tested codec needs fewer bits) and BD-quality in dB at equal rate.
+
+    One of them is None where the curves have no quality, or no rate, in common.
 
     Raises:
-        UserError: the curves have no quality in common, or one has fewer than four points.
+        UserError: a curve has fewer than four points.
     """
-    (_, low_a), (_, high_a) = anchor[0], anchor[-1]
-    (_, low_t), (_, high_t) = test[0], test[-1]
     if min(len(anchor), len(test)) < 4:
         raise cli.UserError(f"BD-rate needs four rising points a curve, not {len(anchor)} and {len(test)}")
-    common = min(high_a, high_t) - max(low_a, low_t)
-    if common <= 0:
-        raise cli.UserError(
-            f"the curves have no quality in common ({low_a:.2f} … {high_a:.2f} dB and {low_t:.2f} … {high_t:.2f} dB)"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its warning of little overlap: the share is returned
-        rate = bjontegaard.bd_rate(
-            *map(list, zip(*anchor, strict=True)),
-            *map(list, zip(*test, strict=True)),
-            method=method,
-            require_matching_points=False,
-            min_overlap=0,
-        )
-    return float(rate), common / (max(high_a, high_t) - min(low_a, low_t))
+
+    def bjontegaard_delta(of: Callable, axis: int) -> float | None:
+        if min(anchor[-1][axis], test[-1][axis]) <= max(anchor[0][axis], test[0][axis]):
+            return None
+        curves = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of little overlap: the ranges are printed
+            return float(of(*curves, method=method, require_matching_points=False, min_overlap=0))
+
+    return bjontegaard_delta(bjontegaard.bd_rate, 1), bjontegaard_delta(bjontegaard.bd_psnr, 0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,8 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
         for bpp, quality in beaten:
             print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
-    rate, common = compare(*curves, args.method)
-    print(f"BD-rate {rate:+.2f} % ({args.metric}, {args.method}, over {common:.0%} of the quality range)")
+    rate, quality = compare(*curves, args.method)
+    print("BD-rate: " + ("none, no quality in common" if rate is None else f"{rate:+.2f} %"))
+    print(f"BD-{args.metric}: " + ("none, no rate in common" if quality is None else f"{quality:+.2f} dB"))
 
 
 if __name__ == "__main__":
