@@ -219,7 +219,7 @@ def test_the_latent_map_is_learnt_and_can_be_evaluated(photos, tmp_path, kind, r
     high.g_a[-1].bias.data.mul_(0.5)
     export_model(tmp_path / "low.pth.tar", high, [{"lmd": 0.0067}])
     codecs = ["--high", tmp_path / "high.pth.tar", "--low", tmp_path / "low.pth.tar", "--map", kind]
-    more = [*codecs, "--max-steps", 40, "-lr", rate, "--ema", 0.5]
+    more = [*codecs, "--max-steps", 40, "-lr", rate, "--ema", 0.5, "--schedule", "cosine"]
     train_latent_e2e.main(arguments(photos, tmp_path / "map", *more))
     row = json.loads((tmp_path / "map" / "validation.jsonl").read_text())
     assert row["to_low_db"][0] > row["unmapped_db"][0] + gain_db
