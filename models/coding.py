@@ -19,10 +19,10 @@ from torch import Tensor
 from models.sensitive import (
     Guard,
     crc_of,
-    is_sensitive,
     pack_positions,
     row_below,
     table_index,
+    table_index_and_sides,
     unpack_positions,
 )
 
@@ -161,9 +161,9 @@ class Encode:
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         symbols = torch.round(self.slices[len(self.symbols)] - mu)
         self.symbols.append(to_symbols(symbols))
-        self.indexes.append(table_index(self.gaussian, sigma).cpu())
-        self.sensitive.append(is_sensitive(self.gaussian, sigma, self.epsilon).cpu())
-        self.below.append(row_below(self.gaussian, sigma).cpu())
+        found = table_index_and_sides(self.gaussian, sigma, self.epsilon)
+        for parts, part in zip((self.indexes, self.sensitive, self.below), found, strict=True):
+            parts.append(part.cpu())
         return symbols + mu
 
     def streams(self, tables: CodingTables) -> list[bytes]:

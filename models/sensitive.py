@@ -37,9 +37,15 @@ def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
     return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 
 
-def is_sensitive(gaussian: GaussianConditional, sigma: Tensor, epsilon: float) -> Tensor:
-    """Whether each σ has a boundary within relative ε."""
-    return table_index(gaussian, sigma * (1 - epsilon)) != table_index(gaussian, sigma * (1 + epsilon))
+def table_index_and_sides(
+    gaussian: GaussianConditional, sigma: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every σ its `table_index`, whether a boundary lies within relative ε of it, and the row below that one.
+
+    The last is `row_below` where there is such a boundary, and of no use elsewhere.
+    """
+    below = table_index(gaussian, sigma * (1 - epsilon))
+    return table_index(gaussian, sigma), below != table_index(gaussian, sigma * (1 + epsilon)), below
 
 
 def row_below(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
