@@ -29,7 +29,7 @@ from utils import cli
 from utils.bitstream import MAX_PIXELS, unpack
 from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import decode, encode
-from utils.files import atomic_write
+from utils.files import atomic_write, find_files
 from utils.images import ImageError, find_images, read_image
 from utils.lambdas import MAX_INDEX
 from utils.metrics import psnr
@@ -74,19 +74,11 @@ def _add_common(add: Callable) -> None:
     add("--threads", type=int, default=torch.get_num_threads(), metavar="T", help="CPU threads")
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """TVBR files among files and folders. UserError for a path that is missing or a folder without any."""
+def find_coded(inputs: list[str]) -> list[Path]:
+    """TVBR files among files and folders, and - as it is. UserError as `find_files` raises it."""
     found: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            inside = sorted(path.rglob(f"*{SUFFIX}"))
-            if not inside:
-                raise cli.UserError(f"{path}: no {SUFFIX} files in this folder")
-            found += inside
-        elif path.is_file() or str(path) == "-":
-            found.append(path)
-        else:
-            raise cli.UserError(f"{path}: no such file or folder")
+    for path in inputs:
+        found += [Path(path)] if path == "-" else find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
     return found
 
 
@@ -99,7 +91,7 @@ def pairs(args: argparse.Namespace, suffix: str) -> list[tuple[Path, Path]]:
     if args.inputs == ["-"]:
         sources = [Path("-")]
     else:
-        sources = find_images(args.inputs) if args.command == "encode" else find_files(args.inputs)
+        sources = find_images(args.inputs) if args.command == "encode" else find_coded(args.inputs)
     output = Path(args.output)
     single = len(args.inputs) == 1 and not Path(args.inputs[0]).is_dir()
     if single and not output.is_dir() and not args.output.endswith("/"):
@@ -188,7 +180,7 @@ def attempts(work: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "info":
-        jobs = [(source, lambda s=source: info_one(s)) for source in find_files(args.inputs)]
+        jobs = [(source, lambda s=source: info_one(s)) for source in find_coded(args.inputs)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     one, suffix = (encode_one, SUFFIX) if args.command == "encode" else (decode_one, ".png")
     work = pairs(args, suffix)

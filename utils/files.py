@@ -1,11 +1,39 @@
-"""Files that are either whole or not there."""
+"""Files: finding them, and writing them whole or not at all."""
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def find_files(
+    paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]
+) -> list[Path]:
+    """Files that are named, whatever their suffix, and those with one of the suffixes (of any case) in folders.
+
+    Folders are searched recursively, and what is in each is sorted regardless of case.
+
+    Args:
+        suffixes: in lower case, with their dot.
+        what: is looked for, in words ("pictures").
+
+    Raises:
+        error: a path is missing, or a folder holds none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+            if not inside:
+                raise error(f"{path}: no {what} in this folder")
+            found += sorted(inside, key=lambda p: (str(p).lower(), str(p)))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise error(f"{path}: no such file or folder")
+    return found
 
 
 @contextlib.contextmanager

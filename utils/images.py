@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.tcm import STRIDE
-from utils.files import atomic_write
+from utils.files import atomic_write, find_files
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jp2", ".avif"}
 
@@ -22,23 +22,8 @@ class ImageError(Exception):
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Pictures among files and (recursively) folders, each folder's sorted regardless of case.
-
-    Raises:
-        ImageError: a path is missing, or a folder holds no picture.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-            if not inside:
-                raise ImageError(f"{path}: no pictures in this folder")
-            found += sorted(inside, key=lambda p: (str(p).lower(), str(p)))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ImageError(f"{path}: no such file or folder")
-    return found
+    """Pictures among files and folders, as `find_files`. ImageError where there is none."""
+    return find_files(paths, SUFFIXES, "pictures", ImageError)
 
 
 def read_image(path: str | Path) -> Tensor:
