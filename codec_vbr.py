@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from models.sensitive import DecodingError
@@ -30,7 +29,7 @@ from utils.bitstream import MAX_PIXELS, unpack
 from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import decode, encode
 from utils.files import atomic_write, find_files
-from utils.images import ImageError, find_images, read_image
+from utils.images import ImageError, find_images, png_bytes, read_image
 from utils.lambdas import MAX_INDEX
 from utils.metrics import psnr
 
@@ -144,12 +143,10 @@ def decode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace)
     """Decode a file; returns what there is to say."""
     data = read_bytes(source)
     start = time.perf_counter()
-    picture = decode(model, data, int(args.max_megapixels * 1e6)).permute(1, 2, 0).contiguous().cpu().numpy()
+    picture = decode(model, data, int(args.max_megapixels * 1e6)).cpu()  # which waits for a GPU
     seconds = time.perf_counter() - start
-    png = io.BytesIO()
-    Image.fromarray(picture).save(png, format="PNG")
-    write_bytes(target, png.getvalue())
-    return f"{picture.shape[1]}×{picture.shape[0]}, {seconds:.2f} s"
+    write_bytes(target, png_bytes(picture))
+    return f"{picture.shape[2]}×{picture.shape[1]}, {seconds:.2f} s"
 
 
 def info_one(source: Path) -> str:

@@ -1,5 +1,6 @@
 """Pictures in and out: finding, reading as 8-bit RGB, padding, saving."""
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,10 +72,17 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 `[3, H, W]`, on any device, as a PNG file."""
+    png = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(png, format="PNG")
+    return png.getvalue()
+
+
 def save_image(path: str | Path, image: Tensor) -> None:
     """Write uint8 `[3, H, W]` as PNG, whole or not at all."""
     with atomic_write(path) as file:
-        Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, format="PNG")
+        file.write(png_bytes(image))
 
 
 def pad(x: Tensor, multiple: int = STRIDE) -> Tensor:
