@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.device = cli.pick_device(args.device)
     model = load_model(args.checkpoint, args.device)
+    model.prepare()
     jobs = [(source, lambda s=source, t=target: one(model, s, t, args)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=len(jobs) < 2)
     return 0 if all(list(bar)) else 1

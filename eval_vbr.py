@@ -84,7 +84,7 @@ def measure(
     results, failed = [], set()
     names = _short_names(paths)
     if args.real:
-        _ = model.tables  # made now, not within the first picture's seconds
+        model.prepare()
     bar = tqdm(total=len(paths) * len(indices), desc="evaluating", unit="image", disable=None)
     for path, image in read_images(paths):
         if isinstance(image, ImageError):

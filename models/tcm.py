@@ -360,6 +360,10 @@ class TCM(CompressionModel):
             self._fingerprint = digest.digest()
         return self._fingerprint
 
+    def prepare(self) -> None:
+        """Make the coding tables and the fingerprint now, not within the seconds of the first picture."""
+        _ = self.tables, self.fingerprint
+
     def update(self, *args, **kwargs) -> bool:
         """Compute the coding tables (CompressAI); needed once after training."""
         self._tables = self._fingerprint = None
