@@ -109,10 +109,7 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step of the optimisers, unless a loss or gradient is not finite; what there is to log."""
-        rate = learning_rate(self.progress, self.settings)
-        groups = self.optimizers["net"].param_groups
-        for group in groups:
-            group["lr"] = rate * group["factor"]
+        rate = self._set_learning_rates()
         self.objective.train()
         batch = self.ahead or self.next_batch()
         # Drop-path draws from PyTorch's own generator: it depends on the step (and, alone of all, on the process).
@@ -123,7 +120,7 @@ class Trainer:
         self.scaler.scale(out.pop("total")).backward()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        parameters = [p for group in groups for p in group["params"]]
+        parameters = [p for group in self.optimizers["net"].param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm or math.inf)
         self.ahead = self.next_batch()  # here, while a GPU is still busy with the step
         means = self.team.mean(torch.stack([value.detach().float() for value in out.values()]))
@@ -141,6 +138,16 @@ class Trainer:
         self.progress.step += 1
         self.progress.patches += self.settings.batch_size
         return dict(zip([*out, "gradient norm"], numbers, strict=True)) | {"learning rate": rate}
+
+    def _set_learning_rates(self) -> float:
+        """Of all groups, for this step, as the settings are now; returns that of the networks."""
+        rate = learning_rate(self.progress, self.settings)
+        for group in self.optimizers["net"].param_groups:
+            group["lr"] = rate * group["factor"]
+        if "aux" in self.optimizers:
+            for group in self.optimizers["aux"].param_groups:
+                group["lr"] = self.settings.aux_learning_rate
+        return rate
 
     def next_batch(self) -> Batch:
         start = time.monotonic()
@@ -360,8 +367,6 @@ class Trainer:
         self.ema.module.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        for group in self.optimizers.get("aux", self.optimizers["net"]).param_groups:
-            group["lr"] = self.settings.aux_learning_rate  # as it is now; the networks' is set at every step
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
