@@ -30,7 +30,7 @@ class LatentObjective(FixedRate):
         self.low = low.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocasting(x):
             back, there, _ = self._errors(self.model, x)
         return {"total": back + there, "loss": (back + there).detach(), "MSE back": back, "MSE to low": there}
 

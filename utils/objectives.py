@@ -41,11 +41,19 @@ class Objective(nn.Module):
             `total`, which has the gradients, and what there is to log: `loss` and others, scalars.
         """
         index = self.index(draws)
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocasting(x):
             out = self.model(x, index, noise=noise)
-        losses = rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
+        losses = self.losses(out, x, index)
         aux = self.model.aux_loss()  # of the quantiles alone: no parameter is in both
         return {"total": losses["loss"] + aux, "aux": aux, **_means(losses)}
+
+    def autocasting(self, x: Tensor) -> torch.autocast:
+        """The run's precision inside the block, on the device of x."""
+        return torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def losses(self, out: dict, x: Tensor, index: Tensor | float | None) -> dict[str, Tensor]:
+        """`rate_distortion` of a model's output, at the λ of the index."""
+        return rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
 
     def index(self, draws: Tensor) -> Tensor | None:
         """Rate index of each sample, `[B]`: uniform over [0, 5]."""
@@ -62,7 +70,7 @@ class Objective(nn.Module):
         with recorded_log_m(model) as log_m:
             out = model(x, index)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
-        losses = rate_distortion(out, x, self.lambdas(index, 1).to(x.device), self.metric)
+        losses = self.losses(out, x, index)
         values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"], **log_m}
         return {name: float(value) for name, value in values.items()}, out["x_hat"]
 
@@ -114,10 +122,10 @@ class Static(Objective):
 
     def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         index = self.index(draws)
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocasting(x):
             out = self.model(x, index, noise=noise)
             target = self._taught(x, index)
-        losses = rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
+        losses = self.losses(out, x, index)
         latent = (out["latent"].float() - target.float()).square().mean()
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
         total = losses["loss"] + self.latent_weight * latent + self.norm_weight * norms
