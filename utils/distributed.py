@@ -63,6 +63,13 @@ class Team:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    def gather(self, value: object) -> list:
+        """What every process has, by rank: any values that can be pickled, the same list in all of them."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def leave(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()

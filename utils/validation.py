@@ -46,11 +46,8 @@ def validate(
                 pictures["original"] = x[0]
                 pictures["reconstruction" if index is None else f"index {index:g}"] = x_hat[0]
     model.train(training)
-    names = list(next(iter(rows.values()))) if rows else []
-    if team.size > 1:  # a process with nothing to measure still has to know what the others did
-        shared: list = [None] * team.size
-        torch.distributed.all_gather_object(shared, names)
-        names = max(shared, key=len)
+    # A process with nothing to measure still has to know what the others did.
+    names = max(team.gather(list(next(iter(rows.values()))) if rows else []), key=len)
     table = torch.zeros(len(photographs), len(objective.indices), len(names), dtype=torch.float64)
     for place, values in rows.items():
         table[place] = torch.tensor([values[name] for name in names], dtype=torch.float64)
