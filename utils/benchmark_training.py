@@ -18,7 +18,7 @@ from utils import cli
 from utils.benchmark import MatrixProduct, Timer, macs, peak_memory
 from utils.distributed import Team
 from utils.objectives import Objective
-from utils.patches import Photographs, batches
+from utils.patches import Photographs
 from utils.schedule import Settings
 from utils.training import PRECISIONS, Trainer, compile_networks
 
@@ -48,7 +48,7 @@ def make_trainer(args: argparse.Namespace, team: Team, folder: Path) -> Trainer:
     settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
     photographs = Photographs([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
     trainer = Trainer(objective, photographs, 0, [], folder, settings, team)
-    trainer.batches = batches(photographs, args.batch_size, 0, 1, 0, 0, team.device)
+    trainer.open_batches()
     if args.compile:
         compile_networks(objective.model)
     return trainer
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make_trainer(args, team, Path(folder))
         batch = trainer.next_batch()
         x = batch.patches.float() / 255
-        noise = trainer._noise(batch.seeds, x.shape[2:])
+        noise = trainer.noise(batch.seeds, x.shape[2:])
         count = macs(lambda: trainer.objective(x, batch.draws, noise)["total"].backward())
         product = MatrixProduct(team.device, PRECISIONS.get(args.amp, torch.float32))
         works = (product, lambda: trainer.objective(x, batch.draws, noise), trainer.step, trainer.next_batch)

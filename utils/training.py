@@ -116,7 +116,7 @@ class Trainer:
         torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.team.rank))
         x = batch.patches.to(self.device, non_blocking=True).float() / 255
         # The seeds of the noise and the rates come with the samples: the same in however many processes.
-        out = self.shared(x, batch.draws, self._noise(batch.seeds, x.shape[2:]))
+        out = self.shared(x, batch.draws, self.noise(batch.seeds, x.shape[2:]))
         self.scaler.scale(out.pop("total")).backward()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -149,7 +149,20 @@ class Trainer:
                 group["lr"] = self.settings.aux_learning_rate
         return rate
 
+    def open_batches(self) -> None:
+        """Start reading the batches that `next_batch` gives, from where the run is."""
+        self.batches = batches(
+            self.photographs,
+            self.settings.batch_size // self.team.size,
+            self.team.rank,
+            self.team.size,
+            self.progress.patches,
+            self.workers,
+            self.device,
+        )
+
     def next_batch(self) -> Batch:
+        """The next batch of this process, once there is `open_batches`; what could not be used is told."""
         start = time.monotonic()
         try:
             batch = next(self.batches)
@@ -162,7 +175,7 @@ class Trainer:
                 tqdm.write(f"skipped: {text}", file=sys.stderr)
         return batch
 
-    def _noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Uniform noise in ±½ for y and z of each sample."""
         generator = torch.Generator(self.device)
         noises: tuple[list[Tensor], list[Tensor]] = [], []
@@ -180,15 +193,7 @@ class Trainer:
         Raises:
             UserError: ten steps in a row were not finite, or another process of the run is gone.
         """
-        self.batches = batches(
-            self.photographs,
-            self.settings.batch_size // self.team.size,
-            self.team.rank,
-            self.team.size,
-            self.progress.patches,
-            self.workers,
-            self.device,
-        )
+        self.open_batches()
         if self.team.first:
             for left_over in self.folder.glob(".*.pth.tar.*"):  # of a save that was killed
                 left_over.unlink()
