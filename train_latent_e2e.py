@@ -11,7 +11,6 @@ map around its entropy model. The weights can be measured with eval_vbr.py, as t
 
 import argparse
 import math
-from pathlib import Path
 
 from models.latent_map import TCM_Mapped
 from models.tcm import TCM
@@ -65,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.lmd is not None and not 0 < args.lmd < math.inf:
         raise cli.UserError("--lmd is a λ, a positive number")
     team = Team.join(args.device)
-    trainer = train(args, team, lambda: make_objective(args), milestones=MILESTONES)
-    if team.first and (weights := Path(trainer.folder) / "model.pth.tar").exists():
+    trainer = train(args, team, lambda state: make_objective(args), milestones=MILESTONES)
+    if team.first and (weights := trainer.folder / "model.pth.tar").exists():
         print(f"high-rate codec with the map, for eval_vbr.py: {weights}")
 
 

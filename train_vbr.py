@@ -23,7 +23,6 @@ from utils.distributed import Team
 from utils.lambdas import LADDERS
 from utils.objectives import FixedRate, Objective, Static
 from utils.run_arguments import add_run_arguments, check_run_arguments, train
-from utils.training import read_run
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,11 +54,11 @@ def check(args: argparse.Namespace) -> None:
         args.lmd = LADDERS[args.type][-1]
 
 
-def make_model(args: argparse.Namespace) -> tuple[TCM, list[dict]]:
-    """The model to train, and the training records of the weights it starts from."""
+def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[dict]]:
+    """The model to train (shaped like that of the run to resume, where there is its state), and the training records
+    of the weights it starts from."""
     cls = TCM if args.stage == "base" else TCM_VBR
-    if args.resume:
-        state = read_run(Path(args.save_path))
+    if state:
         if state["model"] != cls.__name__:
             raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; --stage {args.stage} is of a {cls.__name__}")
         model, history = cls(**state["arguments"]), []
@@ -114,8 +113,8 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
     return [found[lmbda][1] for lmbda in ladder]
 
 
-def make_objective(args: argparse.Namespace) -> tuple[Objective, list[dict]]:
-    model, history = make_model(args)
+def make_objective(args: argparse.Namespace, state: dict | None) -> tuple[Objective, list[dict]]:
+    model, history = make_model(args, state)
     if args.stage == "base":
         return FixedRate(model, args.lmd, args.type), history
     if args.stage == "static":
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     team = Team.join(args.device)
-    trainer = train(args, team, lambda: make_objective(args))
+    trainer = train(args, team, lambda state: make_objective(args, state))
     if team.first and (weights := trainer.folder / "model.pth.tar").exists():
         print(f"weights for use: {weights}")
 

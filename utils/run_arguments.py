@@ -15,7 +15,7 @@ from utils.images import find_images
 from utils.objectives import Objective
 from utils.patches import Photographs, decoded_gigabytes, read_all
 from utils.schedule import Settings
-from utils.training import PRECISIONS, Trainer, compile_networks
+from utils.training import PRECISIONS, Trainer, compile_networks, read_run
 
 MOST_VALIDATION = 24  # photographs, where none are named
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds its five scales
@@ -89,16 +89,23 @@ def check_run_arguments(args: argparse.Namespace) -> None:
 def train(
     args: argparse.Namespace,
     team: Team,
-    make_objective: Callable[[], tuple[Objective, list[dict]]],
+    make_objective: Callable[[dict | None], tuple[Objective, list[dict]]],
     milestones: tuple[float, ...] = Settings.milestones,
 ) -> Trainer:
-    """Read the photographs, make the objective (and the training records of its weights), and train it."""
-    Path(args.save_path).mkdir(parents=True, exist_ok=True)  # found out now if it cannot be
+    """Read the photographs, make the objective, and train it.
+
+    Args:
+        make_objective: called with the state of the run to resume, or None; returns the objective and the training
+            records of its weights.
+    """
+    folder = Path(args.save_path)
+    folder.mkdir(parents=True, exist_ok=True)  # found out now if it cannot be
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     size = (args.patch_size[0], args.patch_size[-1])
     paths, held_out = split(args)
-    objective, history = make_objective()
+    state = read_run(folder) if args.resume else None
+    objective, history = make_objective(state)
     objective.to(team.device, memory_format=torch.channels_last)
     if objective.metric == "ms-ssim" and min(*size, args.val_size) < MS_SSIM_SIDE:
         raise cli.UserError(
@@ -135,10 +142,10 @@ def train(
         amp=args.amp,
         seed=args.seed,
     )
-    folder = Path(args.save_path)
     trainer = Trainer(objective, photographs, args.num_workers, validation, folder, settings, team, history)
-    if args.resume:
-        trainer.resume()
+    if state:
+        trainer.resume(state)
+        del state  # as large as the run's weights and optimisers
     if args.compile:
         compile_networks(objective.model)
     trainer.run()

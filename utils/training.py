@@ -355,13 +355,12 @@ class Trainer:
         }
         write_checkpoint(self.folder / "last.pth.tar", state)
 
-    def resume(self) -> None:
-        """Go on from `last.pth.tar` as if the run had not been interrupted.
+    def resume(self, state: dict) -> None:
+        """Go on from a state (`read_run` of this folder) as if the run had not been interrupted.
 
         Raises:
-            UserError: what is there is no run, or one of another stage.
+            UserError: it is of another stage.
         """
-        state = read_run(self.folder)
         if state["objective"] != self.objective.describe():
             told = f"{state['objective']}, not of {self.objective.describe()}"
             raise cli.UserError(f"{self.folder} holds a run of {told}")
