@@ -45,7 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield device
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_temporary(path.name), dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -61,3 +61,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def remove_left_over(folder: Path, names: str) -> None:
+    """Delete what writers that were killed left of files with such names (a glob pattern) in a folder."""
+    for left_over in folder.glob(_temporary(names) + "*"):
+        left_over.unlink()
+
+
+def _temporary(name: str) -> str:
+    """How the name of an unfinished file begins."""
+    return f".{name}."

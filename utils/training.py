@@ -27,7 +27,7 @@ from models.tcm import TCM
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.distributed import Team, is_lost_peer
-from utils.files import atomic_write
+from utils.files import atomic_write, remove_left_over
 from utils.images import ImageError
 from utils.objectives import Objective
 from utils.patches import Batch, Photographs, batches
@@ -195,8 +195,7 @@ class Trainer:
         """
         self.open_batches()
         if self.team.first:
-            for left_over in self.folder.glob(".*.pth.tar.*"):  # of a save that was killed
-                left_over.unlink()
+            remove_left_over(self.folder, "*.pth.tar")
             self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
         try:
             with self._signals():
@@ -261,10 +260,12 @@ class Trainer:
             values["patches a second"] = self.settings.batch_size / seconds
             values["share of the time waiting for patches"] = waited / seconds
             values["skipped steps"] = self.progress.skipped
-            for name, value in values.items():
-                self._log(lambda writer, name=name, value=value: writer.add_scalar(
-                    f"training/{name}", value, self.progress.step
-                ))
+
+            def write(writer: SummaryWriter) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(f"training/{name}", value, self.progress.step)
+
+            self._log(write)
         return bool(stop)
 
     def validate(self) -> None:
