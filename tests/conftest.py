@@ -1,5 +1,12 @@
+import copy
+import os
+import shutil
 import sys
 from pathlib import Path
+
+# Before torch, and for the processes that tests start: on small models threads cost more than they give, and where
+# other work has the cores they wait for each other: six times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -36,8 +43,11 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture
-def tiny() -> TCM_VBR:
+# What takes time is made once and left as it is: `tiny` and `photos` are copies, for a test to do with as it likes.
+
+
+@pytest.fixture(scope="session")
+def made_tiny() -> TCM_VBR:
     torch.manual_seed(0)
     model = shake(TCM_VBR(**TINY)).eval()
     model.update(force=True)
@@ -45,21 +55,33 @@ def tiny() -> TCM_VBR:
 
 
 @pytest.fixture
-def checkpoint(tiny, tmp_path) -> str:
-    export_model(tmp_path / "tiny.pth.tar", tiny, [])
-    return str(tmp_path / "tiny.pth.tar")
+def tiny(made_tiny) -> TCM_VBR:
+    torch.manual_seed(0)
+    return copy.deepcopy(made_tiny)
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def checkpoint(made_tiny, tmp_path_factory) -> str:
+    """File of the model `tiny`."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth.tar"
+    export_model(path, made_tiny, [])
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def made_photos(tmp_path_factory) -> Path:
     """Eight smooth pictures of odd sizes."""
     random = np.random.default_rng(0)
-    folder = tmp_path / "photos"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("photos")
     for i in range(8):
         small = Image.fromarray(random.integers(0, 255, (6, 7, 3), dtype=np.uint8))
         small.resize((190 + i, 170 + i), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
     return folder
+
+
+@pytest.fixture
+def photos(made_photos, tmp_path) -> Path:
+    return shutil.copytree(made_photos, tmp_path / "photos")
 
 
 @pytest.fixture

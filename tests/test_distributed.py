@@ -47,12 +47,8 @@ def start(tmp_path):
         command = [sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "driver.py"), *map(str, more)]
         folder.mkdir()
         with (folder / "output").open("w") as file:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(
-                command, cwd=tmp_path, stdout=file, stderr=file, env=environment, start_new_session=True
-            )
-        started.append(process)
-        return process
+            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True))
+        return started[-1]
 
     yield launch
     for process in started:  # torchrun's own children too, which would go on without it
