@@ -85,12 +85,19 @@ def test_folders_and_a_rerun(codec, photos, tmp_path, capsys):
 
 
 def test_standard_input_and_output(photos, checkpoint):
-    def run(data, *more):
-        command = [sys.executable, "codec_vbr.py", *more, "-", "-", "--checkpoint", checkpoint]
-        return subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=200, check=True).stdout
+    """Two processes and a pipe."""
 
-    data = (photos / "p0.png").read_bytes()
-    picture = Image.open(io.BytesIO(run(run(data, "encode"), "decode")))
+    def start(data, *more):
+        command = [sys.executable, "codec_vbr.py", *more, "-", "-", "--checkpoint", checkpoint]
+        return subprocess.Popen(command, cwd=ROOT, stdin=data, stdout=subprocess.PIPE)
+
+    with (
+        (photos / "p0.png").open("rb") as file,
+        start(file, "encode") as encoding,
+        start(encoding.stdout, "decode") as decoding,
+    ):
+        picture = Image.open(io.BytesIO(decoding.communicate(timeout=200)[0]))
+    assert encoding.returncode == decoding.returncode == 0
     assert picture.size == (190, 170)
 
 

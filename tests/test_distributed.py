@@ -15,7 +15,7 @@ import torch
 
 from models.tcm import TCM_VBR
 from tests.conftest import TINY
-from tests.test_training import ROOT, arguments, wait_for
+from tests.test_training import ROOT, arguments, recorded_losses, train, wait_for
 from utils.checkpoint import export_model, read_checkpoint
 
 # train_vbr.py, with the loss of every step printed in full by the first process.
@@ -38,13 +38,13 @@ cli.run(train_vbr.main)
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a run in so many processes; its output is in the file `output` of the run's folder."""
+    """Start a run in two processes; its output is in the file `output` of the run's folder."""
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     started = []
 
-    def launch(folder: Path, processes: int, *more) -> subprocess.Popen:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "driver.py"), *map(str, more)]
+    def launch(folder: Path, *more) -> subprocess.Popen:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*torchrun, str(tmp_path / "driver.py"), *map(str, more)]
         folder.mkdir()
         with (folder / "output").open("w") as file:
             started.append(subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True))
@@ -61,32 +61,34 @@ def losses(folder: Path) -> list[float]:
     return [float.fromhex(number) for number in found]
 
 
-def test_two_processes_do_what_one_does(photos, tmp_path, start):
+def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     torch.manual_seed(0)
     export_model(tmp_path / "fresh.pth.tar", TCM_VBR(**TINY), [])
-    held_out = shutil.copytree(photos, tmp_path / "held out")
-    common = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 20, "--val", held_out]
-    rows = []
-    for processes, batch in ((1, 4), (2, 2)):
-        folder = tmp_path / f"by{processes}"
-        process = start(folder, processes, *arguments(photos, folder, *common), "-bs", batch)
-        assert process.wait(300) == 0, (folder / "output").read_text()[-3000:]
-        rows.append(json.loads((folder / "validation.jsonl").read_text()))
-        assert len(list(folder.glob("events.*"))) == 1  # only the first process writes
-    one, two = losses(tmp_path / "by1"), losses(tmp_path / "by2")
-    assert len(one) == len(two) == 20
+    (tmp_path / "held out").mkdir()
+    for path in sorted(photos.iterdir())[:3]:  # the first process measures two, the second one
+        shutil.copy(path, tmp_path / "held out")
+    common = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 12, "--val", tmp_path / "held out"]
+    folders = tmp_path / "by1", tmp_path / "by2"
+    process = start(folders[1], *arguments(photos, folders[1], *common), "-bs", 2)
+    one = recorded_losses(monkeypatch)
+    train(photos, folders[0], *common, "-bs", 4)  # here, while the processes start
+    assert process.wait(300) == 0, (folders[1] / "output").read_text()[-3000:]
+    two = losses(folders[1])
+    rows = [json.loads((folder / "validation.jsonl").read_text()) for folder in folders]
+    assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)  # only the first process writes
+    assert len(one) == len(two) == 12
     assert two == pytest.approx(one, rel=1e-4)
-    assert rows[0]["patches"] == rows[1]["patches"] == 80
+    assert rows[0]["patches"] == rows[1]["patches"] == 48
     for name in ("bpp", "psnr", "loss"):
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
-    record = read_checkpoint(tmp_path / "by2" / "model.pth.tar")["training"][-1]
+    record = read_checkpoint(folders[1] / "model.pth.tar")["training"][-1]
     assert record["processes"] == 2 and record["settings"]["batch_size"] == 4
 
 
 def test_a_dead_process_ends_the_run_with_a_message(photos, checkpoint, tmp_path, start):
     folder = tmp_path / "run"
     more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 0)
-    process = start(folder, 2, *more)
+    process = start(folder, *more)
     wait_for(lambda: len(losses(folder)) > 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
@@ -99,7 +101,7 @@ def test_a_dead_process_ends_the_run_with_a_message(photos, checkpoint, tmp_path
 def test_a_signal_reaches_all_processes_at_one_step(photos, checkpoint, tmp_path, start):
     folder = tmp_path / "run"
     more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000)
-    process = start(folder, 2, *more)
+    process = start(folder, *more)
     wait_for(lambda: len(losses(folder)) > 2, process)
     process.send_signal(signal.SIGTERM)
     process.wait(60)

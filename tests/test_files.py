@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import TINY
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
-from utils.files import atomic_write
+from utils.files import atomic_write, remove_left_over
 from utils.images import ImageError, crop, find_images, pad, read_image, save_image, to_uint8
 from utils.metrics import decibels, ms_ssim_value, psnr
 
@@ -111,6 +111,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"finished")
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "x.pth") as file:
+        file.write(b"half of the n")
+        assert len(list(tmp_path.iterdir())) == 2
+        remove_left_over(tmp_path, "*.pth")  # before it is done: as if it had been killed
+        assert list(tmp_path.iterdir()) == [tmp_path / "x.pth"]
+        raise RuntimeError
+    assert (tmp_path / "x.pth").read_bytes() == b"finished"
 
 
 def test_links_and_devices_stay_what_they_are(tmp_path):
