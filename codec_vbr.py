@@ -1,6 +1,8 @@
 """Pictures to TVBR files and back (docs/bitstream.md).
 
     python codec_vbr.py encode photo.png photo.tvbr -l 2.5
+    python codec_vbr.py encode photo.png photo.tvbr --max-bytes 20000       # or --target-bytes, --target-bpp
+    python codec_vbr.py encode photo.png photo.tvbr --target-bpp 0.2 -t 50  # the best picture of that rate (DLM)
     python codec_vbr.py decode photo.tvbr back.png
     python codec_vbr.py encode photos more/extra.jpg coded          # every picture to coded/NAME.tvbr
     python codec_vbr.py decode coded pictures                       # and back, to pictures/NAME.png
@@ -16,6 +18,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -30,8 +33,15 @@ from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import decode, encode
 from utils.files import atomic_write, find_files
 from utils.images import ImageError, find_images, png_bytes, read_image
-from utils.lambdas import MAX_INDEX
 from utils.metrics import psnr
+from utils.online import (
+    Outcome,
+    add_refinement_arguments,
+    add_target_arguments,
+    need_variable_rate,
+    order_of,
+    produce,
+)
 
 SUFFIX = ".tvbr"
 HINT = (
@@ -41,28 +51,35 @@ HINT = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = cli.Formatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, inputs: str) -> Callable:
+    def command(name: str, text: str, inputs: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
         sub.add_argument("inputs", nargs="+", metavar="IN", help=inputs)
-        return sub.add_argument
+        return sub
 
-    add = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
+    encoder = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
+    add = encoder.add_argument
     add("output", metavar="OUT", help="file, - for standard output, or folder")
-    add("-l", "--lmd", type=float, default=2.5, metavar="INDEX", help="rate index in [0, 5]: larger is better and larger")
+    add("-l", "--lmd", type=float, metavar="INDEX", help="rate index in [0, 5]: larger is better and larger (default without a target: 2.5)")
+    add_target_arguments(encoder)
+    add_refinement_arguments(encoder, steps=0)
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
     _add_common(add)
-    add = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -")
+    add = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -").add_argument
     add("output", metavar="OUT", help="file, - for standard output, or folder")
     add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse files that claim more")
     _add_common(add)
-    add = command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
+    command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
     args = parser.parse_args(argv)
-    if args.command == "encode" and not 0 <= args.lmd <= MAX_INDEX:
-        parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {args.lmd:g}")
+    if args.command == "encode":
+        args.order = order_of(encoder, args, args.lmd)
+        if args.order.steered and args.lmd is not None:
+            encoder.error("-l and a target exclude each other: a target is met by the index that it needs")
+        if not args.order.steered:
+            args.order = replace(args.order, index=2.5 if args.lmd is None else args.lmd)
     return args
 
 
@@ -124,19 +141,40 @@ def write_bytes(path: Path, data: bytes) -> None:
 def encode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace) -> str:
     """Encode a picture; returns what there is to say."""
     image = read_image(io.BytesIO(read_bytes(source)) if str(source) == "-" else source)
-    start = time.perf_counter()
-    index = args.lmd if isinstance(model, TCM_VBR) else None
-    data = encode(model, image.to(args.device), index)
-    seconds = time.perf_counter() - start
+    steps = args.order.refinement.steps
+    outcome, decoded = None, None
+    if args.order.steered or steps:
+        with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
+            report = lambda step: bar.update(step.number > 0)  # noqa: E731
+            outcome = produce(model, str(source), image.to(args.device), args.order, report, judge=False)
+        data, index, decoded = outcome.data, outcome.index, outcome.decoded
+        seconds = outcome.control_seconds + outcome.refine_seconds
+    else:
+        start = time.perf_counter()
+        index = args.order.index if isinstance(model, TCM_VBR) else None
+        data = encode(model, image.to(args.device), index)
+        seconds = time.perf_counter() - start
     height, width = image.shape[1:]
     said = f"{len(data)} bytes, {8 * len(data) / (height * width):.4f} bpp"
-    said += "" if index is None else f", index {index:g}"
+    said += "" if index is None else f", index {index:.4g}"
     said += f", {width}×{height}, {seconds:.2f} s"
+    said += _said_of(outcome) if outcome else ""
     if args.verify:
-        decoded = decode(model, data).cpu()
-        said += f", verified: {psnr(image, decoded):.2f} dB"
+        decoded = decode(model, data) if decoded is None else decoded
+        said += f", verified: {psnr(image, decoded.cpu()):.2f} dB"
     write_bytes(target, data)
     return said
+
+
+def _said_of(outcome: Outcome) -> str:
+    """What there is to say of a target and a refinement."""
+    said = "" if outcome.error is None else f", {100 * outcome.error:+.2f} % off the target"
+    said += f", the target is {outcome.note}" if outcome.note else ""
+    said += f", {outcome.probes} probe{'' if outcome.probes == 1 else 's'}" if outcome.error is not None else ""
+    if outcome.chosen:
+        better, plain = outcome.result, outcome.plain
+        return f"{said}, refined: {better.psnr - plain.psnr:+.2f} dB, {100 * (better.bpp / plain.bpp - 1):+.2f} % bits"
+    return f"{said}, refined: nothing better found" if outcome.steps else said
 
 
 def decode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace) -> str:
@@ -190,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.device = cli.pick_device(args.device)
     model = load_model(args.checkpoint, args.device)
+    if args.command == "encode" and (args.order.steered or args.order.refinement.steps):
+        need_variable_rate(model, args.checkpoint)
     model.prepare()
     jobs = [(source, lambda s=source, t=target: one(model, s, t, args)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=len(jobs) < 2)

@@ -26,7 +26,7 @@ MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # epochs 50, 100 and 200 of 300
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
     )
     codecs = parser.add_argument_group("codecs")
     add = codecs.add_argument

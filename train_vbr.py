@@ -27,7 +27,7 @@ from utils.run_arguments import add_run_arguments, check_run_arguments, train
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
     )
     stage = parser.add_argument_group("stage")
     add = stage.add_argument

@@ -8,7 +8,8 @@ slice, each in C, H, W order.
 import math
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from models.sensitive import (
     table_index_and_sides,
     unpack_positions,
 )
+
+# What stands for round(x) in a rate that is to have a gradient (utils.refine).
+Surrogate = Callable[[Tensor], Tensor]
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
@@ -52,12 +56,31 @@ class CodingTables:
         self.sizes = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
+        self._lengths: Tensor | None = None
 
     def fewest_bits(self, indexes: Tensor) -> float:
         """No stream of symbols with these table rows is shorter: every one the likeliest of its row."""
         likeliest = [max(np.diff(row).tolist()) / 2**16 for row in self.cdfs]
         counts = np.bincount(indexes.flatten().numpy(), minlength=len(likeliest))
         return float(-(counts * np.log2(likeliest)).sum())
+
+    def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
+        """Length in bits of the stream that `encode` would make, but for the coder's final state."""
+        if self._lengths is None:
+            self._lengths = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
+            for row, cdf in enumerate(self.cdfs):
+                self._lengths[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
+        rows = indexes.flatten().long()
+        values = symbols.flatten() - torch.tensor(self.offsets)[rows]
+        escape = torch.tensor(self.sizes)[rows] - 2  # the last entry of a row stands for all that it has no entry for
+        outside = (values < 0) | (values >= escape)
+        bits = self._lengths[rows, torch.where(outside, escape, values)].double().sum()
+        if outside.any():
+            beyond = torch.where(values < 0, -2 * values - 1, 2 * (values - escape))[outside]
+            # Then follow, four bits each: how many digits, in fifteens, and the digits.
+            digits = (beyond.double() + 1).log2().div(4).ceil()
+            bits += (4 * (1 + (digits / 15).floor() + digits)).sum()
+        return float(bits)
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
         """One stream of int symbols, each with the row of the table that codes it; any equal shapes."""
@@ -117,7 +140,8 @@ class Estimate:
 
     With tabled, σ is the entry of the scale table that codes it (the next larger one) and the bits are a file's.
     Without, as papers report it; files then cost some percent more where most symbols are nearly certain.
-    With noise, of y's shape, that is added instead.
+    With noise, of y's shape, that is added instead. With a surrogate, what it makes of y − μ stands for the symbols
+    in the likelihoods, and those of the symbols themselves are collected beside them.
     """
 
     def __init__(
@@ -127,25 +151,38 @@ class Estimate:
         num_slices: int,
         tabled: bool = False,
         noise: Tensor | None = None,
+        surrogate: Surrogate | None = None,
     ) -> None:
         self.gaussian, self.slices, self.tabled = gaussian, y.float().chunk(num_slices, 1), tabled
+        self.surrogate = surrogate
         self.noise = None if noise is None else noise.chunk(num_slices, 1)
         self._likelihoods: list[Tensor] = []
+        self._of_symbols: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         number = len(self._likelihoods)
         y = self.slices[number]
-        if self.tabled:
-            sigma = self.gaussian.scale_table[table_index(self.gaussian, sigma).long()]
-        if self.noise is None:
-            _, likelihood = self.gaussian(y, sigma, mu)
-        else:
+        if self.tabled:  # the gradient is that of σ itself
+            level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
+            sigma = level + (sigma - sigma.detach())
+        y_hat = ste_round(y - mu) + mu
+        if self.surrogate is not None:
+            likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
+            with torch.no_grad():
+                self._of_symbols.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
+        elif self.noise is not None:
             likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
+        else:
+            _, likelihood = self.gaussian(y, sigma, mu)
         self._likelihoods.append(likelihood)
-        return ste_round(y - mu) + mu
+        return y_hat
 
     def likelihoods(self) -> Tensor:
         return torch.cat(self._likelihoods, 1)
+
+    def likelihoods_of_symbols(self) -> Tensor:
+        """Where there was a surrogate: of what would be coded, without gradients."""
+        return torch.cat(self._of_symbols, 1)
 
 
 class Encode:
@@ -166,10 +203,19 @@ class Encode:
             parts.append(part.cpu())
         return symbols + mu
 
+    @property
+    def all_symbols(self) -> Tensor:
+        """int32 `[B, M, h, w]`."""
+        return torch.cat(self.symbols, 1)
+
+    @property
+    def all_rows(self) -> Tensor:
+        """Table row of each symbol, int32 `[B, M, h, w]`."""
+        return torch.cat(self.indexes, 1)
+
     def streams(self, tables: CodingTables) -> list[bytes]:
         """One stream an image."""
-        symbols, indexes = torch.cat(self.symbols, 1), torch.cat(self.indexes, 1)
-        return [tables.encode(s, i) for s, i in zip(symbols, indexes, strict=True)]
+        return [tables.encode(s, i) for s, i in zip(self.all_symbols, self.all_rows, strict=True)]
 
     def guards(self, crcs: list[int]) -> list[Guard]:
         """One an image, from the CRC of its z."""
@@ -182,6 +228,19 @@ class Encode:
             above = (indexes[number, positions] != below[number, positions]).numpy()
             guards.append(Guard(pack_positions(positions.numpy(), above), crc_of(symbols[number], crc)))
         return guards
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Images as the encoder knows them before it codes: y's slices, z's symbols `[B, C, h/4, w/4]`, and ŷ."""
+
+    y: Encode
+    z: Tensor
+    y_hat: Tensor
+
+    def guards(self) -> list[Guard]:
+        """One an image."""
+        return self.y.guards([crc_of(symbols) for symbols in self.z])
 
 
 class Decode:

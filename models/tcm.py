@@ -15,8 +15,20 @@ from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride, co
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from models.coding import CodingTables, Decode, Encode, Estimate, likelihood_of_z, open_stream, ste_round, to_symbols
+from models.coding import (
+    CodingTables,
+    Decode,
+    Encode,
+    Estimate,
+    Quantised,
+    Surrogate,
+    likelihood_of_z,
+    open_stream,
+    ste_round,
+    to_symbols,
+)
 from models.layers import ConvTransBlock, SWAtten
 from models.sensitive import EPSILON, DecodingError, Guard, crc_of
 from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
@@ -155,6 +167,7 @@ class TCM(CompressionModel):
         self._tables: tuple[CodingTables, CodingTables] | None = None
         self._fingerprint: bytes | None = None
         self.epsilon = EPSILON  # how near a boundary of the scale table σ has to be for a file to list it
+        self.checkpointing = False  # gradients by computing every layer twice: a fraction of the memory
         self.metric = "mse"  # what the weights were trained for; a checkpoint says so
 
     # What TCM_VBR overrides ------------------------------------------------------------------
@@ -165,11 +178,23 @@ class TCM(CompressionModel):
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (here zero), `[B, 1, 1, 1]`."""
-        return self.g_a(self._formatted(x)), x.new_zeros(len(x), 1, 1, 1)
+        return self.features(x), x.new_zeros(len(x), 1, 1, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Image `[B, 3, H, W]` in [0, 1] to the latent of `g_a` `[B, M, H/16, W/16]`, which no rate has scaled yet."""
+        return self.g_a(self._formatted(x))
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         """Quantised latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
-        return self.g_s(y_hat)
+        return self._through(self.g_s, y_hat)
+
+    def _through(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """layers(x); with checkpointing, each keeps no more than its input for the gradients."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return layers(x)
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
 
     # The one slice walk ----------------------------------------------------------------------
 
@@ -184,12 +209,12 @@ class TCM(CompressionModel):
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             supports = decoded[: self.max_support_slices]
-            a_mu = self.atten_mean[i](torch.cat([means, *supports], 1))
-            a_sigma = self.atten_scale[i](torch.cat([scales, *supports], 1))
-            mu = self.cc_mean_transforms[i](a_mu).float()
-            sigma = self.cc_scale_transforms[i](a_sigma).float()
+            a_mu = self._through(self.atten_mean[i], torch.cat([means, *supports], 1))
+            a_sigma = self._through(self.atten_scale[i], torch.cat([scales, *supports], 1))
+            mu = self._through(self.cc_mean_transforms[i], a_mu).float()
+            sigma = self._through(self.cc_scale_transforms[i], a_sigma).float()
             y_hat = self._formatted(coder(mu, sigma))
-            residual = self.lrp_transforms[i](torch.cat([a_mu, y_hat], 1))
+            residual = self._through(self.lrp_transforms[i], torch.cat([a_mu, y_hat], 1))
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
 
@@ -219,13 +244,21 @@ class TCM(CompressionModel):
         y, _ = self.analyze(x, index)
         return self._estimate(y, self.h_a(y), index, tabled, noise)
 
-    def forward_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
+    def forward_fromlatent(
+        self,
+        y: Tensor,
+        z: Tensor,
+        index: Tensor | float | None = None,
+        tabled: bool = False,
+        surrogate: Surrogate | None = None,
+    ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
-        In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods
-        are those of rounded values: the rates of z and of the last slice then have no gradient of their own.
+        In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
+        rounded values: the rates of z and of the last slice then have no gradient of their own, unless a surrogate
+        of rounding has one. What is rounded is then under `coded_likelihoods`, without gradients.
         """
-        return self._estimate(y, z, self.resolve_index(index, len(y)))
+        return self._estimate(y, z, self.resolve_index(index, len(y)), tabled, surrogate=surrogate)
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y and z of one image."""
@@ -239,23 +272,31 @@ class TCM(CompressionModel):
         index: Tensor | None,
         tabled: bool = False,
         noise: tuple[Tensor, Tensor] | None = None,
+        surrogate: Surrogate | None = None,
     ) -> dict:
         noise_y, noise_z = noise or (None, None)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            if noise_z is None:
-                _, z_likelihoods = self.entropy_bottleneck(z)
-            else:
-                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
             z_hat = ste_round(z - self.medians) + self.medians
-        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled, noise_y)
+            if surrogate is not None:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, surrogate(z - self.medians) + self.medians)
+            elif noise_z is not None:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
+            else:
+                _, z_likelihoods = self.entropy_bottleneck(z)
+        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled, noise_y, surrogate)
         y_hat = self.walk(z_hat, coder)
-        return {
+        out = {
             "x_hat": self.synthesize(y_hat, index),
             "likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods},
             "lmd_index": index,
             "latent": y,
         }
+        if surrogate is not None:
+            with torch.no_grad():
+                of_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
+            out["coded_likelihoods"] = {"y": coder.likelihoods_of_symbols(), "z": of_z}
+        return out
 
     # Coding ----------------------------------------------------------------------------------
 
@@ -270,15 +311,14 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, log_m = self.analyze(x, index)
-        coded, _ = self._encode(y, self.h_a(y))
-        return coded | {"m_y": log_m.mean((1, 2, 3))}
+        return self.code(self.quantise(y, self.h_a(y))) | {"m_y": log_m.mean((1, 2, 3))}
 
     @torch.no_grad()
     def test_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
         """Code a latent for real: as `compress`, with `x_hat` as `decompress` of it."""
         index = self.resolve_index(index, len(y))
-        coded, y_hat = self._encode(y, z)
-        return coded | {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
+        quantised = self.quantise(y, z)
+        return self.code(quantised) | {"x_hat": self.synthesize(quantised.y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
     def decompress(
@@ -313,19 +353,35 @@ class TCM(CompressionModel):
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
-    def _encode(self, y: Tensor, z: Tensor) -> tuple[dict, Tensor]:
-        y_tables, z_tables = self.tables
+    def quantise(self, y: Tensor, z: Tensor) -> Quantised:
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z: all that coding needs, and ŷ."""
         rounded = torch.round(z - self.medians)
         coder = Encode(self.gaussian_conditional, y, self.num_slices, self.epsilon)
         with _repeatable():
             y_hat = self.walk(rounded + self.medians, coder)
-        rows, symbols = self._z_rows(z.shape[-2:]), to_symbols(rounded)
-        z_strings = [z_tables.encode(s, rows) for s in symbols]
+        return Quantised(coder, to_symbols(rounded), y_hat)
+
+    def count_bits(self, quantised: Quantised) -> list[float]:
+        """Bits of the streams and of the list of sensitive positions of each image, without coding them.
+
+        Code lengths under the coding tables; the coder writes whole words and its final states, at most 16 bytes more.
+        """
+        y_tables, z_tables = self.tables
+        rows = self._z_rows(quantised.z.shape[-2:])
+        listed = [8 * len(guard.listed) for guard in quantised.guards()]
+        z_bits = [z_tables.count_bits(symbols, rows) for symbols in quantised.z]
+        y_bits = [y_tables.count_bits(s, i) for s, i in zip(quantised.y.all_symbols, quantised.y.all_rows, strict=True)]
+        return [sum(parts) for parts in zip(listed, z_bits, y_bits, strict=True)]
+
+    def code(self, quantised: Quantised) -> dict:
+        """`strings`, `shape` and `guards` as `compress` returns them."""
+        y_tables, z_tables = self.tables
+        rows = self._z_rows(quantised.z.shape[-2:])
         return {
-            "strings": [coder.streams(y_tables), z_strings],
-            "shape": tuple(z.shape[-2:]),
-            "guards": coder.guards([crc_of(s) for s in symbols]),
-        }, y_hat
+            "strings": [quantised.y.streams(y_tables), [z_tables.encode(symbols, rows) for symbols in quantised.z]],
+            "shape": tuple(quantised.z.shape[-2:]),
+            "guards": quantised.guards(),
+        }
 
     def _z_rows(self, shape: Sequence[int]) -> Tensor:
         """Table row of every element of z: its channel. int32 `[C, *shape]`."""
@@ -433,9 +489,16 @@ class mask(nn.Module):
         self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
         self.alpha = nn.Parameter(torch.zeros(1))
 
+    def content(self, y: Tensor) -> Tensor:
+        """α · attn(y): what the logits owe to the latent, whatever the rate; of y's shape."""
+        return self.alpha * self.latent_attn(y)
+
+    def rate(self, index: Tensor) -> Tensor:
+        """f_λ: what they owe to the rate indices `[B]`; `[B, M, 1, 1]`."""
+        return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
+
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        rate = self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
-        return F.softsign(rate + self.alpha * self.latent_attn(y))
+        return F.softsign(self.rate(index) + self.content(y))
 
 
 class LAE(nn.Module):
@@ -471,10 +534,10 @@ class TCM_VBR(TCM):
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As TCM, with y scaled by m; the second output is ln m `[B, M, H/16, W/16]`."""
-        return self.modnet_ga(self.g_a(self._formatted(x)), index)
+        return self.modnet_ga(self.features(x), index)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        return self.g_s(self.modnet_gs(y_hat, index)[0])
+        return super().synthesize(self.modnet_gs(y_hat, index)[0], index)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
         state_dict = normalise(state_dict, self)

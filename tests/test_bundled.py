@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import eval_vbr
 from models.tcm import PRESETS, TCM_VBR
+from utils import cli
 from utils.checkpoint import BUNDLED, load_model, read_checkpoint
 from utils.evaluation import evaluate
 from utils.images import read_image
@@ -19,7 +19,7 @@ def bundled() -> TCM_VBR:
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
     """The middle of scikit-image's cat."""
-    return read_image(eval_vbr.sample_images()[1])[:, 20:276, 80:336]
+    return read_image(cli.pictures(None)[1])[:, 20:276, 80:336]
 
 
 def test_the_file(bundled):

@@ -8,7 +8,7 @@ Several files make one curve: six fixed-rate models are six files of one point.
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import bjontegaard
@@ -16,13 +16,14 @@ import bjontegaard
 from utils import cli
 from utils.metrics import decibels
 
+MIN_POINTS = 4
 Curve = list[tuple[float, float]]
 METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
     )
     add = parser.add_argument
     add("--anchor", nargs="+", required=True, metavar="JSON", help="what is compared with")
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
-    """Points (bpp, quality) by rising rate, and those left out: another one has more quality for no more bits.
+    """Points (bpp, quality), as `rising` gives them.
 
     Raises:
         UserError: names the file that holds no such curve.
@@ -48,6 +49,11 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
             cause = f"no {metric}" if isinstance(error, StopIteration) else error
             raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+    return rising(points)
+
+
+def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:
+    """Points by rising rate, and those left out: another one has more quality for no more bits."""
     kept: list[tuple[float, float]] = []
     beaten = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
@@ -63,7 +69,7 @@ def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float | 
     Raises:
         UserError: a curve has fewer than four points.
     """
-    if min(len(anchor), len(test)) < 4:
+    if min(len(anchor), len(test)) < MIN_POINTS:
         raise cli.UserError(f"BD-rate needs four rising points a curve, not {len(anchor)} and {len(test)}")
 
     def bjontegaard_delta(of: Callable, axis: int) -> float | None:
@@ -77,6 +83,13 @@ def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float | 
     return bjontegaard_delta(bjontegaard.bd_rate, 1), bjontegaard_delta(bjontegaard.bd_psnr, 0)
 
 
+def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
+    """`compare` in two lines."""
+    rate, quality = compare(anchor, test, method)
+    lines = "BD-rate: " + ("none, no quality in common" if rate is None else f"{rate:+.2f} %")
+    return f"{lines}\nBD-{metric}: " + ("none, no rate in common" if quality is None else f"{quality:+.2f} dB")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     curves = []
@@ -86,9 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
         for bpp, quality in beaten:
             print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
-    rate, quality = compare(*curves, args.method)
-    print("BD-rate: " + ("none, no quality in common" if rate is None else f"{rate:+.2f} %"))
-    print(f"BD-{args.metric}: " + ("none, no rate in common" if quality is None else f"{quality:+.2f} dB"))
+    print(summary(*curves, args.metric, args.method))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from utils.images import pad
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
     )
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture")

@@ -25,7 +25,7 @@ from utils.training import PRECISIONS, Trainer, compile_networks
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
     )
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture")

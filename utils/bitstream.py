@@ -18,6 +18,7 @@ MAX_PIXELS = 2**28  # a decoder would run out of memory long before 65535²: the
 _VERSION_1 = struct.Struct("<4sBHHfI")
 _VERSION_2 = struct.Struct("<4sBBHHf8sIII")
 _CRC = struct.Struct("<I")
+HEADER_BYTES = _VERSION_2.size + _CRC.size
 
 
 class FileError(ValueError):

@@ -1,17 +1,30 @@
 """What every script does the same way: errors in one line, and the choice of a device."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from utils.checkpoint import CheckpointError
-from utils.images import ImageError
+from utils.images import ImageError, find_images
 from utils.memory import keep_freed_memory
+
+# Photographs in every scikit-image wheel; nothing is downloaded.
+SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 class UserError(Exception):
     """Something the user can put right: printed as one line, without a traceback."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any and the text does not tell them itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default is None or action.default is False or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -33,3 +46,20 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     return torch.device(name)
+
+
+def pictures(data: list[str] | None) -> list[Path]:
+    """Pictures among files and folders; scikit-image's photographs, as installed, where none are given."""
+    if data:
+        return find_images(data)
+    try:
+        import skimage
+    except ImportError:
+        raise UserError("no -d given, and scikit-image, whose photographs are the default, is missing") from None
+    folder = Path(skimage.__file__).parent / "data"
+    return find_images(folder / name for name in SAMPLES)
+
+
+def stem(path: str) -> str:
+    """A file's name without its suffixes: tcm_vbr_small of tcm_vbr_small.pth.tar."""
+    return Path(path).name.split(".")[0]

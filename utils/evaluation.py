@@ -1,7 +1,9 @@
 """Rate, distortion and time of one picture at one rate: from likelihoods, or from real files."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from utils.images import crop, pad, to_float, to_uint8
 from utils.lambdas import index_to_lambda
 from utils.losses import bits
 from utils.metrics import decibels, ms_ssim_value, mse, psnr
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,11 +39,15 @@ class Result:
 
 def encode(model: TCM, image: Tensor, index: float | None) -> bytes:
     """A picture, uint8 `[3, H, W]` on the model's device, as the bytes of a file."""
-    out = model.compress(pad(to_float(image)), index)
-    (y,), (z,) = out["strings"]
-    height, width = image.shape[1:]
     index = index if isinstance(model, TCM_VBR) else None
-    return pack(Coded(width, height, index, y, z, model.fingerprint, out["guards"][0]))
+    return to_file(model, image.shape[1:], index, model.compress(pad(to_float(image)), index))
+
+
+def to_file(model: TCM, size: Sequence[int], index: float | None, coded: dict) -> bytes:
+    """What a model coded of a picture of size (height, width), as a file."""
+    (y,), (z,) = coded["strings"]
+    height, width = size
+    return pack(Coded(width, height, index, y, z, model.fingerprint, coded["guards"][0]))
 
 
 def decode(model: TCM, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -71,20 +79,32 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
 
 def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]`; returns the reconstruction as well."""
-    encode_seconds = decode_seconds = None
     if real:
-        data, encode_seconds = _timed(lambda: encode(model, image, index), image.device)
-        decoded, decode_seconds = _timed(lambda: decode(model, data), image.device)
-        count = 8.0 * len(data)
-    else:
-        count, decoded = estimate(model, image, index)
+        data, seconds = timed(lambda: encode(model, image, index), image.device)
+        return evaluate_file(model, name, image, index, data, seconds)
+    count, decoded = estimate(model, image, index)
+    return _result(model, name, image, index, count, decoded), decoded
+
+
+def evaluate_file(
+    model: TCM, name: str, image: Tensor, index: float | None, data: bytes, encode_seconds: float
+) -> tuple[Result, Tensor]:
+    """As `evaluate`, of a file that is there already."""
+    decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
+    result = _result(model, name, image, index, 8.0 * len(data), decoded)
+    return replace(result, encode_seconds=encode_seconds, decode_seconds=decode_seconds), decoded
+
+
+def _result(
+    model: TCM, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor
+) -> Result:
     height, width = image.shape[1:]
     bpp = count / (height * width)
     quality = ms_ssim_value(image, decoded)
     missing = None if quality is None else 1 - quality
     distortion = mse(image, decoded) if model.metric == "mse" else missing
     known = index is not None and distortion is not None
-    result = Result(
+    return Result(
         image=name,
         width=width,
         height=height,
@@ -94,10 +114,9 @@ def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bo
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
         loss=bpp + index_to_lambda(index, model.metric) * distortion if known else None,
-        encode_seconds=encode_seconds,
-        decode_seconds=decode_seconds,
+        encode_seconds=None,
+        decode_seconds=None,
     )
-    return result, decoded
 
 
 def mean(results: list[Result], field: str) -> float | None:
@@ -106,7 +125,8 @@ def mean(results: list[Result], field: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _timed(work, device: torch.device):
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What work returns, and its seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -21,7 +21,7 @@ def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") ->
 
     Returns:
         `loss` (scalar, for the optimiser), and per sample `[B]`: `bpp`, `bpp_z` (the part of it that z
-        takes), `mse` on the 0–255 scale.
+        takes), `mse` on the 0–255 scale, `distortion` (D).
     """
     pixels = x.shape[-2] * x.shape[-1]
     x_hat = out["x_hat"].float()
@@ -29,7 +29,8 @@ def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") ->
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
     mse = 255**2 * (x_hat - x).square().mean((1, 2, 3))
     distortion = mse if metric == "mse" else 1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False)
-    return {"loss": (lmbda * distortion).mean() + bpp.mean(), "bpp": bpp, "bpp_z": bpp_z, "mse": mse}
+    loss = (lmbda * distortion).mean() + bpp.mean()
+    return {"loss": loss, "bpp": bpp, "bpp_z": bpp_z, "mse": mse, "distortion": distortion}
 
 
 def psnr_of_mse(mse: Tensor) -> Tensor:
