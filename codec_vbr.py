@@ -42,6 +42,7 @@ from utils.online import (
     order_of,
     produce,
 )
+from utils.refine import Step
 
 SUFFIX = ".tvbr"
 HINT = (
@@ -145,8 +146,11 @@ def encode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace)
     outcome, decoded = None, None
     if args.order.steered or steps:
         with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-            report = lambda step: bar.update(step.number > 0)  # noqa: E731
-            outcome = produce(model, str(source), image.to(args.device), args.order, report, judge=False)
+
+            def on_step(step: Step) -> None:
+                bar.update(step.number > 0)
+
+            outcome = produce(model, str(source), image.to(args.device), args.order, on_step, judge=False)
         data, index, decoded = outcome.data, outcome.index, outcome.decoded
         seconds = outcome.control_seconds + outcome.refine_seconds
     else:

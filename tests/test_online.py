@@ -111,6 +111,7 @@ def test_codec_meets_targets(weights, two, tmp_path, capsys):
         (["-l", "5.1"], "index must lie in"),
         (["--step-size", "0"], "must be positive"),
         (["--step-size", "1", "-t", "0"], "needs -t"),
+        (["--keep-rate", "--max-bytes", "9", "-t", "1"], "no target"),
     ],
 )
 @pytest.mark.parametrize("command", ["online", "codec"])

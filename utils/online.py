@@ -217,6 +217,8 @@ def order_of(parser: argparse.ArgumentParser, args: argparse.Namespace, index: f
         parser.error("-t must be 0 or more, --probes 1 or more")
     if args.step_size is not None and not args.steps:
         parser.error("--step-size needs -t: no steps, no refinement")
+    if args.keep_rate and (not args.steps or any(x is not None for x in (args.target_bpp, args.target_bytes, args.max_bytes))):
+        parser.error("--keep-rate needs -t, and no target, which is a rate to keep itself")
     if index is not None and not 0 <= index <= MAX_INDEX:
         parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     refinement = Refinement(args.steps, args.method, args.step_size)

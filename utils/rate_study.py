@@ -137,11 +137,11 @@ def plot(studies: list[Study], path: Path) -> None:
         label = "predicted from one probe" if not number else None
         axes[2].plot(lambdas, predicted, ":", color=line.get_color(), linewidth=1.5, label=label)
     axes[2].set(xscale="log", xlabel="λ", ylabel="bits per pixel", title="R(λ) of every image")
-    axes[2].set_xticks(lambdas[::4], [f"{lmbda:g}" for lmbda in lambdas[::4]])
+    axes[2].set_xticks(lambdas[::4], [f"{lmbda:g}" for lmbda in lambdas[::4]], rotation=30)
     axes[2].minorticks_off()
     axes[2].legend()
     axes[2].grid(alpha=0.3)
     figure.tight_layout()
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=90)
     pyplot.close(figure)
