@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_write(args.json) as file:
             how = "real files" if args.real else "estimated from likelihoods"
             groups = [[result for result in results if result.index == index] for index in indices]
-            file.write(json.dumps(report(groups, cli.stem(args.checkpoint), how), indent=1).encode())
+            file.write(json.dumps(report(groups, results, cli.stem(args.checkpoint), how), indent=1).encode())
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ from models.tcm import TCM_VBR
 from utils import cli
 from utils.bd_rate import MIN_POINTS, rising, summary
 from utils.checkpoint import BUNDLED, load_model
-from utils.evaluation import Result, mean
+from utils.evaluation import mean
 from utils.files import atomic_write
 from utils.images import ImageError, read_images, save_image
 from utils.losses import psnr_of_mse
@@ -164,18 +164,19 @@ def gain(outcomes: list[list[Outcome]]) -> str:
 
 def results_of(outcomes: list[list[Outcome]], args: argparse.Namespace) -> dict:
     """For JSON: curves of what was refined and what was not, and how each picture came about."""
-    plain: list[list[Result]] = [[outcome.plain for outcome in group] for group in outcomes]
     name = cli.stem(args.checkpoint)
     how = f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
-    whole = report([[outcome.result for outcome in group] for group in outcomes], name, how)
     flat = [outcome for group in outcomes for outcome in group]
+    refined = [[outcome.result for outcome in group] for group in outcomes]
+    whole = report(refined, [outcome.result for outcome in flat], name, how)
     for image, outcome in zip(whole["images"], flat, strict=True):
         image |= {"error": outcome.error, "probes": outcome.probes, "chosen_step": outcome.chosen, "note": outcome.note}
         image |= {"loss_change": outcome.loss_change}
         image |= {"control_seconds": outcome.control_seconds, "refine_seconds": outcome.refine_seconds}
         image["steps"] = [[step.bpp, step.mse, step.loss] for step in outcome.steps]
     if args.steps:
-        whole["unrefined"] = report(plain, f"{name}, unrefined", "real files")
+        plain = [[outcome.plain for outcome in group] for group in outcomes]
+        whole["unrefined"] = report(plain, [outcome.plain for outcome in flat], f"{name}, unrefined", "real files")
     return whole
 
 

@@ -78,7 +78,7 @@ def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)  # only the first process writes
     assert len(one) == len(two) == 20
     assert two == pytest.approx(one, rel=1e-4)
-    assert rows[0]["patches"] == rows[1]["patches"] == 48
+    assert rows[0]["patches"] == rows[1]["patches"] == 80
     for name in ("bpp", "psnr", "loss"):
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
     record = read_checkpoint(folders[1] / "model.pth.tar")["training"][-1]

@@ -28,11 +28,12 @@ def short_names(paths: list[Path]) -> dict[Path, str]:
     return {path: path.name if counts[path.name] == 1 else path.as_posix() for path in paths}
 
 
-def report(groups: list[list[Result]], name: str, description: str) -> dict:
+def report(groups: list[list[Result]], results: list[Result], name: str, description: str) -> dict:
     """CompressAI's results format, with the index, the loss, and a row an image under `images`.
 
     Args:
         groups: whose means are the points of the curve.
+        results: the same in the order of the rows.
     """
     fields = {
         "bpp": "bpp",
@@ -48,7 +49,7 @@ def report(groups: list[list[Result]], name: str, description: str) -> dict:
         "name": name,
         "description": f"{description}, means over pictures",
         "results": {name: values for name, values in means.items() if any(v is not None for v in values)},
-        "images": [{k: _finite(v) for k, v in result.as_dict().items()} for group in groups for result in group],
+        "images": [{k: _finite(v) for k, v in result.as_dict().items()} for result in results],
     }
 
 
