@@ -1,12 +1,7 @@
 import copy
-import os
 import shutil
 import sys
 from pathlib import Path
-
-# Before torch, and for the processes that tests start: on small models threads cost more than they give, and where
-# other work has the cores they wait for each other: six times as long.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
