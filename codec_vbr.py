@@ -18,7 +18,6 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -77,10 +76,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "encode":
         args.order = order_of(encoder, args, args.lmd)
-        if args.order.steered and args.lmd is not None:
-            encoder.error("-l and a target exclude each other: a target is met by the index that it needs")
-        if not args.order.steered:
-            args.order = replace(args.order, index=2.5 if args.lmd is None else args.lmd)
     return args
 
 
@@ -211,8 +206,7 @@ def attempts(work: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
             tqdm.write(f"{source}: {do()}", file=file)
             yield True
         except (ImageError, OSError, ValueError) as error:
-            text = f"{error} ({HINT})" if isinstance(error, DecodingError) else str(error)
-            tqdm.write(f"error: {text}" if str(source) in text else f"error: {source}: {text}", file=sys.stderr)
+            cli.complain(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
             yield False
 
 

@@ -10,8 +10,6 @@ and make the exit status 1.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from models.tcm import TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import Result, evaluate
-from utils.files import atomic_write
+from utils.files import write_json
 from utils.images import ImageError, read_images, save_image
 from utils.lambdas import LADDER, MAX_INDEX
 from utils.online import need_variable_rate
@@ -63,7 +61,7 @@ def measure(
     bar = tqdm(total=len(paths) * len(indices), desc="evaluating", unit="image", disable=None)
     for path, image in read_images(paths):
         if isinstance(image, ImageError):
-            tqdm.write(f"error: {image}", file=sys.stderr)
+            cli.complain(path, image)
             failed.add(path)
             bar.update(len(indices))
             continue
@@ -71,7 +69,7 @@ def measure(
             try:
                 result, decoded = evaluate(model, names[path], image.to(device), index, args.real)
             except ValueError as error:  # sides or latents that the format cannot hold
-                tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+                cli.complain(path, error)
                 failed.add(path)
                 bar.update()
                 continue
@@ -95,15 +93,14 @@ def study_rate_model(model: TCM_VBR, paths: list[Path], args: argparse.Namespace
                 raise image
             studies.append(rate_study.study(model, names[path], image.to(device)))
         except (ImageError, ValueError) as error:
-            tqdm.write(f"error: {error}" if str(path) in str(error) else f"error: {path}: {error}", file=sys.stderr)
+            cli.complain(path, error)
     if not studies:
         raise cli.UserError("none of the pictures could be measured")
     found = rate_study.summary(studies)
     print(rate_study.table(found["means"]))
     rate_study.plot(studies, Path(args.rate_model))
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(found, indent=1).encode())
+        write_json(args.json, found)
     return 0 if len(studies) == len(paths) else 1
 
 
@@ -133,10 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     for index in indices:
         print(row(f"mean of {count}", [result for result in results if result.index == index]))
     if args.json:
-        with atomic_write(args.json) as file:
-            how = "real files" if args.real else "estimated from likelihoods"
-            groups = [[result for result in results if result.index == index] for index in indices]
-            file.write(json.dumps(report(groups, results, cli.stem(args.checkpoint), how), indent=1).encode())
+        how = "real files" if args.real else "estimated from likelihoods"
+        groups = [[result for result in results if result.index == index] for index in indices]
+        write_json(args.json, report(groups, results, cli.stem(args.checkpoint), how))
     return 1 if failed else 0
 
 

@@ -9,7 +9,6 @@ Every figure is of a real file, encoded and decoded. The decoder does not change
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from utils import cli
 from utils.bd_rate import MIN_POINTS, rising, summary
 from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import mean
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 from utils.images import ImageError, read_images, save_image
 from utils.losses import psnr_of_mse
 from utils.online import (
@@ -35,7 +34,7 @@ from utils.online import (
     produce,
 )
 from utils.refine import Step
-from utils.report import report, short_names
+from utils.report import cell, report, short_names
 
 HEAD = (
     f"{'image':<22} {'index':>5} {'bpp':>7} {'PSNR dB':>8} {'MS-SSIM':>8} {'Δbpp %':>7} {'ΔPSNR':>6} "
@@ -60,36 +59,31 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Order]]:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     add("--cuda", action="store_true", help="accepted for published command lines: a GPU is used where there is one")
     args = parser.parse_args(argv)
-    orders = [order_of(parser, args, index) for index in args.lmd or [None]]
-    if args.lmd and orders[0].steered:
-        parser.error("-l and a target exclude each other: a target is met by the index that it needs")
-    if not args.lmd and not orders[0].steered:
-        orders = [order_of(parser, args, 2.5)]
-    return args, orders
+    return args, [order_of(parser, args, index) for index in args.lmd or [None]]
 
 
 def row(name: str, outcomes: list[Outcome]) -> str:
     """One line of the table: the means of some outcomes; of their errors, the mean magnitude."""
 
-    def cell(value: Callable[[Outcome], float | None], width: int, digits: int) -> str:
+    def of(value: Callable[[Outcome], float | None], width: int, digits: int) -> str:
         values = [v for outcome in outcomes if (v := value(outcome)) is not None]
-        return f"{f'{sum(values) / len(values):.{digits}f}' if values else '–':>{width}}"
+        return cell(sum(values) / len(values) if values else None, width, digits)
 
     def error(outcome: Outcome) -> float | None:
         return None if outcome.error is None else 100 * (outcome.error if len(outcomes) == 1 else abs(outcome.error))
 
     cells = [
-        cell(lambda o: o.index, 5, 2),
-        cell(lambda o: o.result.bpp, 7, 4),
-        cell(lambda o: o.result.psnr, 8, 2),
-        cell(lambda o: o.result.ms_ssim_db, 8, 2),
-        cell(lambda o: 100 * (o.result.bpp / o.plain.bpp - 1), 7, 2),
-        cell(lambda o: o.result.psnr - o.plain.psnr, 6, 3),
-        cell(lambda o: 100 * o.loss_change, 7, 2),
-        cell(error, 8, 3),
-        cell(lambda o: o.probes, 6, 1),
-        cell(lambda o: o.control_seconds, 8, 2),
-        cell(lambda o: o.refine_seconds, 8, 2),
+        of(lambda o: o.index, 5, 2),
+        of(lambda o: o.result.bpp, 7, 4),
+        of(lambda o: o.result.psnr, 8, 2),
+        of(lambda o: o.result.ms_ssim_db, 8, 2),
+        of(lambda o: 100 * (o.result.bpp / o.plain.bpp - 1), 7, 2),
+        of(lambda o: o.result.psnr - o.plain.psnr, 6, 3),
+        of(lambda o: 100 * o.loss_change, 7, 2),
+        of(error, 8, 3),
+        of(lambda o: o.probes, 6, 1),
+        of(lambda o: o.control_seconds, 8, 2),
+        of(lambda o: o.refine_seconds, 8, 2),
     ]
     return " ".join([f"{name if len(name) <= 22 else '…' + name[-21:]:<22}", *cells])
 
@@ -130,8 +124,7 @@ def work(
                     raise image
                 outcome = produce(model, names[path], image.to(device), order, watch(bar, writer, mark))
             except (ImageError, ValueError) as error:
-                text = str(error)
-                tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
+                cli.complain(path, error)
                 failed.add(path)
             else:
                 outcomes[number].append(outcome)
@@ -199,12 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         if errors:
             average, worst = sum(errors) / len(errors), max(errors)
             print(f"size against target: mean |error| {100 * average:.3f} %, worst {100 * worst:.3f} %")
-    whole = results_of(outcomes, args)
     if args.steps and len(orders) >= MIN_POINTS:
         print(gain(outcomes))
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(whole, indent=1).encode())
+        write_json(args.json, results_of(outcomes, args))
     return 1 if failed else 0
 
 

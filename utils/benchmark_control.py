@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import statistics
 import time
 
@@ -17,7 +16,7 @@ from models.tcm import TCM_VBR
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import encode
-from utils.files import atomic_write
+from utils.files import write_json
 from utils.images import read_image
 from utils.lambdas import MAX_INDEX
 from utils.online import need_variable_rate
@@ -94,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {probes:6.2f} {seconds:7.2f} {share:12.2f}")
     print(f"{len(paths)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(rows, indent=1).encode())
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from utils.checkpoint import CheckpointError
 from utils.images import ImageError, find_images
@@ -37,6 +38,12 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def complain(path: str | Path, error: Exception | str) -> None:
+    """One line on stderr, beside progress bars, that names the file and the cause."""
+    text = str(error)
+    tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
 
 
 def pick_device(name: str) -> torch.device:

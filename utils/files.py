@@ -1,6 +1,7 @@
 """Files: finding them, and writing them whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -61,6 +62,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def write_json(path: str | Path, value: dict | list) -> None:
+    """Write whole or not at all, as JSON."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def remove_left_over(folder: Path, names: str) -> None:

@@ -208,7 +208,10 @@ def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> Non
 
 
 def order_of(parser: argparse.ArgumentParser, args: argparse.Namespace, index: float | None) -> Order:
-    """The order that arguments make; ends with the parser's error where one is impossible."""
+    """The order that arguments make, at index 2.5 where they name neither index nor target.
+
+    Ends with the parser's error where one is impossible.
+    """
     for name in ("target_bpp", "target_bytes", "max_bytes", "step_size"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -217,12 +220,18 @@ def order_of(parser: argparse.ArgumentParser, args: argparse.Namespace, index: f
         parser.error("-t must be 0 or more, --probes 1 or more")
     if args.step_size is not None and not args.steps:
         parser.error("--step-size needs -t: no steps, no refinement")
-    if args.keep_rate and (not args.steps or any(x is not None for x in (args.target_bpp, args.target_bytes, args.max_bytes))):
+    targets = args.target_bpp, args.target_bytes, args.max_bytes
+    steered = any(target is not None for target in targets)
+    if steered and index is not None:
+        parser.error("-l and a target exclude each other: a target is met by the index that it needs")
+    if index is None and not steered:
+        index = 2.5
+    if args.keep_rate and (not args.steps or steered):
         parser.error("--keep-rate needs -t, and no target, which is a rate to keep itself")
     if index is not None and not 0 <= index <= MAX_INDEX:
         parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     refinement = Refinement(args.steps, args.method, args.step_size)
-    return Order(index, args.target_bpp, args.target_bytes, args.max_bytes, args.probes, refinement, args.keep_rate)
+    return Order(index, *targets, args.probes, refinement, args.keep_rate)
 
 
 def need_variable_rate(model: object, checkpoint: str) -> None:

@@ -12,6 +12,7 @@ from models.tcm import TCM_VBR
 from utils.files import atomic_write
 from utils.lambdas import MAX_INDEX, index_to_lambda
 from utils.rate_control import START, Picture
+from utils.report import cell, finite
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (after the choice of a backend that needs no screen)
@@ -75,26 +76,21 @@ def summary(studies: list[Study]) -> dict:
             "bits": s.bits.round().tolist(),
             "models": {name: values.round(1).tolist() for name, values in s.models.items()},
             "monotone": s.monotone,
-            "fits": {name: dict(zip(("slope", "r2"), map(_number, s.fit(name)), strict=True)) for name in MODELS},
+            "fits": {name: dict(zip(("slope", "r2"), map(finite, s.fit(name)), strict=True)) for name in MODELS},
             "one_probe_error": {name: s.one_probe_error(name) for name in MODELS},
         }
         for s in studies
     ]
     means = {
         name: {
-            "slope": _number(np.mean([s.fit(name)[0] for s in studies])),
-            "r2": _number(np.mean([s.fit(name)[1] for s in studies])),
+            "slope": finite(float(np.mean([s.fit(name)[0] for s in studies]))),
+            "r2": finite(float(np.mean([s.fit(name)[1] for s in studies]))),
             "one_probe_error": float(np.mean([s.one_probe_error(name) for s in studies])),
-            "slope_between_indices": [_number(v) for v in np.median([s.local_slopes(name) for s in studies], 0)],
+            "slope_between_indices": [finite(float(v)) for v in np.median([s.local_slopes(name) for s in studies], 0)],
         }
         for name in MODELS
     }
     return {"models": MODELS, "means": means, "images": images}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else float(value)
 
 
 def table(means: dict) -> str:
@@ -103,14 +99,10 @@ def table(means: dict) -> str:
     lines = [f"{'R = … + C':<18} {'slope':>6} {'R²':>6} {'one-probe error':>15}   median slope between indices {gaps}"]
     for name, text in MODELS.items():
         m = means[name]
-        slopes = " ".join(_cell(slope, 6, 2) for slope in m["slope_between_indices"])
+        slopes = " ".join(cell(slope, 6, 2) for slope in m["slope_between_indices"])
         error = f"{100 * m['one_probe_error']:13.2f} %"
-        lines.append(f"{text:<18} {_cell(m['slope'], 6, 2)} {_cell(m['r2'], 6, 3)} {error} {'':>30} {slopes}")
+        lines.append(f"{text:<18} {cell(m['slope'], 6, 2)} {cell(m['r2'], 6, 3)} {error} {'':>30} {slopes}")
     return "\n".join(lines)
-
-
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'–' if value is None else f'{value:.{digits}f}':>{width}}"
 
 
 def plot(studies: list[Study], path: Path) -> None:

@@ -9,17 +9,21 @@ from utils.evaluation import Result, mean
 HEAD = f"{'image':<30} {'index':>5} {'bpp':>8} {'PSNR dB':>8} {'MS-SSIM dB':>10} {'encode s':>9} {'decode s':>9}"
 
 
+def cell(value: float | None, width: int, digits: int) -> str:
+    """A number of a table; a dash for none."""
+    return f"{'–' if value is None else f'{value:.{digits}f}':>{width}}"
+
+
 def row(name: str, results: list[Result]) -> str:
     """One line of the table, at most 100 characters: the means of some results."""
 
-    def cell(field: str, width: int, digits: int) -> str:
-        value = mean(results, field)
-        return f"{'–' if value is None else f'{value:.{digits}f}':>{width}}"
+    def of(field: str, width: int, digits: int) -> str:
+        return cell(mean(results, field), width, digits)
 
     name = name if len(name) <= 30 else "…" + name[-29:]
-    cells = [cell("bpp", 8, 4), cell("psnr", 8, 2), cell("ms_ssim_db", 10, 2)]
-    cells += [cell("encode_seconds", 9, 2), cell("decode_seconds", 9, 2)]
-    return " ".join([f"{name:<30}", cell("index", 5, 2), *cells])
+    cells = [of("bpp", 8, 4), of("psnr", 8, 2), of("ms_ssim_db", 10, 2)]
+    cells += [of("encode_seconds", 9, 2), of("decode_seconds", 9, 2)]
+    return " ".join([f"{name:<30}", of("index", 5, 2), *cells])
 
 
 def short_names(paths: list[Path]) -> dict[Path, str]:
@@ -44,15 +48,15 @@ def report(groups: list[list[Result]], results: list[Result], name: str, descrip
         "index": "index",
         "loss": "loss",
     }
-    means = {name: [_finite(mean(group, field)) for group in groups] for name, field in fields.items()}
+    means = {name: [finite(mean(group, field)) for group in groups] for name, field in fields.items()}
     return {
         "name": name,
         "description": f"{description}, means over pictures",
         "results": {name: values for name, values in means.items() if any(v is not None for v in values)},
-        "images": [{k: _finite(v) for k, v in result.as_dict().items()} for result in results],
+        "images": [{k: finite(v) for k, v in result.as_dict().items()} for result in results],
     }
 
 
-def _finite(value):
-    """JSON has no infinity, which is the PSNR of a perfect copy."""
+def finite(value):
+    """None for what JSON does not have: infinity, which is the PSNR of a perfect copy, and NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
