@@ -347,7 +347,7 @@ class TCM(CompressionModel):
         latent = (self.M, 4 * shape[0], 4 * shape[1])
         crcs = [crc_of(symbols) for symbols in z]
         coder = Decode(self.gaussian_conditional, y_tables, y_strings, latent, guards, crcs)
-        with _repeatable():
+        with repeatable():
             y_hat = self.walk(z_hat, coder)
         if guards and [guard.crc for guard in guards] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
@@ -357,7 +357,7 @@ class TCM(CompressionModel):
         """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z: all that coding needs, and ŷ."""
         rounded = torch.round(z - self.medians)
         coder = Encode(self.gaussian_conditional, y, self.num_slices, self.epsilon)
-        with _repeatable():
+        with repeatable():
             y_hat = self.walk(rounded + self.medians, coder)
         return Quantised(coder, to_symbols(rounded), y_hat)
 
@@ -449,7 +449,7 @@ class TCM(CompressionModel):
         return model.eval()
 
 
-def _repeatable() -> contextlib.AbstractContextManager:
+def repeatable() -> contextlib.AbstractContextManager:
     """On a GPU: no TF32 (ten bits would steer the decoder), and no kernels chosen by how fast they ran."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 

@@ -1,6 +1,8 @@
 """The file format: what it holds, what it refuses, and decoding on machines with other floating point."""
 
 import contextlib
+import json
+import shutil
 import struct
 import zlib
 
@@ -8,12 +10,12 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.coding import Decode
-from models.sensitive import DecodingError, Guard, pack_positions, unpack_positions
+from models.sensitive import EPSILON, DecodingError, Guard, pack_positions, unpack_positions
+from utils import benchmark_decoding
 from utils.bitstream import Coded, FileError, pack, unpack
-from utils.checkpoint import BUNDLED, load_model
+from utils.checkpoint import BUNDLED
 from utils.evaluation import decode, encode
 
 SMALL = Coded(451, 300, 2.5, b"yyyyy", b"zz", b"weights!", Guard(b"list", 77))
@@ -156,29 +158,19 @@ def test_larger_differences_are_an_error(tiny, picture, monkeypatch):
         decode(tiny, data)
 
 
-def test_decoding_under_every_setting(picture):
-    """Threads, memory format, attention kernel, oneDNN, precision: the bundled model decodes what it encoded."""
-    model = load_model(BUNDLED)
-    data = encode(model, picture, 3.0)
-    expected = decode(model, data)
-    threads = torch.get_num_threads()
-
-    def same():
-        return (decode(model, data).int() - expected.int()).abs().max() <= 1
-
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert same()
-    finally:
-        torch.set_num_threads(threads)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert same()
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert same()
-    _ = model.fingerprint  # of the weights as they were
-    model.to(memory_format=torch.contiguous_format)
-    assert same()
-    coded = unpack(data)
-    out = model.double().decompress([[coded.y], [coded.z]], coded.shape, coded.index, [coded.guard])
-    assert out["x_hat"].dtype == torch.float64
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoding_under_every_setting(photos, checkpoint, tmp_path, capsys, compiled):
+    """Threads, memory format, attention kernel, oneDNN, precision, GPU: what was encoded is decoded."""
+    if compiled and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    weights = checkpoint if compiled else str(BUNDLED)
+    arguments = ["-d", str(photos / "p0.png"), "--crop", "128", "-l", "3", "--checkpoint", weights]
+    benchmark_decoding.main([*arguments, "--json", str(tmp_path / "r.json")] + ["--compile"] * compiled)
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert {"3 threads", "other memory format", "attention not fused", "without oneDNN", "float64"} < set(results)
+    assert ("compiled" in results) == compiled
+    for name, row in results.items():
+        assert row["decoded"] == row["files"] == 1, name
+        assert row["sigma_999"] <= row["sigma_largest"] < EPSILON, name
+    assert results["float64"]["sigma_largest"] > 0
+    assert "float64" in capsys.readouterr().out
