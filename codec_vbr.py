@@ -14,34 +14,26 @@ or not at all. What cannot be coded is named, the others go on, and the exit sta
 """
 
 import argparse
+import functools
 import io
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-from models.sensitive import DecodingError
-from models.tcm import TCM, TCM_VBR
+from models.guard import DecodingError
 from utils import cli
 from utils.bitstream import MAX_PIXELS, unpack
-from utils.checkpoint import BUNDLED, load_model
-from utils.evaluation import decode, encode
-from utils.files import atomic_write, find_files
-from utils.images import ImageError, find_images, png_bytes, read_image
-from utils.metrics import psnr
-from utils.online import (
-    Outcome,
-    add_refinement_arguments,
-    add_target_arguments,
-    need_variable_rate,
-    order_of,
-    produce,
-)
-from utils.refine import Step
+from utils.errors import ImageError
+from utils.files import BUNDLED, atomic_write, find_files
+from utils.orders import add_refinement_arguments, add_target_arguments, order_of
+from utils.pixels import find_images, read_pixels
+
+if TYPE_CHECKING:
+    from utils.codec import Codec
 
 SUFFIX = ".tvbr"
 HINT = (
@@ -76,6 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "encode":
         args.order = order_of(encoder, args, args.lmd)
+    if args.command != "info" and args.threads is not None and args.threads < 1:
+        parser.error("--threads must be 1 or more")
     return args
 
 
@@ -83,7 +77,7 @@ def _add_common(add: Callable) -> None:
     add("--force", action="store_true", help="overwrite")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights, the same for encoding and decoding")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="T", help="CPU threads")
+    add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
 
 
 def find_coded(inputs: list[str]) -> list[Path]:
@@ -134,56 +128,16 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
 
 
-def encode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace) -> str:
-    """Encode a picture; returns what there is to say."""
-    image = read_image(io.BytesIO(read_bytes(source)) if str(source) == "-" else source)
-    steps = args.order.refinement.steps
-    outcome, decoded = None, None
-    if args.order.steered or steps:
-        with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-
-            def on_step(step: Step) -> None:
-                bar.update(step.number > 0)
-
-            outcome = produce(model, str(source), image.to(args.device), args.order, on_step, judge=False)
-        data, index, decoded = outcome.data, outcome.index, outcome.decoded
-        seconds = outcome.control_seconds + outcome.refine_seconds
-    else:
-        start = time.perf_counter()
-        index = args.order.index if isinstance(model, TCM_VBR) else None
-        data = encode(model, image.to(args.device), index)
-        seconds = time.perf_counter() - start
-    height, width = image.shape[1:]
-    said = f"{len(data)} bytes, {8 * len(data) / (height * width):.4f} bpp"
-    said += "" if index is None else f", index {index:.4g}"
-    said += f", {width}×{height}, {seconds:.2f} s"
-    said += _said_of(outcome) if outcome else ""
-    if args.verify:
-        decoded = decode(model, data) if decoded is None else decoded
-        said += f", verified: {psnr(image, decoded.cpu()):.2f} dB"
-    write_bytes(target, data)
-    return said
+def read_picture(path: Path) -> np.ndarray:
+    """A picture, uint8 `[H, W, 3]`. ImageError where it is none."""
+    return read_pixels(io.BytesIO(read_bytes(path)) if str(path) == "-" else path)
 
 
-def _said_of(outcome: Outcome) -> str:
-    """What there is to say of a target and a refinement."""
-    said = "" if outcome.error is None else f", {100 * outcome.error:+.2f} % off the target"
-    said += f", the target is {outcome.note}" if outcome.note else ""
-    said += f", {outcome.probes} probe{'' if outcome.probes == 1 else 's'}" if outcome.error is not None else ""
-    if outcome.chosen:
-        better, plain = outcome.result, outcome.plain
-        return f"{said}, refined: {better.psnr - plain.psnr:+.2f} dB, {100 * (better.bpp / plain.bpp - 1):+.2f} % bits"
-    return f"{said}, refined: nothing better found" if outcome.steps else said
-
-
-def decode_one(model: TCM, source: Path, target: Path, args: argparse.Namespace) -> str:
-    """Decode a file; returns what there is to say."""
-    data = read_bytes(source)
-    start = time.perf_counter()
-    picture = decode(model, data, int(args.max_megapixels * 1e6)).cpu()  # which waits for a GPU
-    seconds = time.perf_counter() - start
-    write_bytes(target, png_bytes(picture))
-    return f"{picture.shape[2]}×{picture.shape[1]}, {seconds:.2f} s"
+def read_coded(path: Path, max_pixels: int) -> bytes:
+    """A file. FileError where its header or checksum is wrong: found out before weights are loaded."""
+    data = read_bytes(path)
+    unpack(data, max_pixels)
+    return data
 
 
 def info_one(source: Path) -> str:
@@ -210,26 +164,39 @@ def attempts(work: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
             yield False
 
 
+def code(source: Path, target: Path, args: argparse.Namespace, codec: Callable[[], "Codec"]) -> str:
+    """Encode or decode one; returns what there is to say."""
+    if args.command == "encode":
+        picture = read_picture(source)
+        data, said = codec().encode(source.name, picture, args.order, args.verify)
+    else:
+        most = int(args.max_megapixels * 1e6)
+        coded = read_coded(source, most)
+        data, said = codec().decode(coded, most)
+    write_bytes(target, data)
+    return said
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "info":
         jobs = [(source, lambda s=source: info_one(s)) for source in find_coded(args.inputs)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
-    one, suffix = (encode_one, SUFFIX) if args.command == "encode" else (decode_one, ".png")
-    work = pairs(args, suffix)
+    work = pairs(args, SUFFIX if args.command == "encode" else ".png")
     done = [target for _, target in work if target.exists() and str(target) != "-" and not args.force]
     if done and len(work) == 1:
         raise cli.UserError(f"{done[0]}: exists; --force overwrites it")
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
         work = [(source, target) for source, target in work if target not in done]
-    torch.set_num_threads(args.threads)
-    args.device = cli.pick_device(args.device)
-    model = load_model(args.checkpoint, args.device)
-    if args.command == "encode" and (args.order.steered or args.order.refinement.steps):
-        need_variable_rate(model, args.checkpoint)
-    model.prepare()
-    jobs = [(source, lambda s=source, t=target: one(model, s, t, args)) for source, target in work]
+
+    @functools.cache
+    def codec() -> "Codec":
+        from utils.codec import Codec  # PyTorch takes seconds to import: help, info and bad input do without
+
+        return Codec(args.checkpoint, args.device, args.threads)
+
+    jobs = [(source, lambda s=source, t=target: code(s, t, args, codec)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=len(jobs) < 2)
     return 0 if all(list(bar)) else 1
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from models.tcm import TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
+from utils.errors import ImageError
 from utils.evaluation import Result, evaluate
 from utils.files import write_json
-from utils.images import ImageError, read_images, save_image
-from utils.lambdas import LADDER, MAX_INDEX
+from utils.images import read_images, save_image
+from utils.ladder import LADDER, MAX_INDEX
 from utils.online import need_variable_rate
 from utils.report import HEAD, report, row, short_names
 

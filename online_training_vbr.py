@@ -20,19 +20,13 @@ from models.tcm import TCM_VBR
 from utils import cli
 from utils.bd_rate import MIN_POINTS, rising, summary
 from utils.checkpoint import BUNDLED, load_model
+from utils.errors import ImageError
 from utils.evaluation import mean
 from utils.files import atomic_write, write_json
-from utils.images import ImageError, read_images, save_image
+from utils.images import read_images, save_image
 from utils.losses import psnr_of_mse
-from utils.online import (
-    Order,
-    Outcome,
-    add_refinement_arguments,
-    add_target_arguments,
-    need_variable_rate,
-    order_of,
-    produce,
-)
+from utils.online import Outcome, need_variable_rate, produce
+from utils.orders import Order, add_refinement_arguments, add_target_arguments, order_of
 from utils.refine import Step
 from utils.report import cell, report, short_names
 

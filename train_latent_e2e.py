@@ -15,9 +15,10 @@ import math
 from models.latent_map import TCM_Mapped
 from models.tcm import TCM
 from utils import cli
-from utils.checkpoint import CheckpointError, build_model, read_checkpoint
+from utils.checkpoint import build_model, read_checkpoint
 from utils.distributed import Team
-from utils.lambdas import LADDER
+from utils.errors import CheckpointError
+from utils.ladder import LADDER
 from utils.latent_objective import LatentObjective
 from utils.run_arguments import add_run_arguments, check_run_arguments, train
 

@@ -20,7 +20,7 @@ from models.tcm import PRESETS, TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint
 from utils.distributed import Team
-from utils.lambdas import LADDERS
+from utils.ladder import LADDERS
 from utils.objectives import FixedRate, Objective, Static
 from utils.run_arguments import add_run_arguments, check_run_arguments, train
 

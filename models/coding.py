@@ -17,8 +17,8 @@ from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from torch import Tensor
 
+from models.guard import Guard
 from models.sensitive import (
-    Guard,
     crc_of,
     pack_positions,
     row_below,

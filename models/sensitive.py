@@ -6,7 +6,6 @@ positions whose σ is within ε of a boundary, and the side that it took; the de
 """
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,18 +16,6 @@ from torch import Tensor
 # without oneDNN, and against float64: 6.1e-6 at most, 3.2e-6 for 99.9 % of the positions (README).
 EPSILON = 7e-6
 _BELOW = 0.95  # neighbouring boundaries are 13 % apart: a little below one is surely above the one before
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What makes decoding safe: the listed positions, coded, and the CRC-32 of all symbols, z's first."""
-
-    listed: bytes
-    crc: int
-
-
-class DecodingError(ValueError):
-    """The symbols are not those that were encoded."""
 
 
 def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:

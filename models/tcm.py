@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models import STRIDE
 from models.coding import (
     CodingTables,
     Decode,
@@ -29,14 +30,13 @@ from models.coding import (
     ste_round,
     to_symbols,
 )
+from models.guard import DecodingError, Guard
 from models.layers import ConvTransBlock, SWAtten
-from models.sensitive import EPSILON, DecodingError, Guard, crc_of
+from models.sensitive import EPSILON, crc_of
 from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
 from utils.lambdas import check_index, draw_index
 
 __all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "fcn", "mask"]
-
-STRIDE = 128  # sides are multiples of this: 16 of analysis × the 8 of its windows
 
 PRESETS = {
     "full": {},

@@ -12,7 +12,8 @@ import skimage.data
 import torch
 
 from models.coding import Decode
-from models.sensitive import EPSILON, DecodingError, Guard, pack_positions, unpack_positions
+from models.guard import DecodingError, Guard
+from models.sensitive import EPSILON, pack_positions, unpack_positions
 from utils import benchmark_decoding
 from utils.bitstream import Coded, FileError, pack, unpack
 from utils.checkpoint import BUNDLED

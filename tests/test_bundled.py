@@ -8,7 +8,7 @@ from utils import cli
 from utils.checkpoint import BUNDLED, load_model, read_checkpoint
 from utils.evaluation import evaluate
 from utils.images import read_image
-from utils.lambdas import LADDER
+from utils.ladder import LADDER
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,23 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
         codec("info", photos)
 
 
+def test_info_and_bad_input_do_without_pytorch(codec, photos, tmp_path):
+    """Its import takes seconds; a fresh process, as here nearly everything is imported already."""
+    hostile_pictures(tmp_path / "bad", (photos / "p0.png").read_bytes())
+    codec("encode", photos / "p0.png", tmp_path / "good.tvbr")
+    (tmp_path / "cut.tvbr").write_bytes((tmp_path / "good.tvbr").read_bytes()[:-1])
+    program = "import sys, codec_vbr; s = codec_vbr.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(s)"
+    for status, command in (
+        (0, ["info", tmp_path / "good.tvbr"]),
+        (1, ["decode", tmp_path / "cut.tvbr", tmp_path / "x.png"]),
+        (1, ["encode", tmp_path / "bad", tmp_path / "coded"]),
+    ):
+        command = [sys.executable, "-c", program, *map(str, command)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == status and "Traceback" not in ran.stderr, ran.stderr
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "coded").exists()
+
+
 def test_another_models_file_is_refused(codec, photos, tmp_path, capsys):
     codec("encode", photos / "p0.png", tmp_path / "a.tvbr")
     torch.manual_seed(3)

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from tests.conftest import TINY
-from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
+from utils.checkpoint import export_model, load_model, read_checkpoint
+from utils.errors import CheckpointError, ImageError
 from utils.files import atomic_write, remove_left_over
-from utils.images import ImageError, crop, find_images, pad, read_image, save_image, to_uint8
+from utils.images import crop, pad, read_image, save_image, to_uint8
 from utils.metrics import decibels, ms_ssim_value, psnr
+from utils.pixels import find_images
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
 

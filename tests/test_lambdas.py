@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from utils.lambdas import LADDER, check_index, draw_index, index_to_lambda
+from utils.ladder import LADDER
+from utils.lambdas import check_index, draw_index, index_to_lambda
 
 
 def test_whole_indices_are_the_published_ladder():

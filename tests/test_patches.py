@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from utils.images import ImageError, find_images, read_image, save_image
+from utils.errors import ImageError
+from utils.images import read_image, save_image
 from utils.patches import Photographs, batches, cut, decoded_gigabytes, read_all
+from utils.pixels import find_images
 
 CPU = torch.device("cpu")
 SIZE = (128, 128)

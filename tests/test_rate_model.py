@@ -9,7 +9,8 @@ import torch
 from models.tcm import TCM_VBR
 from tests.conftest import TINY
 from utils.images import to_uint8
-from utils.rate_control import MOST_MORE, START, Picture, Probe, Target, Unreachable
+from utils.orders import Target
+from utils.rate_control import MOST_MORE, START, Picture, Probe, Unreachable
 from utils.rate_model import GRID, RateCurve, RateModel, entropy, sensitivity
 
 

@@ -9,9 +9,10 @@ from utils.evaluation import decode
 from utils.images import to_uint8
 from utils.losses import bits
 from utils.metrics import mse
-from utils.online import Order, produce
+from utils.online import produce
+from utils.orders import Order, Refinement
 from utils.rate_control import Picture, Unreachable
-from utils.refine import METHODS, Hold, Refinement, Step, gumbel_round, soft_round
+from utils.refine import SURROGATES, Hold, Step, gumbel_round, soft_round
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def test_surrogates_of_rounding():
     away = (x - x.floor() - 0.5).abs() > 0.05
     assert torch.allclose(soft_round(x, 0.01)[away], x.round()[away], atol=1e-3)
     torch.manual_seed(0)
-    for method in METHODS.values():
-        value = method.surrogate(x, 0.4)
+    for surrogate in SURROGATES.values():
+        value = surrogate(x, 0.4)
         assert (value - x).abs().max() <= 1
         (gradient,) = torch.autograd.grad(value.sum(), x)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -41,8 +42,8 @@ def test_every_latent_has_a_gradient_of_its_own_rate(tiny, image):
     y, z = tiny.analyze(image, torch.tensor([1.0]))[0].detach(), None
     z = tiny.h_a(y).detach().requires_grad_()
     y.requires_grad_()
-    for name, method in METHODS.items():
-        out = tiny.forward_fromlatent(y, z, 1.0, tabled=True, surrogate=lambda r, m=method: m.surrogate(r, 0.5))
+    for name, surrogate in SURROGATES.items():
+        out = tiny.forward_fromlatent(y, z, 1.0, tabled=True, surrogate=lambda r, s=surrogate: s(r, 0.5))
         last = out["likelihoods"]["y"].chunk(tiny.num_slices, 1)[-1]
         of_y, of_z = torch.autograd.grad(bits(last).sum() + bits(out["likelihoods"]["z"]).sum(), (y, z))
         assert of_y.chunk(tiny.num_slices, 1)[-1].abs().sum() > 0, name
@@ -60,7 +61,7 @@ def test_the_surrogate_changes_neither_the_picture_nor_the_bits_of_a_file(tiny, 
         assert not torch.allclose(out["likelihoods"][name], likelihoods)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SURROGATES)
 def test_refinement_is_never_worse_and_what_it_says(varied, picture, method):
     outcome = produce(varied, "a", picture, Order(3.0, refinement=Refinement(6, method)))
     assert outcome.result.loss <= outcome.plain.loss

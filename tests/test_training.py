@@ -22,10 +22,11 @@ from models.latent_map import TCM_Mapped
 from models.tcm import TCM, TCM_VBR
 from tests.conftest import TINY, shake
 from utils import cli
-from utils.checkpoint import CheckpointError, build_model, export_model, load_model, read_checkpoint
+from utils.checkpoint import build_model, export_model, load_model, read_checkpoint
+from utils.errors import CheckpointError
 from utils.evaluation import evaluate
 from utils.images import read_image
-from utils.lambdas import LADDERS
+from utils.ladder import LADDERS
 from utils.objectives import Objective, Static
 from utils.schedule import Progress, Settings, learning_rate
 from utils.training import Trainer

@@ -18,9 +18,10 @@ from utils.checkpoint import BUNDLED, load_model
 from utils.evaluation import encode
 from utils.files import write_json
 from utils.images import read_image
-from utils.lambdas import MAX_INDEX
+from utils.ladder import MAX_INDEX
 from utils.online import need_variable_rate
-from utils.rate_control import Picture, Target
+from utils.orders import Target
+from utils.rate_control import Picture
 from utils.report import short_names
 
 MODES = {"one probe": (1, False), "at most three": (3, False), "not above": (3, True)}

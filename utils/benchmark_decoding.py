@@ -11,6 +11,7 @@ the scale table differs, the file's list has to name it.
 import argparse
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from models.sensitive import DecodingError, table_index
+from models.guard import DecodingError
+from models.sensitive import table_index
 from models.tcm import TCM, repeatable
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
@@ -177,6 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of setting a flag back
     model = load_model(args.checkpoint)
     images = [read_image(path) for path in cli.pictures(args.data)]
     if args.crop:

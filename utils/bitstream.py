@@ -8,8 +8,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from models.sensitive import Guard
-from models.tcm import STRIDE
+from models import STRIDE
+from models.guard import Guard
 
 MAGIC, VERSION = b"TVBR", 2
 FIXED_RATE = 1  # flag: made by a fixed-rate TCM, the index means nothing

@@ -8,15 +8,13 @@ import torch
 
 from models.latent_map import TCM_Mapped
 from models.tcm import TCM, TCM_VBR
-from utils.files import atomic_write
-from utils.lambdas import LADDERS
+from utils.errors import CheckpointError
+from utils.files import BUNDLED, atomic_write
+from utils.ladder import LADDERS
 
-BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"
+__all__ = ["BUNDLED", "build_model", "describe", "export_model", "load_model", "read_checkpoint", "write_checkpoint"]
+
 FORMAT = "tcm-vbr/1"
-
-
-class CheckpointError(Exception):
-    """A file that is no checkpoint of ours or of the published models: one line, with its name."""
 
 
 def describe(model: TCM) -> dict:

@@ -4,20 +4,19 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from utils.checkpoint import CheckpointError
-from utils.images import ImageError, find_images
+from utils.errors import UserError
 from utils.memory import keep_freed_memory
+from utils.pixels import find_images
+
+if TYPE_CHECKING:
+    import torch
 
 # Photographs in every scikit-image wheel; nothing is downloaded.
 SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-
-
-class UserError(Exception):
-    """Something the user can put right: printed as one line, without a traceback."""
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -33,7 +32,7 @@ def run(main: Callable[[], int | None]) -> None:
     keep_freed_memory()
     try:
         sys.exit(main())
-    except (UserError, ImageError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -46,8 +45,10 @@ def complain(path: str | Path, error: Exception | str) -> None:
     tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """"auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
+    import torch  # here: it takes seconds, and not all that a script does needs it
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

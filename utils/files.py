@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"  # the weights that ship
+
 
 def find_files(
     paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]

@@ -1,56 +1,33 @@
-"""Pictures in and out: finding, reading as 8-bit RGB, padding, saving."""
+"""Pictures as tensors: reading, padding, saving."""
 
-import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from compressai.ops import compute_padding
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.tcm import STRIDE
-from utils.files import atomic_write, find_files
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jp2", ".avif"}
-
-
-class ImageError(Exception):
-    """A picture that cannot be read: one line, with the file's name."""
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Pictures among files and folders, as `find_files`. ImageError where there is none."""
-    return find_files(paths, SUFFIXES, "pictures", ImageError)
+from models import STRIDE
+from utils.errors import ImageError
+from utils.files import atomic_write
+from utils.pixels import png_bytes, read_pixels
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture as 8-bit RGB, uint8 `[3, H, W]`, upright by its EXIF tag.
-
-    Grey is repeated, palettes are resolved, alpha is dropped, 16-bit samples are scaled to 8,
-    floating-point ones are taken as [0, 1].
-
-    Raises:
-        ImageError: unreadable, truncated, not a picture, or so large that it may be an attack.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-        cause = "is empty" if Path(path).is_file() and not os.path.getsize(path) else error
-        raise ImageError(f"{path}: cannot be read as a picture ({cause})") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+    """A picture as `read_pixels` reads it, uint8 `[3, H, W]`. ImageError where it cannot be."""
+    return to_tensor(read_pixels(path))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        samples = np.asarray(image).astype(np.float64)
-        scaled = samples * 255 if image.mode == "F" else samples / 257
-        image = Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 `[H, W, 3]` to uint8 `[3, H, W]`."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """uint8 `[3, H, W]`, on any device, to uint8 `[H, W, 3]`."""
+    return image.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def read_images(paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | ImageError]]:
@@ -72,17 +49,10 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def png_bytes(image: Tensor) -> bytes:
-    """uint8 `[3, H, W]`, on any device, as a PNG file."""
-    png = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(png, format="PNG")
-    return png.getvalue()
-
-
 def save_image(path: str | Path, image: Tensor) -> None:
     """Write uint8 `[3, H, W]` as PNG, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(png_bytes(image))
+        file.write(png_bytes(to_pixels(image)))
 
 
 def pad(x: Tensor, multiple: int = STRIDE) -> Tensor:

@@ -1,20 +1,12 @@
-"""The λ ladders and the index that stands for λ: the one place that knows either.
+"""λ of an index (utils/ladder.py): log λ is piecewise linear in it.
 
-A rate is named by an index in [0, 5], a float: whole indices are the six λ of the published
-models, and between them λ is interpolated geometrically (log λ is piecewise linear in the index).
 Loss = λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
 """
 
 import torch
 from torch import Tensor
 
-LADDERS = {
-    "mse": (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05),
-    # Those that TCM's authors trained their six MS-SSIM models at (CVPR 2023, arXiv 2303.14978, section 4.1).
-    "ms-ssim": (3.0, 5.0, 8.0, 16.0, 36.0, 64.0),
-}
-LADDER = LADDERS["mse"]
-MAX_INDEX = float(len(LADDER) - 1)
+from utils.ladder import LADDERS, MAX_INDEX
 
 
 def index_to_lambda(index: Tensor | float, metric: str = "mse") -> Tensor | float:

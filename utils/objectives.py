@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from models.tcm import TCM, TCM_VBR
-from utils.lambdas import LADDERS, MAX_INDEX, index_to_lambda
+from utils.ladder import LADDERS, MAX_INDEX
+from utils.lambdas import index_to_lambda
 from utils.losses import psnr_of_mse, rate_distortion
 
 

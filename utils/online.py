@@ -1,7 +1,5 @@
 """The best file of one picture, online: its rate steered to a target, its latents refined (DLM; TCSVT 2025)."""
 
-import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,40 +10,13 @@ from torch import Tensor
 from models.tcm import TCM_VBR
 from utils import cli
 from utils.evaluation import Result, evaluate_file
-from utils.lambdas import MAX_INDEX, index_to_lambda
-from utils.rate_control import Picture, Probe, Target, Unreachable
-from utils.refine import METHODS, Hold, Refinement, Step
+from utils.ladder import MAX_INDEX
+from utils.lambdas import index_to_lambda
+from utils.orders import Order, Refinement, Target
+from utils.rate_control import Picture, Probe, Unreachable
+from utils.refine import Hold, Step
 
 ACCEPTED = 5e-3  # relative: a file that is so near to its target is as good as one that meets it
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is asked for: an index, or one of the targets; and a refinement, of no steps where there is to be none.
-
-    With keep_rate, refinement has the size of the index's file as its target.
-    """
-
-    index: float | None = None
-    bpp: float | None = None
-    bytes: int | None = None
-    max_bytes: int | None = None
-    most_probes: int = 3
-    refinement: Refinement = field(default_factory=lambda: Refinement(0))
-    keep_rate: bool = False
-
-    def target(self, pixels: int) -> Target | None:
-        """Bits for a picture of so many pixels."""
-        if self.bpp is not None:
-            return Target(self.bpp * pixels)
-        if self.bytes is not None:
-            return Target(8.0 * self.bytes)
-        return None if self.max_bytes is None else Target(8.0 * self.max_bytes, cap=True)
-
-    @property
-    def steered(self) -> bool:
-        """Whether there is a target."""
-        return self.target(1) is not None
 
 
 @dataclass
@@ -173,7 +144,9 @@ def _miss(target: Target, outcome: Outcome, picture: Picture) -> tuple[float | N
     error = count / target.bits - 1
     size = f"{len(outcome.data)} bytes, {count / (picture.height * picture.width):.4f} bpp"
     if abs(error) > ACCEPTED and outcome.index == MAX_INDEX and error < 0:
-        return (None, f"above the largest file ({size})") if target.cap else (error, f"out of reach: the largest has {size}")
+        if target.cap:
+            return None, f"above the largest file ({size})"
+        return error, f"out of reach: the largest has {size}"
     if abs(error) > ACCEPTED and outcome.index == 0 and error > 0:
         return error, f"out of reach: the smallest has {size}"
     return error, ""
@@ -183,55 +156,6 @@ def _seconds(start: float, image: Tensor) -> float:
     if image.is_cuda:
         torch.cuda.synchronize(image.device)
     return time.perf_counter() - start
-
-
-# The arguments that two scripts have -----------------------------------------------------------
-
-
-def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """--target-bpp, --target-bytes, --max-bytes, of which one may be given, and --probes."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
-    group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
-    group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
-    parser.add_argument("--probes", type=int, default=3, metavar="P", help="with a target: rates tried at most before the one to encode at (some more under a cap); 1 is one-pass")
-
-
-def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """-t, --method, --step-size."""
-    add = parser.add_argument
-    methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())
-    add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")
-    add("--method", choices=METHODS, default=Refinement.method, help=methods)
-    add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
-    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target (default: the method's, in brackets)")
-
-
-def order_of(parser: argparse.ArgumentParser, args: argparse.Namespace, index: float | None) -> Order:
-    """The order that arguments make, at index 2.5 where they name neither index nor target.
-
-    Ends with the parser's error where one is impossible.
-    """
-    for name in ("target_bpp", "target_bytes", "max_bytes", "step_size"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')}: must be positive, not {value:g}")
-    if args.steps < 0 or args.probes < 1:
-        parser.error("-t must be 0 or more, --probes 1 or more")
-    if args.step_size is not None and not args.steps:
-        parser.error("--step-size needs -t: no steps, no refinement")
-    targets = args.target_bpp, args.target_bytes, args.max_bytes
-    steered = any(target is not None for target in targets)
-    if steered and index is not None:
-        parser.error("-l and a target exclude each other: a target is met by the index that it needs")
-    if index is None and not steered:
-        index = 2.5
-    if args.keep_rate and (not args.steps or steered):
-        parser.error("--keep-rate needs -t, and no target, which is a rate to keep itself")
-    if index is not None and not 0 <= index <= MAX_INDEX:
-        parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
-    refinement = Refinement(args.steps, args.method, args.step_size)
-    return Order(index, *targets, args.probes, refinement, args.keep_rate)
 
 
 def need_variable_rate(model: object, checkpoint: str) -> None:

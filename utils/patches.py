@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils.images import ImageError, read_image
+from utils.errors import ImageError
+from utils.images import read_image
 
 GIVE_UP = 1000  # photographs in a row that cannot be used
 

@@ -15,14 +15,15 @@ from models.tcm import TCM_VBR
 from utils.bitstream import HEADER_BYTES
 from utils.evaluation import to_file
 from utils.images import pad, to_float
-from utils.lambdas import MAX_INDEX, index_to_lambda
+from utils.ladder import MAX_INDEX
+from utils.lambdas import index_to_lambda
+from utils.orders import BELOW, Refinement, Target
 from utils.rate_model import RateCurve, RateModel
-from utils.refine import TOLERANCE, Hold, Refinement, Start, Step, refine
+from utils.refine import TOLERANCE, Hold, Start, Step, refine
 
 START = MAX_INDEX / 2  # where the first probe is
 CODER_BITS = 96  # what both streams' final states and whole words add to the code lengths, give or take 32
 CLOSE = 1e-3  # a probe that is so near to the target, relatively, is the last
-BELOW = 3e-3  # how far under a cap is aimed, relatively
 NEAR = 7e-3  # how far off what is aimed at under a cap is good enough, relatively, when the probes are used up
 MOST_MORE = 5  # probes beyond those allowed, under a cap that is exceeded or far off
 MOST_MOVES = 5  # of refined latents to another index
@@ -34,27 +35,6 @@ class Unreachable(ValueError):
     def __init__(self, smallest: "Probe") -> None:
         super().__init__(f"the smallest file of this picture has {smallest.bits / 8:.0f} bytes")
         self.smallest = smallest
-
-
-@dataclass(frozen=True)
-class Target:
-    """Bits of a file, header counted; with cap, it must not have more."""
-
-    bits: float
-    cap: bool = False
-
-    @property
-    def goal(self) -> float:
-        """What is aimed at."""
-        return self.bits * (1 - BELOW) if self.cap else self.bits
-
-    def fits(self, bits: float) -> bool:
-        """Whether a file may have so many bits."""
-        return not self.cap or bits <= self.bits
-
-    def miss(self, probe: "Probe") -> float:
-        """How far off what is aimed at, relatively."""
-        return abs(probe.bits / self.goal - 1)
 
 
 @dataclass
@@ -126,11 +106,11 @@ class Picture:
         while index not in tried:
             tried.add(index)
             probe = self.measure(index)
-            if target.fits(probe.bits) and (best is None or target.miss(probe) < target.miss(best)):
+            if target.fits(probe.bits) and (best is None or target.miss(probe.bits) < target.miss(best.bits)):
                 best = probe
-            if best and target.miss(best) < CLOSE:
+            if best and target.miss(best.bits) < CLOSE:
                 break
-            if len(tried) > most_probes and (not target.cap or (best and target.miss(best) < NEAR)):
+            if len(tried) > most_probes and (not target.cap or (best and target.miss(best.bits) < NEAR)):
                 break
             if len(tried) > most_probes + MOST_MORE:
                 break

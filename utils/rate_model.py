@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.tcm import TCM_VBR
-from utils.lambdas import MAX_INDEX
+from utils.ladder import MAX_INDEX
 
 GRID = np.linspace(0, MAX_INDEX, 51)
 _APART = 0.1  # probes nearer than this say nothing about the slope: rounding moves the bits up and down

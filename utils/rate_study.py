@@ -10,7 +10,8 @@ from torch import Tensor
 
 from models.tcm import TCM_VBR
 from utils.files import atomic_write
-from utils.lambdas import MAX_INDEX, index_to_lambda
+from utils.ladder import MAX_INDEX
+from utils.lambdas import index_to_lambda
 from utils.rate_control import START, Picture
 from utils.report import cell, finite
 

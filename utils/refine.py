@@ -19,6 +19,7 @@ from models.tcm import TCM
 from utils.images import crop
 from utils.losses import bits, rate_distortion
 from utils.metrics import MS_SSIM_SMALLEST
+from utils.orders import METHODS, Refinement
 
 TOLERANCE = 3e-3  # relative: how far from a target's rate a refined latent may be
 # Keeping a rate: growth of ln(weight of the rate) a step for the relative excess of the rate, and for its rise; at most
@@ -30,20 +31,6 @@ HOLD_STEP, HOLD_LAST = 0.6, 0.25
 PAPER_PIXELS = 768 * 512  # of Kodak's pictures, which the paper's learning rate is for
 STILL = 1e-6  # relative change of the loss at which the paper's SGD stops
 CHECKPOINTING = 2**20  # pixels from which gradients are computed with every layer run twice
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to descend.
-
-    Attributes:
-        surrogate: of rounding, at a temperature.
-        learning_rate: at the first step.
-    """
-
-    surrogate: Callable[[Tensor, float], Tensor]
-    learning_rate: float
-    text: str
 
 
 def straight_through(x: Tensor, _: float) -> Tensor:
@@ -70,24 +57,15 @@ def gumbel_round(x: Tensor, temperature: float) -> Tensor:
     return low + F.gumbel_softmax(logits, tau=temperature)[..., 1]
 
 
-METHODS = {
-    "noise": Method(noise, 0.05, "Adam, noise in the rate"),
-    "ste": Method(straight_through, 0.02, "Adam, straight-through rounding"),
-    "soft": Method(soft_round, 0.03, "Adam, annealed soft rounding in the rate"),
-    "sga": Method(gumbel_round, 0.03, "Adam, stochastic Gumbel annealing in the rate"),
-    "sgd": Method(straight_through, 800.0, "the paper's SGD, straight-through rounding; scaled with the pixels"),
+# Of rounding, at a temperature, by method.
+SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "noise": noise,
+    "ste": straight_through,
+    "soft": soft_round,
+    "sga": gumbel_round,
+    "sgd": straight_through,
 }
 HOT, COLD = 0.5, 0.2  # temperatures at the first and the last step
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """Steps of a method of METHODS, at its own learning rate where none is given."""
-
-    steps: int = 20
-    method: str = "noise"
-    learning_rate: float | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,10 +155,10 @@ def refine(
     """
     if model.metric == "ms-ssim" and min(start.size) <= MS_SSIM_SMALLEST:
         raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
-    method, original = METHODS[how.method], crop(start.x, *start.size)
+    surrogate, original = SURROGATES[how.method], crop(start.x, *start.size)
     y, z = (latent.detach().clone().requires_grad_() for latent in (start.y, start.z))
     pixels, log_weight = math.prod(start.size), 0.0
-    step_size = (how.learning_rate or method.learning_rate) * (HOLD_STEP if hold else 1)
+    step_size = (how.learning_rate or METHODS[how.method].learning_rate) * (HOLD_STEP if hold else 1)
     # Gradients of means over the pixels: a rate of SGD is for pictures of one size.
     paper = _PaperSGD([y, z], step_size * pixels / PAPER_PIXELS) if how.method == "sgd" else None
     optimizer = paper or torch.optim.Adam([y, z], step_size, betas=HOLD_BETAS if hold else BETAS)
@@ -191,7 +169,7 @@ def refine(
             temperature = HOT * (COLD / HOT) ** (number / max(1, how.steps))
             with torch.set_grad_enabled(number < how.steps):
                 out = model.forward_fromlatent(
-                    y, z, start.index, tabled=True, surrogate=lambda r, t=temperature: method.surrogate(r, t)
+                    y, z, start.index, tabled=True, surrogate=lambda r, t=temperature: surrogate(r, t)
                 )
                 out["x_hat"] = crop(out["x_hat"], *start.size).clamp(0, 1)
                 losses = rate_distortion(out, original, torch.tensor([start.lmbda], device=y.device), model.metric)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.tcm import STRIDE
+from models import STRIDE
 from utils import cli
 from utils.distributed import Team
-from utils.images import find_images
 from utils.objectives import Objective
 from utils.patches import Photographs, decoded_gigabytes, read_all
+from utils.pixels import find_images
 from utils.schedule import Settings
 from utils.training import PRECISIONS, Trainer, compile_networks, read_run
 

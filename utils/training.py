@@ -27,8 +27,8 @@ from models.tcm import TCM
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.distributed import Team, is_lost_peer
+from utils.errors import ImageError
 from utils.files import atomic_write, remove_left_over
-from utils.images import ImageError
 from utils.objectives import Objective
 from utils.patches import Batch, Photographs, batches
 from utils.schedule import Progress, Settings, budget_used, learning_rate
