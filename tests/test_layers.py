@@ -80,3 +80,23 @@ def test_unknown_window_type_and_head():
         WMSA(16, 16, 8, 4, "X")
     with pytest.raises(ValueError, match="head_dim"):
         WMSA(16, 16, 5, 4, "W")
+
+
+@pytest.mark.parametrize("type", ["W", "SW"])
+def test_attention_that_learns_in_bfloat16_is_the_same_attention(type):
+    """On a CPU it is composed by hand."""
+    torch.manual_seed(0)
+    attention = WMSA(32, 32, 8, 4, type)
+    torch.nn.init.normal_(attention.relative_position_params)
+    x = torch.randn(2, 8, 12, 32)
+    expected = attention(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = attention(x)
+    assert learning.dtype == torch.bfloat16
+    assert (learning - expected).abs().max() < 0.02 * expected.abs().max()
+    gradients = []
+    for out in (expected, learning):
+        attention.zero_grad()
+        out.float().square().sum().backward()
+        gradients.append(attention.relative_position_params.grad)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
