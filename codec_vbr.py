@@ -149,7 +149,7 @@ def info_one(source: Path) -> str:
     said += "fixed rate" if coded.index is None else f"index {coded.index:g}"
     said += f", z {len(coded.z)} bytes, y {len(coded.y)} bytes"
     if coded.guard:
-        said += f", sensitive positions {len(coded.guard.listed)} bytes, weights {coded.fingerprint.hex()}"
+        said += f", table rows {len(coded.guard.listed)} bytes, weights {coded.fingerprint.hex()}"
     return said
 
 

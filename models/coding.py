@@ -18,14 +18,7 @@ from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianC
 from torch import Tensor
 
 from models.guard import Guard
-from models.sensitive import (
-    crc_of,
-    pack_positions,
-    row_below,
-    table_index,
-    table_index_and_sides,
-    unpack_positions,
-)
+from models.sensitive import crc_of, factors, read_listed, row_below, table_index
 
 # What stands for round(x) in a rate that is to have a gradient (utils.refine).
 Surrogate = Callable[[Tensor], Tensor]
@@ -64,23 +57,27 @@ class CodingTables:
         counts = np.bincount(indexes.flatten().numpy(), minlength=len(likeliest))
         return float(-(counts * np.log2(likeliest)).sum())
 
-    def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
-        """Length in bits of the stream that `encode` would make, but for the coder's final state."""
+    def code_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
+        """Bits of int32 symbols with these table rows, `[n]` both: float32 `[n]`."""
         if self._lengths is None:
             self._lengths = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
             for row, cdf in enumerate(self.cdfs):
                 self._lengths[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
-        rows = indexes.flatten().long()
-        values = symbols.flatten() - torch.tensor(self.offsets)[rows]
+        rows = indexes.long()
+        values = symbols - torch.tensor(self.offsets)[rows]
         escape = torch.tensor(self.sizes)[rows] - 2  # the last entry of a row stands for all that it has no entry for
         outside = (values < 0) | (values >= escape)
-        bits = self._lengths[rows, torch.where(outside, escape, values)].double().sum()
+        bits = self._lengths[rows, torch.where(outside, escape, values)]
         if outside.any():
             beyond = torch.where(values < 0, -2 * values - 1, 2 * (values - escape))[outside]
             # Then follow, four bits each: how many digits, in fifteens, and the digits.
             digits = (beyond.double() + 1).log2().div(4).ceil()
-            bits += (4 * (1 + (digits / 15).floor() + digits)).sum()
-        return float(bits)
+            bits[outside] += (4 * (1 + (digits / 15).floor() + digits)).float()
+        return bits
+
+    def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
+        """Length in bits of the stream that `encode` would make, but for the coder's final state."""
+        return float(self.code_lengths(symbols.flatten(), indexes.flatten()).double().sum())
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
         """One stream of int symbols, each with the row of the table that codes it; any equal shapes."""
@@ -186,61 +183,47 @@ class Estimate:
 
 
 class Encode:
-    """Collects the symbols of y `[B, M, h, w]`, the table row of each, and where another machine may err."""
+    """Collects the symbols of y `[B, M, h, w]`, and the σ that selects their table rows."""
 
-    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, epsilon: float) -> None:
-        self.gaussian, self.slices, self.epsilon = gaussian, y.float().chunk(num_slices, 1), epsilon
-        self.symbols: list[Tensor] = []
-        self.indexes: list[Tensor] = []
-        self.sensitive: list[Tensor] = []
-        self.below: list[Tensor] = []
+    def __init__(self, y: Tensor, num_slices: int) -> None:
+        self.slices = y.float().chunk(num_slices, 1)
+        self._symbols: list[Tensor] = []
+        self._sigma: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = torch.round(self.slices[len(self.symbols)] - mu)
-        self.symbols.append(to_symbols(symbols))
-        found = table_index_and_sides(self.gaussian, sigma, self.epsilon)
-        for parts, part in zip((self.indexes, self.sensitive, self.below), found, strict=True):
-            parts.append(part.cpu())
+        symbols = torch.round(self.slices[len(self._symbols)] - mu)
+        self._symbols.append(to_symbols(symbols))
+        self._sigma.append(sigma)
         return symbols + mu
 
     @property
-    def all_symbols(self) -> Tensor:
-        """int32 `[B, M, h, w]`."""
-        return torch.cat(self.symbols, 1)
+    def symbols(self) -> Tensor:
+        """int32 `[B, M, h, w]`, on the CPU."""
+        return torch.cat(self._symbols, 1)
 
     @property
-    def all_rows(self) -> Tensor:
-        """Table row of each symbol, int32 `[B, M, h, w]`."""
-        return torch.cat(self.indexes, 1)
-
-    def streams(self, tables: CodingTables) -> list[bytes]:
-        """One stream an image."""
-        return [tables.encode(s, i) for s, i in zip(self.all_symbols, self.all_rows, strict=True)]
-
-    def guards(self, crcs: list[int]) -> list[Guard]:
-        """One an image, from the CRC of its z."""
-        symbols, indexes, sensitive, below = (
-            torch.cat(parts, 1).flatten(1) for parts in (self.symbols, self.indexes, self.sensitive, self.below)
-        )
-        guards = []
-        for number, crc in enumerate(crcs):
-            positions = sensitive[number].nonzero().flatten()
-            above = (indexes[number, positions] != below[number, positions]).numpy()
-            guards.append(Guard(pack_positions(positions.numpy(), above), crc_of(symbols[number], crc)))
-        return guards
+    def sigma(self) -> Tensor:
+        """`[B, M, h, w]`, on the model's device."""
+        return torch.cat(self._sigma, 1)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Images as the encoder knows them before it codes: y's slices, z's symbols `[B, C, h/4, w/4]`, and ŷ."""
+    """Images as the encoder knows them before it codes.
 
-    y: Encode
+    Attributes:
+        symbols: of y, int32 `[B, M, h, w]`; rows: of the scale table, by which they are coded, int32 `[B, M, h, w]`.
+        z: symbols of z, int32 `[B, C, h/4, w/4]`.
+        sigma, y_hat: `[B, M, h, w]`, on the model's device.
+        guards: one an image, for decoding elsewhere; None where rows are those of the published rule.
+    """
+
+    symbols: Tensor
+    rows: Tensor
     z: Tensor
+    sigma: Tensor
     y_hat: Tensor
-
-    def guards(self) -> list[Guard]:
-        """One an image."""
-        return self.y.guards([crc_of(symbols) for symbols in self.z])
+    guards: list[Guard] | None
 
 
 class Decode:
@@ -264,23 +247,27 @@ class Decode:
         self.gaussian, self.tables, self.crcs = gaussian, tables, list(crcs)
         count = math.prod(shape)
         self.decoders = [open_stream(stream, count) for stream in streams]
-        self.listed = [unpack_positions(guard.listed, count) for guard in guards or ()]
+        found = [read_listed(guard.listed, guard.shifted, count) for guard in guards or ()]
+        self.factors = torch.stack([factors(gaussian, shifts, count) for shifts, _, _ in found]) if found else None
+        self.listed = [(positions, above) for _, positions, above in found]
         self.done = 0
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
+        first, self.done = self.done, self.done + sigma[0].numel()
+        if self.factors is not None:
+            sigma = sigma * self.factors[:, first : self.done].view(sigma.shape)
         indexes = table_index(self.gaussian, sigma).cpu()
         if self.listed:
-            self._correct(indexes.flatten(1), row_below(self.gaussian, sigma).cpu().flatten(1))
-        self.done += indexes[0].numel()
+            self._correct(first, indexes.flatten(1), row_below(self.gaussian, sigma).cpu().flatten(1))
         decoded = []
         for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
             decoded.append(self.tables.decode(decoder, index))
             self.crcs[number] = crc_of(decoded[-1], self.crcs[number])
         return torch.stack(decoded).to(mu.device).type_as(mu) + mu
 
-    def _correct(self, indexes: Tensor, below: Tensor) -> None:
+    def _correct(self, first: int, indexes: Tensor, below: Tensor) -> None:
         """The encoder's rows at the listed positions of this slice, in place."""
         for number, (positions, above) in enumerate(self.listed):
-            first, last = np.searchsorted(positions, (self.done, self.done + indexes.shape[1]))
-            here = torch.from_numpy(positions[first:last] - self.done)
-            indexes[number, here] = below[number, here] + torch.from_numpy(above[first:last]).int()
+            start, end = np.searchsorted(positions, (first, self.done))
+            here = torch.from_numpy(positions[start:end] - first)
+            indexes[number, here] = below[number, here] + torch.from_numpy(above[start:end]).int()

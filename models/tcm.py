@@ -32,7 +32,7 @@ from models.coding import (
 )
 from models.guard import DecodingError, Guard
 from models.layers import ConvTransBlock, SWAtten
-from models.sensitive import EPSILON, crc_of
+from models.sensitive import EPSILON, crc_of, guard_rows, table_index
 from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
 from utils.lambdas import check_index, draw_index
 
@@ -301,23 +301,28 @@ class TCM(CompressionModel):
     # Coding ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compress(self, x: Tensor, index: Tensor | float | None = None) -> dict:
+    def compress(self, x: Tensor, index: Tensor | float | None = None, guarded: bool = False) -> dict:
         """Code images `[B, 3, H, W]`.
 
+        Args:
+            guarded: for decoding on another machine too; otherwise by the published rule.
+
         Returns:
-            `strings`: [y_strings, z_strings], a bytes object an image; `shape`: (h, w) of z; `guards`: one an
-            image, for decoding on another machine; `m_y`: `[B]`, mean ln m of the analysis LAE.
+            `strings`: [y_strings, z_strings], a bytes object an image; `shape`: (h, w) of z; `guards`: what
+            `decompress` then needs as well, one an image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, log_m = self.analyze(x, index)
-        return self.code(self.quantise(y, self.h_a(y))) | {"m_y": log_m.mean((1, 2, 3))}
+        return self.code(self.quantise(y, self.h_a(y), guarded)) | {"m_y": log_m.mean((1, 2, 3))}
 
     @torch.no_grad()
-    def test_fromlatent(self, y: Tensor, z: Tensor, index: Tensor | float | None = None) -> dict:
+    def test_fromlatent(
+        self, y: Tensor, z: Tensor, index: Tensor | float | None = None, guarded: bool = False
+    ) -> dict:
         """Code a latent for real: as `compress`, with `x_hat` as `decompress` of it."""
         index = self.resolve_index(index, len(y))
-        quantised = self.quantise(y, z)
+        quantised = self.quantise(y, z, guarded)
         return self.code(quantised) | {"x_hat": self.synthesize(quantised.y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
@@ -332,6 +337,9 @@ class TCM(CompressionModel):
 
         Without guards, decode in the batch, and on the machine, that encoded: the last bits of a convolution
         depend on both, and a σ on the boundary of two table rows would be read with the other one.
+
+        Args:
+            guards: where `compress` returned some, these.
 
         Raises:
             DecodingError: a stream is too short for the shape, or (with guards) the symbols are not those encoded.
@@ -353,34 +361,50 @@ class TCM(CompressionModel):
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
-    def quantise(self, y: Tensor, z: Tensor) -> Quantised:
-        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z: all that coding needs, and ŷ."""
+    @torch.no_grad()
+    def quantise(self, y: Tensor, z: Tensor, guarded: bool = True) -> Quantised:
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, and their table rows: all that is coded."""
         rounded = torch.round(z - self.medians)
-        coder = Encode(self.gaussian_conditional, y, self.num_slices, self.epsilon)
+        coder = Encode(y, self.num_slices)
         with repeatable():
             y_hat = self.walk(rounded + self.medians, coder)
-        return Quantised(coder, to_symbols(rounded), y_hat)
+        z_symbols, symbols, sigma = to_symbols(rounded), coder.symbols, coder.sigma
+        if not guarded:
+            rows = table_index(self.gaussian_conditional, sigma).cpu()
+            return Quantised(symbols, rows, z_symbols, sigma, y_hat, None)
+        lengths = self.tables[0].code_lengths
+        all_rows, guards = [], []
+        for of_z, of_y, scales in zip(z_symbols, symbols, sigma, strict=True):
+            parts = lengths, of_y.flatten(), scales.flatten()
+            rows, listed = guard_rows(self.gaussian_conditional, *parts, self.epsilon)
+            all_rows.append(rows.view(of_y.shape))
+            guards.append(Guard(listed, crc_of(of_y, crc_of(of_z))))
+        return Quantised(symbols, torch.stack(all_rows), z_symbols, sigma, y_hat, guards)
 
     def count_bits(self, quantised: Quantised) -> list[float]:
-        """Bits of the streams and of the list of sensitive positions of each image, without coding them.
+        """Bits of the streams and the guard of each image, without coding them.
 
         Code lengths under the coding tables; the coder writes whole words and its final states, at most 16 bytes more.
         """
         y_tables, z_tables = self.tables
-        rows = self._z_rows(quantised.z.shape[-2:])
-        listed = [8 * len(guard.listed) for guard in quantised.guards()]
-        z_bits = [z_tables.count_bits(symbols, rows) for symbols in quantised.z]
-        y_bits = [y_tables.count_bits(s, i) for s, i in zip(quantised.y.all_symbols, quantised.y.all_rows, strict=True)]
-        return [sum(parts) for parts in zip(listed, z_bits, y_bits, strict=True)]
+        z_rows = self._z_rows(quantised.z.shape[-2:])
+        counts = [z_tables.count_bits(symbols, z_rows) for symbols in quantised.z]
+        for i, guard in enumerate(quantised.guards or ()):
+            counts[i] += 8 * len(guard.listed)
+        for i, (symbols, rows) in enumerate(zip(quantised.symbols, quantised.rows, strict=True)):
+            counts[i] += y_tables.count_bits(symbols, rows)
+        return counts
 
     def code(self, quantised: Quantised) -> dict:
         """`strings`, `shape` and `guards` as `compress` returns them."""
         y_tables, z_tables = self.tables
-        rows = self._z_rows(quantised.z.shape[-2:])
+        z_rows = self._z_rows(quantised.z.shape[-2:])
+        pairs = zip(quantised.symbols, quantised.rows, strict=True)
+        y_strings = [y_tables.encode(symbols, rows) for symbols, rows in pairs]
         return {
-            "strings": [quantised.y.streams(y_tables), [z_tables.encode(symbols, rows) for symbols in quantised.z]],
+            "strings": [y_strings, [z_tables.encode(symbols, z_rows) for symbols in quantised.z]],
             "shape": tuple(quantised.z.shape[-2:]),
-            "guards": quantised.guards(),
+            "guards": quantised.guards,
         }
 
     def _z_rows(self, shape: Sequence[int]) -> Tensor:

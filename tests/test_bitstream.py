@@ -11,13 +11,15 @@ import pytest
 import skimage.data
 import torch
 
+from models import sensitive
 from models.coding import Decode
 from models.guard import DecodingError, Guard
-from models.sensitive import EPSILON, pack_positions, unpack_positions
+from models.sensitive import EPSILON, crc_of, pack_positions, unpack_positions
 from utils import benchmark_decoding
 from utils.bitstream import Coded, FileError, pack, unpack
 from utils.checkpoint import BUNDLED
 from utils.evaluation import decode, encode
+from utils.images import pad, to_float
 
 SMALL = Coded(451, 300, 2.5, b"yyyyy", b"zz", b"weights!", Guard(b"list", 77))
 
@@ -28,6 +30,11 @@ def picture() -> torch.Tensor:
     return torch.from_numpy(skimage.data.astronaut()[:200, 100:330]).permute(2, 0, 1).contiguous()
 
 
+def y_count(model, picture: torch.Tensor) -> int:
+    """Elements of y."""
+    return model(pad(to_float(picture)), 0.0)["latent"].numel()
+
+
 def mended(data: bytes) -> bytes:
     """The file with a checksum that fits, as an attacker would write it."""
     return data[:34] + struct.pack("<I", zlib.crc32(data[38:], zlib.crc32(data[:34]))) + data[38:]
@@ -36,16 +43,29 @@ def mended(data: bytes) -> bytes:
 def test_a_file_returns_what_it_was_given():
     data = pack(SMALL)
     assert unpack(data) == SMALL and mended(data) == data
-    assert len(data) == 38 + 5 + 2 + 4
+    assert len(data) == 38 + 5 + 2 + 4 and data[4] == 3
     assert SMALL.shape == (6, 8)
+    unshifted = Coded(**vars(SMALL) | {"guard": Guard(b"list", 77, shifted=False)})
+    assert unpack(pack(unshifted)) == unshifted and pack(unshifted)[4] == 2
     fixed = Coded(**vars(SMALL) | {"index": None})
     assert unpack(pack(fixed)) == fixed
 
 
-def test_version_1_is_still_read(tiny, picture):
+def test_older_versions_are_still_read(tiny, picture, monkeypatch):
+    expected = decode(tiny, encode(tiny, picture, 1.5))
+    coded = tiny.compress(pad(to_float(picture)), 1.5)  # by the published rule
+    (y,), (z,) = coded["strings"]
+    height, width = picture.shape[1:]
+    version_1 = struct.pack("<4sBHHfI", b"TVBR", 1, width, height, 1.5, len(z)) + z + y
+    assert torch.equal(decode(tiny, version_1), expected)
+    count = y_count(tiny, picture)
+    monkeypatch.setattr(sensitive, "choose_shifts", lambda *_: np.zeros(sensitive.blocks(count), np.uint8))
     coded = unpack(encode(tiny, picture, 1.5))
-    old = struct.pack("<4sBHHfI", b"TVBR", 1, coded.width, coded.height, 1.5, len(coded.z)) + coded.z + coded.y
-    assert torch.equal(decode(tiny, old), decode(tiny, encode(tiny, picture, 1.5)))
+    assert coded.y == y
+    guard = Guard(coded.guard.listed[sensitive.blocks(count) :], coded.guard.crc, shifted=False)
+    assert guard.listed
+    version_2 = pack(Coded(**vars(coded) | {"guard": guard}))
+    assert version_2[4] == 2 and torch.equal(decode(tiny, version_2), expected)
 
 
 def test_what_is_no_file_is_refused():
@@ -136,7 +156,27 @@ def disturbed(monkeypatch, size: float) -> None:
     monkeypatch.setattr(Decode, "__call__", noisy)
 
 
-@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
+    """Against all 256, tried one after the other."""
+    monkeypatch.setattr(sensitive, "BLOCK", 1000)
+    gaussian, lengths, epsilon = tiny.gaussian_conditional, tiny.tables[0].code_lengths, 1e-4
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.exp(torch.empty(2500).uniform_(-4, 6, generator=generator))  # below and above all levels, too
+    symbols = (torch.randn(2500, generator=generator) * sigma * torch.linspace(0.5, 1.2, 2500)).round().int()
+    chosen = sensitive.choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
+    assert chosen.shape == (3,) and len(set(chosen.tolist())) == 3
+    costs = torch.zeros(256, 3)
+    for shift in range(256):
+        moved = sigma * sensitive.factors(gaussian, np.full(3, shift, np.uint8), 2500)
+        rows, near, _ = sensitive._table_index_and_sides(gaussian, moved, epsilon)
+        bits = lengths(symbols, rows) + 16 * near
+        costs[shift] = torch.stack([part.sum() for part in bits.split(1000)])
+    for block, shift in enumerate(chosen):
+        assert costs[shift, block] <= costs[:, block].min() + 1e-2
+    assert costs[chosen[0], 0] < costs[0, 0] - 10  # σ is too large there: the published rule costs more
+
+
+@pytest.mark.parametrize("epsilon", [EPSILON, 1e-3])
 def test_decoding_with_other_floating_point(tiny, picture, monkeypatch, epsilon):
     tiny.epsilon = epsilon
     data = encode(tiny, picture, 2.0)
@@ -146,10 +186,28 @@ def test_decoding_with_other_floating_point(tiny, picture, monkeypatch, epsilon)
         difference = (decode(tiny, data).int() - expected.int()).abs()
         assert difference.max() <= 1  # μ itself is off, so the picture may be, by a rounding
     if epsilon == 1e-3:
-        without = unpack(data)
-        assert len(without.guard.listed) > 20
+        coded = unpack(data)
+        shifts = coded.guard.listed[: sensitive.blocks(y_count(tiny, picture))]
+        assert len(coded.guard.listed) > len(shifts) + 20
         with pytest.raises(DecodingError):  # without the list the same file does not survive
-            decode(tiny, pack(Coded(**vars(without) | {"guard": Guard(b"", without.guard.crc)})))
+            decode(tiny, pack(Coded(**vars(coded) | {"guard": Guard(shifts, coded.guard.crc)})))
+    with pytest.raises(DecodingError):  # nor does the published rule
+        decode(tiny, published(tiny, picture))
+
+
+def published(model, picture: torch.Tensor) -> bytes:
+    """A file of the published rule, with the checksum of its symbols and nothing else."""
+    quantised = model.quantise(*latents(model, picture), guarded=False)
+    coded = model.code(quantised)
+    (y,), (z,) = coded["strings"]
+    guard = Guard(b"", crc_of(quantised.symbols[0], crc_of(quantised.z[0])), shifted=False)
+    return pack(Coded(picture.shape[2], picture.shape[1], 2.0, y, z, model.fingerprint, guard))
+
+
+def latents(model, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        y, _ = model.analyze(pad(to_float(picture)), torch.tensor([2.0]))
+        return y, model.h_a(y)
 
 
 def test_larger_differences_are_an_error(tiny, picture, monkeypatch):

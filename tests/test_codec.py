@@ -49,7 +49,7 @@ def test_one_picture_there_and_back(codec, photos, checkpoint, tmp_path, capsys)
     capsys.readouterr()
     assert codec("info", file) == 0
     said = capsys.readouterr().out
-    assert "version 2, 190×170" in said and "index 1.5" in said and load_model(checkpoint).fingerprint.hex() in said
+    assert "version 3, 190×170" in said and "index 1.5" in said and load_model(checkpoint).fingerprint.hex() in said
 
 
 def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):

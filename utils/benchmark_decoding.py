@@ -143,8 +143,8 @@ def encode(model: TCM, image: Tensor, index: float) -> File:
     rates = model.resolve_index(index, 1)
     y, _ = model.analyze(pad(to_float(image)), rates)
     quantised = model.quantise(y, model.h_a(y))
-    mu, sigma = walk(model, quantised.z, quantised.y.all_symbols)
-    return File(index, model.code(quantised), quantised.z, quantised.y.all_symbols, mu, sigma)
+    mu, sigma = walk(model, quantised.z, quantised.symbols)
+    return File(index, model.code(quantised), quantised.z, quantised.symbols, mu, sigma)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from models import STRIDE
 from models.guard import Guard
 
-MAGIC, VERSION = b"TVBR", 2
+MAGIC, VERSION = b"TVBR", 3
 FIXED_RATE = 1  # flag: made by a fixed-rate TCM, the index means nothing
 MAX_PIXELS = 2**28  # a decoder would run out of memory long before 65535²: the caller may allow more
 
@@ -50,7 +50,7 @@ def pack(coded: Coded) -> bytes:
     listed = coded.guard.listed
     head = _VERSION_2.pack(
         MAGIC,
-        VERSION,
+        VERSION if coded.guard.shifted else 2,
         FIXED_RATE if coded.index is None else 0,
         coded.width,
         coded.height,
@@ -72,7 +72,7 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> Coded:
     """
     if data[:4] != MAGIC or len(data) < 5:
         raise FileError("not a TVBR file")
-    readers = {1: _unpack_1, 2: _unpack_2}
+    readers = {1: _unpack_1, 2: _unpack_2, 3: _unpack_2}
     if data[4] not in readers:
         raise FileError(f"version {data[4]} of the format; this program reads up to version {VERSION}")
     coded = readers[data[4]](data)
@@ -94,7 +94,7 @@ def _unpack_2(data: bytes) -> Coded:
     (crc,) = _CRC.unpack_from(data, _VERSION_2.size)
     if zlib.crc32(payload, zlib.crc32(head)) != crc:
         raise FileError("the file is damaged: its checksum does not fit")
-    _, _, flags, width, height, index, fingerprint, length, listed, symbols = _VERSION_2.unpack(head)
+    _, version, flags, width, height, index, fingerprint, length, listed, symbols = _VERSION_2.unpack(head)
     if flags & ~FIXED_RATE:
         raise FileError(f"the file uses features (flags {flags:#x}) of a newer program")
     if length + listed > len(payload):
@@ -106,7 +106,7 @@ def _unpack_2(data: bytes) -> Coded:
         y=payload[length + listed :],
         z=payload[:length],
         fingerprint=fingerprint,
-        guard=Guard(payload[length : length + listed], symbols),
+        guard=Guard(payload[length : length + listed], symbols, shifted=version > 2),
     )
 
 

@@ -40,7 +40,7 @@ class Result:
 def encode(model: TCM, image: Tensor, index: float | None) -> bytes:
     """A picture, uint8 `[3, H, W]` on the model's device, as the bytes of a file."""
     index = index if isinstance(model, TCM_VBR) else None
-    return to_file(model, image.shape[1:], index, model.compress(pad(to_float(image)), index))
+    return to_file(model, image.shape[1:], index, model.compress(pad(to_float(image)), index, guarded=True))
 
 
 def to_file(model: TCM, size: Sequence[int], index: float | None, coded: dict) -> bytes:

@@ -77,7 +77,7 @@ class Picture:
         probe = self.quantise(index)
         self.measured += 1
         if self.curve is None:
-            self.curve = self.rate_model.curve(probe.quantised.y.all_rows)
+            self.curve = self.rate_model.curve(probe.quantised.sigma)
         self.curve.calibrate(index, probe.bits)
         return probe
 
@@ -176,7 +176,7 @@ class Picture:
     def _touch_up(self, index: float, y: Tensor, z: Tensor, bits: float) -> Probe:
         """Refined latents of an index, moved to the index nearby where they have so many bits: y takes its m."""
         best = self._probe_of_latents(index, y, z)
-        curve = self.rate_model.curve(best.quantised.y.all_rows)
+        curve = self.rate_model.curve(best.quantised.sigma)
         curve.calibrate(index, best.bits)
         base = self.rate_model.log_m(index)
         for _ in range(MOST_MOVES):

@@ -20,6 +20,7 @@ from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.sensitive import table_index
 from models.tcm import TCM_VBR
 from utils.ladder import MAX_INDEX
 
@@ -149,13 +150,13 @@ class RateModel:
         return float(self.log_m(index).double().sum()) / math.log(2)
 
     @torch.no_grad()
-    def curve(self, rows: Tensor) -> RateCurve:
+    def curve(self, sigma: Tensor) -> RateCurve:
         """Σ s(σ) · log2 m + C.
 
         Args:
-            rows: row of the scale table of every latent, `[1, M, h, w]`, where the image was probed.
+            sigma: of every latent, `[1, M, h, w]`, where the image was probed.
         """
-        weights = sensitivity(self.gaussian)[rows.to(self.y.device).long()].flatten()
+        weights = sensitivity(self.gaussian)[table_index(self.gaussian, sigma).long()].flatten()
         chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
         weights, content = weights[chosen] / math.log(2), self.content.flatten()[chosen]
         channels = chosen // math.prod(self.y.shape[2:])

@@ -60,7 +60,7 @@ class Study:
 def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     picture = Picture(model, image)
-    curve = picture.rate_model.curve(picture.quantise(START).quantised.y.all_rows)
+    curve = picture.rate_model.curve(picture.quantise(START).quantised.sigma)
     sensitive = np.array([curve.shape_at(index) for index in INDICES])
     paper = np.array([picture.rate_model.log2_m(index) for index in INDICES])
     bits = np.array([picture.quantise(index).bits for index in INDICES])
