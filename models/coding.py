@@ -59,21 +59,29 @@ class CodingTables:
 
     def code_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         """Bits of int32 symbols with these table rows, `[n]` both: float32 `[n]`."""
+        reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
         if self._lengths is None:
-            self._lengths = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
-            for row, cdf in enumerate(self.cdfs):
-                self._lengths[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
-        rows = indexes.long()
-        values = symbols - torch.tensor(self.offsets)[rows]
-        escape = torch.tensor(self.sizes)[rows] - 2  # the last entry of a row stands for all that it has no entry for
-        outside = (values < 0) | (values >= escape)
-        bits = self._lengths[rows, torch.where(outside, escape, values)]
-        if outside.any():
-            beyond = torch.where(values < 0, -2 * values - 1, 2 * (values - escape))[outside]
-            # Then follow, four bits each: how many digits, in fifteens, and the digits.
-            digits = (beyond.double() + 1).log2().div(4).ceil()
-            bits[outside] += (4 * (1 + (digits / 15).floor() + digits)).float()
+            every = torch.arange(-reach, reach + 1, dtype=torch.int32).repeat(len(self.cdfs))
+            rows = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
+            self._lengths = self._compute_lengths(every, rows)
+        bits = self._lengths[indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
+        far = symbols.abs() > reach
+        if far.any():
+            bits[far] = self._compute_lengths(symbols[far], indexes[far])
         return bits
+
+    def _compute_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
+        offsets, sizes = torch.tensor(self.offsets), torch.tensor(self.sizes)
+        table = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
+        for row, cdf in enumerate(self.cdfs):
+            table[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
+        values, escape = symbols - offsets[indexes], sizes[indexes] - 2  # the last entry is for all that has none
+        outside = (values < 0) | (values >= escape)
+        bits = table[indexes, torch.where(outside, escape, values)]
+        # Then follow, four bits each: how many digits, in fifteens, and the digits.
+        beyond = torch.where(values < 0, -2 * values - 1, 2 * (values - escape))
+        digits = (beyond.clamp(min=0).double() + 1).log2().div(4).ceil()
+        return bits + torch.where(outside, 4 * (1 + (digits / 15).floor() + digits), 0.0).float()
 
     def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
         """Length in bits of the stream that `encode` would make, but for the coder's final state."""

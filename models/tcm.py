@@ -7,7 +7,7 @@ are estimated, its symbols written, or its symbols read. TCM_VBR overrides analy
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
@@ -285,7 +285,9 @@ class TCM(CompressionModel):
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
         coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled, noise_y, surrogate)
-        y_hat = self.walk(z_hat, coder)
+        # In evaluation with the arithmetic of coding: what is estimated is what a file has.
+        with contextlib.nullcontext() if self.training else repeatable():
+            y_hat = self.walk(z_hat, coder)
         out = {
             "x_hat": self.synthesize(y_hat, index),
             "likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods},
@@ -473,9 +475,17 @@ class TCM(CompressionModel):
         return model.eval()
 
 
-def repeatable() -> contextlib.AbstractContextManager:
-    """On a GPU: no TF32 (ten bits would steer the decoder), and no kernels chosen by how fast they ran."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Full float32 (TF32's ten bits, or oneDNN's bfloat16, would steer the decoder), and on a GPU no kernels chosen by
+    how fast they ran."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 class _SubsampledConv(nn.Conv2d):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import codec_vbr
+import utils.codec
 from models.tcm import TCM
 from tests.conftest import TINY, shake
 from utils import cli
@@ -31,7 +32,7 @@ def codec(checkpoint):
     """Call codec_vbr.py's main with the tiny weights; returns its status."""
 
     def call(command, *more) -> int:
-        weights = [] if command == "info" else ["--checkpoint", checkpoint]
+        weights = [] if command == "info" else ["--checkpoint", checkpoint, "--device", "cpu"]
         return codec_vbr.main([command, *map(str, more), *weights])
 
     return call
@@ -164,6 +165,20 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
         codec("decode", tmp_path / "nowhere.tvbr", tmp_path / "x.png")
     with pytest.raises(cli.UserError, match="no .tvbr files"):
         codec("info", photos)
+
+
+def test_a_picture_without_room_on_the_gpu_is_named_and_the_others_coded(codec, photos, tmp_path, capsys, monkeypatch):
+    real = utils.codec.encode
+
+    def encode(model, image, index):
+        if image.shape[2] == 193:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, image, index)
+
+    monkeypatch.setattr(utils.codec, "encode", encode)
+    assert codec("encode", photos, tmp_path / "coded") == 1
+    assert "p3.png: too large for the memory of this GPU: try --device cpu" in capsys.readouterr().err
+    assert len(list((tmp_path / "coded").iterdir())) == 7
 
 
 def test_info_and_bad_input_do_without_pytorch(codec, photos, tmp_path):

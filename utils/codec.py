@@ -11,6 +11,7 @@ from utils import cli
 from utils.checkpoint import load_model
 from utils.evaluation import decode, encode
 from utils.images import to_pixels, to_tensor
+from utils.memory import room_for_a_picture
 from utils.metrics import psnr
 from utils.online import Outcome, need_variable_rate, produce
 from utils.orders import Order
@@ -38,6 +39,7 @@ class Codec:
         self.model = load_model(checkpoint, self.device)
         self.model.prepare()
 
+    @room_for_a_picture()
     def encode(self, name: str, pixels: np.ndarray, order: Order, verify: bool) -> tuple[bytes, str]:
         """A picture, uint8 `[H, W, 3]`, as a file, and what there is to say of it.
 
@@ -72,6 +74,7 @@ class Codec:
             said += f", verified: {psnr(image, decoded.cpu()):.2f} dB"
         return data, said
 
+    @room_for_a_picture()
     def decode(self, data: bytes, max_pixels: int) -> tuple[bytes, str]:
         """The picture in a file, as PNG, and what there is to say of it. FileError and DecodingError as `decode`."""
         start = time.perf_counter()

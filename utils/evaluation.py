@@ -13,6 +13,7 @@ from utils.bitstream import MAX_PIXELS, Coded, FileError, pack, unpack
 from utils.images import crop, pad, to_float, to_uint8
 from utils.lambdas import index_to_lambda
 from utils.losses import bits
+from utils.memory import room_for_a_picture
 from utils.metrics import decibels, ms_ssim_value, mse, psnr
 
 T = TypeVar("T")
@@ -78,11 +79,15 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
 
 
 def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
-    """Measure one picture, uint8 `[3, H, W]`; returns the reconstruction as well."""
-    if real:
-        data, seconds = timed(lambda: encode(model, image, index), image.device)
-        return evaluate_file(model, name, image, index, data, seconds)
-    count, decoded = estimate(model, image, index)
+    """Measure one picture, uint8 `[3, H, W]`; returns the reconstruction as well.
+
+    ValueError where it cannot be coded, or has no room.
+    """
+    with room_for_a_picture():
+        if real:
+            data, seconds = timed(lambda: encode(model, image, index), image.device)
+            return evaluate_file(model, name, image, index, data, seconds)
+        count, decoded = estimate(model, image, index)
     return _result(model, name, image, index, count, decoded), decoded
 
 

@@ -1,7 +1,9 @@
-"""How the C library treats freed memory."""
+"""How the C library treats freed memory, and what becomes of a picture that a GPU's has no room for."""
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -20,3 +22,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 2**28)
+
+
+@contextlib.contextmanager
+def room_for_a_picture() -> Iterator[None]:
+    """Where a GPU's memory is too small, a ValueError: the other pictures can go on."""
+    import torch  # here: it takes seconds, and not all that a script does needs it
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise ValueError("too large for the memory of this GPU: try --device cpu") from None

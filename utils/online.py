@@ -12,6 +12,7 @@ from utils import cli
 from utils.evaluation import Result, evaluate_file
 from utils.ladder import MAX_INDEX
 from utils.lambdas import index_to_lambda
+from utils.memory import room_for_a_picture
 from utils.orders import Order, Refinement, Target
 from utils.rate_control import Picture, Probe, Unreachable
 from utils.refine import Hold, Step
@@ -50,6 +51,7 @@ class Outcome:
     refine_seconds: float = 0.0
 
 
+@room_for_a_picture()
 def produce(
     model: TCM_VBR,
     name: str,
@@ -68,7 +70,7 @@ def produce(
 
     Raises:
         Unreachable: the cap is below the smallest file.
-        ValueError: the picture cannot be coded.
+        ValueError: the picture cannot be coded, or has no room.
     """
     clock = time.perf_counter()
     picture = Picture(model, image)

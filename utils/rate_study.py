@@ -12,6 +12,7 @@ from models.tcm import TCM_VBR
 from utils.files import atomic_write
 from utils.ladder import MAX_INDEX
 from utils.lambdas import index_to_lambda
+from utils.memory import room_for_a_picture
 from utils.rate_control import START, Picture
 from utils.report import cell, finite
 
@@ -57,6 +58,7 @@ class Study:
         return bool((np.diff(self.bits) > 0).all())
 
 
+@room_for_a_picture()
 def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     picture = Picture(model, image)

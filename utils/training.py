@@ -397,6 +397,7 @@ def compile_networks(model: TCM) -> None:
     networks += model.lrp_transforms
     # All are calls of one nn.Module method, so Dynamo counts their graphs together: its limit of 8 would leave g_s out.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(networks))
+    torch._dynamo.config.optimize_ddp = False  # which splits graphs where gradients are sent: each is small already
     for network in networks:
         network.compile()
 
