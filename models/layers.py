@@ -26,11 +26,11 @@ def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Te
 
     Kind 0: last row, 1: last column, 2: both (the corner). Returns two int64 tensors `[rows + cols - 1]`.
     """
-    right = [(r, cols - 1, 1) for r in range(rows - 1)]
-    bottom = [(rows - 1, c, 0) for c in range(cols - 1)]
-    cut = right + bottom + [(rows - 1, cols - 1, 2)]
-    number = torch.tensor([r * cols + c for r, c, _ in cut], device=device)
-    return number, torch.tensor([kind for _, _, kind in cut], device=device)
+    right = torch.arange(1, rows, device=device) * cols - 1
+    bottom = torch.arange((rows - 1) * cols, rows * cols - 1, device=device)
+    corner = torch.arange(rows * cols - 1, rows * cols, device=device)
+    kinds = torch.ones_like(right), torch.zeros_like(bottom), torch.full_like(corner, 2)
+    return torch.cat((right, bottom, corner)), torch.cat(kinds)
 
 
 def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
