@@ -70,6 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.order = order_of(encoder, args, args.lmd)
     if args.command != "info" and args.threads is not None and args.threads < 1:
         parser.error("--threads must be 1 or more")
+    if args.command == "decode" and not 0 < args.max_megapixels < 2**32:
+        parser.error("--max-megapixels must be positive, and not without bounds")
     return args
 
 
@@ -166,6 +168,8 @@ def attempts(work: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
 
 def code(source: Path, target: Path, args: argparse.Namespace, codec: Callable[[], "Codec"]) -> str:
     """Encode or decode one; returns what there is to say."""
+    if str(source) == "-":
+        codec()  # first, while what is piped in is being made
     if args.command == "encode":
         picture = read_picture(source)
         data, said = codec().encode(source.name, picture, args.order, args.verify)
@@ -194,7 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     def codec() -> "Codec":
         from utils.codec import Codec  # PyTorch takes seconds to import: help, info and bad input do without
 
-        return Codec(args.checkpoint, args.device, args.threads)
+        try:
+            return Codec(args.checkpoint, args.device, args.threads)
+        except (OSError, ValueError) as error:  # not of the picture that is waiting for it
+            raise cli.UserError(f"{args.checkpoint}: {error}") from None
 
     jobs = [(source, lambda s=source, t=target: code(s, t, args, codec)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=len(jobs) < 2)

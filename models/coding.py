@@ -143,8 +143,9 @@ def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
 class Estimate:
     """Collects the likelihoods of y `[B, M, h, w]`: additive noise in training, rounding in evaluation.
 
-    With tabled, σ is the entry of the scale table that codes it (the next larger one) and the bits are a file's.
-    Without, as papers report it; files then cost some percent more where most symbols are nearly certain.
+    With tabled, σ is the entry of the scale table that the published rule codes it by, the next larger one; files choose
+    the cheapest shift of the table and take a percent less. Without, it is σ itself, as papers report it; files then cost
+    some percent more where most symbols are nearly certain.
     With noise, of y's shape, that is added instead. With a surrogate, what it makes of y − μ stands for the symbols
     in the likelihoods, and those of the symbols themselves are collected beside them.
     """
@@ -278,4 +279,6 @@ class Decode:
         for number, (positions, above) in enumerate(self.listed):
             start, end = np.searchsorted(positions, (first, self.done))
             here = torch.from_numpy(positions[start:end] - first)
-            indexes[number, here] = below[number, here] + torch.from_numpy(above[start:end]).int()
+            corrected = below[number, here] + torch.from_numpy(above[start:end]).int()
+            # A file made to do harm may name a row that is not there, and the coder does not look.
+            indexes[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)

@@ -51,11 +51,12 @@ def choose_shifts(
     Args:
         symbols, sigma: `[n]`, on the CPU.
     """
-    row = _row(gaussian)
-    lowest = gaussian.scale_table[0].cpu()
-    live = (sigma > lowest).nonzero().flatten()  # the others are in row 0 whatever their shift
-    at = (sigma[live] / lowest).log() / row  # in rows: boundaries are whole
-    above = at.ceil().int().clamp(max=len(gaussian.scale_table) - 1)
+    levels, row = gaussian.scale_table.cpu(), _row(gaussian)
+    if len(levels) < 2:
+        return np.zeros(blocks(len(sigma)), np.uint8)
+    live = (sigma > levels[0]).nonzero().flatten()  # the others are in row 0 whatever their shift
+    at = (sigma[live].clamp(max=9 * levels[-1]) / levels[0]).log() / row  # in rows: boundaries are whole
+    above = at.ceil().int().clamp(max=len(levels) - 1)
     first = live.numpy() // BLOCK * 256
     count = blocks(len(sigma)) * 256
     cost = np.zeros(count)  # of each block at each shift, against that at the one before; summed up below
@@ -77,7 +78,7 @@ def choose_shifts(
 def _row(gaussian: GaussianConditional) -> float:
     """ln of the ratio of neighbouring levels of the table, which are spaced evenly in ln σ."""
     levels = gaussian.scale_table.double()
-    return float((levels[-1] / levels[0]).log()) / (len(levels) - 1)
+    return float((levels[-1] / levels[0]).log()) / max(1, len(levels) - 1)
 
 
 def guard_rows(

@@ -232,7 +232,7 @@ class TCM(CompressionModel):
         Args:
             index: rate index in [0, 5], one or one an image. TCM_VBR draws it when it is omitted in
                 training; in evaluation it is required. TCM computes the same whatever it is.
-            tabled: likelihoods of y under the coder's table of σ, as files are coded, not under σ itself.
+            tabled: likelihoods of y under the coder's table of σ, by the published rule, not under σ itself.
             noise: what is added to y and z for their likelihoods, in place of training's own noise: `noise_shapes`.
 
         Returns:

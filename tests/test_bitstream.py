@@ -113,6 +113,15 @@ def test_what_an_attacker_mends_is_noticed_too(tiny, picture):
             decode(tiny, pack(Coded(**vars(coded) | changes)))
 
 
+def test_a_row_that_is_not_there_is_not_taken(tiny):
+    """CompressAI's coder would read beyond its tables: a crash of the process."""
+    shape, count = (tiny.M, 1, 1), tiny.M
+    listed = bytes(sensitive.blocks(count)) + pack_positions(np.arange(count), np.ones(count, bool))
+    coder = Decode(tiny.gaussian_conditional, tiny.tables[0], [b"\x55" * 400], shape, [Guard(listed, 0)], [0])
+    sigma = torch.full((1, *shape), 300.0)  # beyond the largest level
+    assert coder(torch.zeros_like(sigma), sigma).isfinite().all()
+
+
 def test_other_weights_are_noticed(tiny, picture):
     data = encode(tiny, picture, 1.0)
     with torch.no_grad():

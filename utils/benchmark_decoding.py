@@ -4,8 +4,8 @@
     python -m utils.benchmark_decoding -d kodak --crop 256 -l 3 --compile      # compiling takes minutes on a CPU
 
 Pictures are encoded with the defaults of the CPU. Under every other setting the slice walk is then given the same
-symbols, and the file is decoded for real. σ may differ by less than ε (models/sensitive.py), relatively; where a row of
-the scale table differs, the file's list has to name it.
+symbols, and the file is decoded for real. σ may differ by less than ε (models/sensitive.py), relatively, those below the
+scale table apart; where a row of the table differs, the file's list has to name it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models.guard import DecodingError
-from models.sensitive import table_index
+from models.sensitive import factors, read_listed, table_index
 from models.tcm import TCM, repeatable
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
@@ -94,7 +94,7 @@ class Replay:
 
 @dataclass
 class File:
-    """A picture as it was encoded: what `compress` returned, its symbols, and the walk's μ and σ."""
+    """A picture as it was encoded: what `compress` returned, its symbols, and the walk's μ and σ, with their factors."""
 
     index: float
     coded: dict
@@ -102,6 +102,7 @@ class File:
     symbols: Tensor
     mu: Tensor
     sigma: Tensor
+    factors: Tensor
 
 
 @dataclass
@@ -116,9 +117,11 @@ class Differences:
     decoded: int = 0
 
     def add(self, model: TCM, file: File, mu: Tensor, sigma: Tensor, decoded: bool) -> None:
-        self.sigma.append(((sigma.double() - file.sigma) / file.sigma).abs().float().flatten().numpy())
+        gaussian = model.gaussian_conditional
+        theirs, ours = (part.double().clamp(min=float(gaussian.scale_table[0])) for part in (sigma, file.sigma))
+        self.sigma.append((theirs / ours - 1).abs().float().flatten().numpy())
         self.mu = max(self.mu, float((mu.double() - file.mu).abs().max()))
-        rows = table_index(model.gaussian_conditional, sigma) != table_index(model.gaussian_conditional, file.sigma)
+        rows = table_index(gaussian, sigma * file.factors) != table_index(gaussian, file.sigma * file.factors)
         self.rows += int(rows.sum())
         self.most_rows = max(self.most_rows, int(rows.sum()))
         self.files += 1
@@ -144,7 +147,10 @@ def encode(model: TCM, image: Tensor, index: float) -> File:
     y, _ = model.analyze(pad(to_float(image)), rates)
     quantised = model.quantise(y, model.h_a(y))
     mu, sigma = walk(model, quantised.z, quantised.symbols)
-    return File(index, model.code(quantised), quantised.z, quantised.symbols, mu, sigma)
+    count = sigma.numel()
+    shifts, _, _ = read_listed(quantised.guards[0].listed, True, count)
+    moved = factors(model.gaussian_conditional, shifts, count).view(sigma.shape)
+    return File(index, model.code(quantised), quantised.z, quantised.symbols, mu, sigma, moved)
 
 
 @torch.no_grad()

@@ -72,7 +72,8 @@ def decode(model: TCM, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 @torch.no_grad()
 def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Tensor]:
-    """Bits of the file by the likelihoods under the coding tables, and the reconstruction, without coding."""
+    """Bits by the likelihoods under the coding tables (the published rule; files take a percent less), and the
+    reconstruction, without coding."""
     out = model(pad(to_float(image)), index, tabled=True)
     x_hat = crop(out["x_hat"], *image.shape[1:])
     return float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values())), to_uint8(x_hat[0])

@@ -32,5 +32,4 @@ def room_for_a_picture() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         raise ValueError("too large for the memory of this GPU: try --device cpu") from None
