@@ -143,8 +143,8 @@ def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
 class Estimate:
     """Collects the likelihoods of y `[B, M, h, w]`: additive noise in training, rounding in evaluation.
 
-    With tabled, σ is the entry of the scale table that the published rule codes it by, the next larger one; files choose
-    the cheapest shift of the table and take a percent less. Without, it is σ itself, as papers report it; files then cost
+    With tabled, σ is the entry of the scale table that the published rule codes it by, the next larger one; files take
+    the cheapest shift of the table, and a little less. Without, it is σ itself, as papers report it; files then cost
     some percent more where most symbols are nearly certain.
     With noise, of y's shape, that is added instead. With a surrogate, what it makes of y − μ stands for the symbols
     in the likelihoods, and those of the symbols themselves are collected beside them.

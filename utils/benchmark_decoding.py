@@ -4,8 +4,8 @@
     python -m utils.benchmark_decoding -d kodak --crop 256 -l 3 --compile      # compiling takes minutes on a CPU
 
 Pictures are encoded with the defaults of the CPU. Under every other setting the slice walk is then given the same
-symbols, and the file is decoded for real. σ may differ by less than ε (models/sensitive.py), relatively, those below the
-scale table apart; where a row of the table differs, the file's list has to name it.
+symbols, and the file is decoded for real. σ may differ by less than ε (models/sensitive.py), relatively, those below
+the scale table apart; where a row of the table differs, the file's list has to name it.
 """
 
 import argparse
@@ -94,7 +94,7 @@ class Replay:
 
 @dataclass
 class File:
-    """A picture as it was encoded: what `compress` returned, its symbols, and the walk's μ and σ, with their factors."""
+    """A picture as it was encoded: what `compress` returned, its symbols, and the walk's μ and σ, with its factors."""
 
     index: float
     coded: dict

@@ -72,7 +72,7 @@ def decode(model: TCM, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 @torch.no_grad()
 def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Tensor]:
-    """Bits by the likelihoods under the coding tables (the published rule; files take a percent less), and the
+    """Bits by the likelihoods under the coding tables (the published rule; files take a little less), and the
     reconstruction, without coding."""
     out = model(pad(to_float(image)), index, tabled=True)
     x_hat = crop(out["x_hat"], *image.shape[1:])
