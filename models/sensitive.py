@@ -26,6 +26,7 @@ from torch import Tensor
 EPSILON = 5e-5
 BLOCK = 2**14  # positions that share a shift
 PER_ROW = 128  # shifts from one boundary of the table to the next; there are 256, two rows
+AT_ONCE = 64  # blocks for which shifts are chosen together: bounds the memory
 _LISTED = 16  # bits that a listed position costs, about
 _BELOW = 0.95  # neighbouring boundaries are 13 % apart: a little below one is surely above the one before
 
@@ -55,6 +56,9 @@ def choose_shifts(
     levels, row = gaussian.scale_table.cpu(), _row(gaussian)
     if len(levels) < 2:
         return np.zeros(blocks(len(sigma)), np.uint8)
+    if blocks(len(sigma)) > AT_ONCE:
+        parts = zip(symbols.split(AT_ONCE * BLOCK), sigma.split(AT_ONCE * BLOCK), strict=True)
+        return np.concatenate([choose_shifts(gaussian, lengths, *part, epsilon) for part in parts])
     live = (sigma > levels[0]).nonzero().flatten()  # the others are in row 0 whatever their shift
     at = (sigma[live].clamp(max=9 * levels[-1]) / levels[0]).log() / row  # in rows: boundaries are whole
     above = at.ceil().int().clamp(max=len(levels) - 1)

@@ -168,6 +168,7 @@ def disturbed(monkeypatch, size: float) -> None:
 def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     """Against all 256, tried one after the other."""
     monkeypatch.setattr(sensitive, "BLOCK", 1000)
+    monkeypatch.setattr(sensitive, "AT_ONCE", 2)
     gaussian, lengths, epsilon = tiny.gaussian_conditional, tiny.tables[0].code_lengths, 1e-4
     generator = torch.Generator().manual_seed(0)
     sigma = torch.exp(torch.empty(2500).uniform_(-4, 6, generator=generator))  # below and above all levels, too
