@@ -3,6 +3,8 @@
 Loss = λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ def index_to_lambda(index: Tensor | float, metric: str = "mse") -> Tensor | floa
     lower = index.floor().clamp(0, MAX_INDEX - 1)
     start, end = logs[lower.long()], logs[lower.long() + 1]
     return (start + (index - lower) * (end - start)).exp()
+
+
+def middle_lambda(metric: str = "mse") -> float:
+    """Geometric mean of the ends of the ladder."""
+    return math.sqrt(LADDERS[metric][0] * LADDERS[metric][-1])
 
 
 def check_index(index: Tensor | float, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.tcm import TCM, TCM_VBR
 from utils.ladder import LADDERS, MAX_INDEX
-from utils.lambdas import index_to_lambda
+from utils.lambdas import index_to_lambda, middle_lambda
 from utils.losses import psnr_of_mse, rate_distortion
 
 
@@ -29,6 +29,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.metric = model, metric
         self.autocast: torch.dtype | None = None
+        self.balance = 0.0
 
     def forward(self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch.
@@ -46,7 +47,16 @@ class Objective(nn.Module):
             out = self.model(x, index, noise=noise)
         losses = self.losses(out, x, index)
         aux = self.model.aux_loss()  # of the quantiles alone: no parameter is in both
-        return {"total": losses["loss"] + aux, "aux": aux, **_means(losses)}
+        return {"total": self.weighed(losses, index) + aux, "aux": aux, **_means(losses)}
+
+    def weighed(self, losses: dict[str, Tensor], index: Tensor | float | None) -> Tensor:
+        """The loss that is minimised: each sample's multiplied by (λ / λ_mid)^−balance, λ_mid = √(λ_first · λ_last)."""
+        if not self.balance:
+            return losses["loss"]
+        bpp, distortion = losses["bpp"], losses["distortion"]
+        lmbda = self.lambdas(index, len(bpp)).to(bpp.device)
+        weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
+        return (weights * (lmbda * distortion + bpp)).mean()
 
     def autocasting(self, x: Tensor) -> torch.autocast:
         """The run's precision inside the block, on the device of x."""
@@ -129,7 +139,7 @@ class Static(Objective):
         losses = self.losses(out, x, index)
         latent = (out["latent"].float() - target.float()).square().mean()
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
-        total = losses["loss"] + self.latent_weight * latent + self.norm_weight * norms
+        total = self.weighed(losses, index) + self.latent_weight * latent + self.norm_weight * norms
         return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
 
     def _taught(self, x: Tensor, index: Tensor) -> Tensor:

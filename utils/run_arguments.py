@@ -41,6 +41,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     learning = parser.add_argument_group("optimisation")
     add = learning.add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
+    add("--transform-lr-factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s, in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
+    add("--balance", type=float, default=Settings.balance, metavar="P", help="weigh each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not own the gradient; 0 is the published loss")
     add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
     add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
     add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
@@ -66,7 +68,8 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
     if not (args.max_minutes or args.max_steps or args.epochs):
         raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
-    for flag in ("learning_rate", "aux_learning_rate", "max_minutes", "clip_max_norm", "validate_minutes"):
+    numbers = ("learning_rate", "transform_lr_factor", "balance", "aux_learning_rate", "max_minutes", "clip_max_norm")
+    for flag in (*numbers, "validate_minutes"):
         if not 0 <= getattr(args, flag) < math.inf:  # a NaN compares false
             raise cli.UserError(f"--{flag.replace('_', '-')} must be a number that is not negative")
     if not 0 <= args.ema < 1:
@@ -131,6 +134,8 @@ def train(
         batch_size=batch,
         patch_size=size,
         learning_rate=args.learning_rate,
+        transform_factor=args.transform_lr_factor,
+        balance=args.balance,
         aux_learning_rate=args.aux_learning_rate,
         schedule=args.schedule,
         milestones=milestones,

@@ -18,6 +18,8 @@ class Settings:
     learning_rate: float = 2e-4
     aux_learning_rate: float = 1e-3
     density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
+    transform_factor: float = 1.0  # learning rate of g_a and g_s, in the same units
+    balance: float = 0.0  # each sample's loss is weighed by (λ / λ_mid)^−balance; 0 is the published loss
     schedule: str = "cosine"
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # of "step", as shares of the budget: epochs 50, 100, 150 of 200
     warmup: int = 200  # steps

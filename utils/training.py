@@ -44,13 +44,17 @@ def make_optimizers(model: TCM, settings: Settings) -> dict[str, torch.optim.Ada
     Not CompressAI's net_aux_optimizer, which has no groups: the density of z starts 10 wide, and Adam moves
     a weight by the learning rate a step, so that at the networks' rate z would cost 3 bits a symbol for long.
     """
-    networks, density, quantiles = [], [], []
+    networks, transforms, density, quantiles = [], [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            bottleneck = name.startswith("entropy_bottleneck.")
-            (quantiles if name.endswith(".quantiles") else density if bottleneck else networks).append(p)
-    groups = [{"params": networks, "factor": 1.0}, {"params": density, "factor": settings.density_factor}]
-    optimizers = {"net": torch.optim.Adam([g for g in groups if g["params"]], settings.learning_rate, fused=True)}
+        if not p.requires_grad:
+            continue
+        if name.startswith("entropy_bottleneck."):
+            (quantiles if name.endswith(".quantiles") else density).append(p)
+        else:
+            (transforms if name.startswith(("g_a.", "g_s.")) else networks).append(p)
+    factors = (1.0, settings.transform_factor, settings.density_factor)
+    groups = [{"params": p, "factor": f} for p, f in zip((networks, transforms, density), factors, strict=True) if p]
+    optimizers = {"net": torch.optim.Adam(groups, settings.learning_rate, fused=True)}
     if quantiles:
         optimizers["aux"] = torch.optim.Adam(quantiles, settings.aux_learning_rate, fused=True)
     return optimizers
@@ -87,7 +91,7 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
         self.optimizers = make_optimizers(self.model, settings)
         precision = PRECISIONS.get(settings.amp)
-        objective.autocast = precision
+        objective.autocast, objective.balance = precision, settings.balance
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.shared: nn.Module = (
