@@ -177,8 +177,12 @@ class TCM(CompressionModel):
         return None if index is None else check_index(index, batch)
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (here zero), `[B, 1, 1, 1]`."""
-        return self.features(x), x.new_zeros(len(x), 1, 1, 1)
+        """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (of a TCM zero, `[B, 1, 1, 1]`)."""
+        return self.modulate(self.features(x), index)
+
+    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The latent of `features` as the entropy model sees it, and ln m: unchanged, and zero."""
+        return y, y.new_zeros(len(y), 1, 1, 1)
 
     def features(self, x: Tensor) -> Tensor:
         """Image `[B, 3, H, W]` in [0, 1] to the latent of `g_a` `[B, M, H/16, W/16]`, which no rate has scaled yet."""
@@ -274,6 +278,18 @@ class TCM(CompressionModel):
         noise: tuple[Tensor, Tensor] | None = None,
         surrogate: Surrogate | None = None,
     ) -> dict:
+        y_hat, rates = self.estimate_rate(y, z, tabled, noise, surrogate)
+        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
+
+    def estimate_rate(
+        self,
+        y: Tensor,
+        z: Tensor,
+        tabled: bool = False,
+        noise: tuple[Tensor, Tensor] | None = None,
+        surrogate: Surrogate | None = None,
+    ) -> tuple[Tensor, dict]:
+        """The entropy model alone: ŷ `[B, M, h, w]` and its `likelihoods`, as `forward` and `forward_fromlatent` do."""
         noise_y, noise_z = noise or (None, None)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -288,17 +304,12 @@ class TCM(CompressionModel):
         # In evaluation with the arithmetic of coding: what is estimated is what a file has.
         with contextlib.nullcontext() if self.training else repeatable():
             y_hat = self.walk(z_hat, coder)
-        out = {
-            "x_hat": self.synthesize(y_hat, index),
-            "likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods},
-            "lmd_index": index,
-            "latent": y,
-        }
+        out = {"likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods}}
         if surrogate is not None:
             with torch.no_grad():
                 of_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
             out["coded_likelihoods"] = {"y": coder.likelihoods_of_symbols(), "z": of_z}
-        return out
+        return y_hat, out
 
     # Coding ----------------------------------------------------------------------------------
 
@@ -577,9 +588,9 @@ class TCM_VBR(TCM):
             index = draw_index(batch)
         return check_index(index, batch)
 
-    def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As TCM, with y scaled by m; the second output is ln m `[B, M, H/16, W/16]`."""
-        return self.modnet_ga(self.features(x), index)
+    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y · m and ln m, both `[B, M, H/16, W/16]`."""
+        return self.modnet_ga(y, index)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         return super().synthesize(self.modnet_gs(y_hat, index)[0], index)

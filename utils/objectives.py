@@ -1,4 +1,4 @@
-"""What each stage of training minimises (SPEC 4): fixed-rate TCM, LAEs alone, everything jointly."""
+"""What each stage of training minimises: fixed-rate TCM, entropy model alone, LAEs alone, everything jointly."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.tcm import TCM, TCM_VBR
 from utils.ladder import LADDERS, MAX_INDEX
 from utils.lambdas import index_to_lambda, middle_lambda
-from utils.losses import psnr_of_mse, rate_distortion
+from utils.losses import bits, psnr_of_mse, rate_distortion
 
 
 class Objective(nn.Module):
@@ -23,6 +23,7 @@ class Objective(nn.Module):
     """
 
     stage = "joint"
+    repeat = 0  # how many patches to train on, again and again; 0 for always new ones
     indices: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
 
     def __init__(self, model: TCM, metric: str = "mse") -> None:
@@ -51,12 +52,10 @@ class Objective(nn.Module):
 
     def weighed(self, losses: dict[str, Tensor], index: Tensor | float | None) -> Tensor:
         """The loss that is minimised: each sample's multiplied by (λ / λ_mid)^−balance, λ_mid = √(λ_first · λ_last)."""
-        if not self.balance:
-            return losses["loss"]
-        bpp, distortion = losses["bpp"], losses["distortion"]
+        bpp = losses["bpp"]
         lmbda = self.lambdas(index, len(bpp)).to(bpp.device)
         weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
-        return (weights * (lmbda * distortion + bpp)).mean()
+        return (weights * (lmbda * losses["distortion"] + bpp)).mean()
 
     def autocasting(self, x: Tensor) -> torch.autocast:
         """The run's precision inside the block, on the device of x."""
@@ -108,6 +107,61 @@ class FixedRate(Objective):
 
     def describe(self) -> dict:
         return super().describe() | {"lmd": self.lmbda}
+
+
+class EntropyStage(Objective):
+    """The entropy model alone: everything between the latent and its bits learns to make them few.
+
+    Analysis, LAEs and synthesis stay, and so do the latent residuals, which would learn to bend ŷ to what is cheap. The
+    latents of so many patches are computed once and kept, in float16: a step is a third of a joint one.
+
+    Args:
+        rates: the objective whose model and rates these are.
+        repeat: how many patches' latents to keep, of all processes together.
+    """
+
+    stage = "entropy"
+
+    def __init__(self, rates: Objective, repeat: int) -> None:
+        super().__init__(rates.model, rates.metric)
+        self.repeat, self.indices, self._described = repeat, rates.indices, rates.describe()
+        self.index, self.lambdas = rates.index, rates.lambdas
+        self.model.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("g_a.", "g_s.", "modnet_", "lrp_transforms.")))
+        self._kept: dict[int, Tensor] = {}
+
+    def forward(
+        self, x: Tensor, draws: Tensor, noise: tuple[Tensor, Tensor], keys: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """As `Objective`'s; keys: which patches these are."""
+        index = self.index(draws)
+        with self.autocasting(x):
+            with torch.no_grad():
+                y, _ = self.model.modulate(self._latents(x, keys), index)
+            _, out = self.model.estimate_rate(y, self.model.h_a(y), noise=noise)
+        pixels = x.shape[-2] * x.shape[-1]
+        bpp_z = bits(out["likelihoods"]["z"]) / pixels
+        bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
+        total = self.weighed({"bpp": bpp, "distortion": torch.zeros_like(bpp)}, index)
+        aux = self.model.aux_loss()
+        means = {"bpp": bpp.detach().mean(), "bpp of z": bpp_z.detach().mean()}
+        return {"total": total + aux, "aux": aux, **means}
+
+    def _latents(self, x: Tensor, keys: Sequence[int]) -> Tensor:
+        """What `features` makes of patches, computed for those that are not kept yet."""
+        if new := [i for i, key in enumerate(keys) if key not in self._kept]:
+            for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
+                self._kept[keys[i]] = latent
+        return torch.stack([self._kept[key] for key in keys]).float()
+
+    def train(self, mode: bool = True) -> "EntropyStage":
+        super().train(mode)
+        self.model.g_a.eval()  # no drop-path in what is kept
+        return self
+
+    def describe(self) -> dict:
+        return self._described | {"stage": self.stage, "patches kept": self.repeat}
 
 
 class Static(Objective):

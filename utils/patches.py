@@ -24,16 +24,19 @@ from tqdm import tqdm
 from utils.errors import ImageError
 from utils.images import read_image
 
+GOLDEN = (5**0.5 - 1) / 2
 GIVE_UP = 1000  # photographs in a row that cannot be used
 
 
 @dataclass
 class Batch:
-    """Patches uint8 `[B, 3, h, w]`; for each a number in [0, 1) that names its rate, and a seed for its noise."""
+    """Patches uint8 `[B, 3, h, w]`; for each a number in [0, 1) that names its rate, a seed for its noise, and a key:
+    patches of the same key are the same."""
 
     patches: Tensor
     draws: Tensor
     seeds: list[int]
+    keys: list[int]
     unusable: list[str]  # photographs that were passed over, each with the cause
 
     def pin_memory(self) -> "Batch":
@@ -50,13 +53,20 @@ class Photographs(Dataset):
 
     Args:
         size: height and width of a patch.
+        repeat: so many patches, again and again, each time with another rate and noise; 0 for always new ones.
         cache: decoded photographs by number; None for those that cannot be used. The others are read when needed.
     """
 
     def __init__(
-        self, paths: Sequence[Path], size: tuple[int, int], seed: int, scaled: float = 0.25, cache: dict | None = None
+        self,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        seed: int,
+        scaled: float = 0.25,
+        repeat: int = 0,
+        cache: dict | None = None,
     ) -> None:
-        self.paths, self.size, self.seed, self.scaled = list(paths), size, seed, scaled
+        self.paths, self.size, self.seed, self.scaled, self.repeat = list(paths), size, seed, scaled, repeat
         self.cache: dict[int, Tensor | str] = cache or {}
         self._pass = (-1, np.empty(0, np.int64))
 
@@ -66,13 +76,19 @@ class Photographs(Dataset):
         Raises:
             ImageError: a thousand photographs in a row cannot be used.
         """
-        random = np.random.default_rng((self.seed, position))
-        number, unusable = self._number(position), []
+        key = position % self.repeat if self.repeat else position
+        random = np.random.default_rng((self.seed, key))
+        number, unusable = self._number(key), []
         for _ in range(GIVE_UP):
             image = self._photograph(number)
             if isinstance(image, Tensor):
                 patch = cut(image, self.size, self.scaled, random)
-                return Batch(patch[None], torch.tensor([random.random()]), [int(random.integers(2**62))], unusable)
+                if key != position:
+                    random = np.random.default_rng((self.seed, position))
+                # Multiples of the golden ratio spread the rates of every batch evenly: the loss differs fivefold
+                # between rates, and drawn at random they would be most of the gradient's noise.
+                draw = torch.tensor([(position + 1) * GOLDEN % 1])
+                return Batch(patch[None], draw, [int(random.integers(2**62))], [key], unusable)
             unusable.append(image)
             number = int(random.integers(len(self.paths)))
         raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
@@ -184,6 +200,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
         torch.cat([sample.patches for sample in samples]),
         torch.cat([sample.draws for sample in samples]),
         [seed for sample in samples for seed in sample.seeds],
+        [key for sample in samples for key in sample.keys],
         [text for sample in samples for text in sample.unusable],
     )
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models import STRIDE
+from models.tcm import TCM
 from utils import cli
 from utils.distributed import Team
 from utils.objectives import Objective
@@ -94,12 +96,14 @@ def train(
     team: Team,
     make_objective: Callable[[dict | None], tuple[Objective, list[dict]]],
     milestones: tuple[float, ...] = Settings.milestones,
+    start: Callable[[TCM, Photographs], dict] | None = None,
 ) -> Trainer:
     """Read the photographs, make the objective, and train it.
 
     Args:
         make_objective: called with the state of the run to resume, or None; returns the objective and the training
             records of its weights.
+        start: gives a new run's model its first weights, from the photographs; returns a training record.
     """
     folder = Path(args.save_path)
     folder.mkdir(parents=True, exist_ok=True)  # found out now if it cannot be
@@ -121,7 +125,9 @@ def train(
         cache = read_all(paths, size, team.device, quiet=not team.first)
     elif team.first:
         print(f"{len(paths)} photographs take about {needed:.1f} GB: more than --cache-gb, so workers read them as needed")
-    photographs = Photographs(paths, size, args.seed, cache=cache)
+    if start and not state:
+        history = [*history, start(objective.model, Photographs(paths, size, args.seed, cache=cache))]
+    photographs = Photographs(paths, size, args.seed, repeat=objective.repeat, cache=cache)
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=not team.first)
     validation = [centre_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
@@ -147,6 +153,11 @@ def train(
         amp=args.amp,
         seed=args.seed,
     )
+    if team.size == 1 and team.device.type == "cpu" and (cores := torch.get_num_threads()) > 1:
+        print(
+            f"note: on a CPU one process for each core is faster: torchrun --nproc-per-node {cores} train_vbr.py …",
+            file=sys.stderr,
+        )
     trainer = Trainer(objective, photographs, args.num_workers, validation, folder, settings, team, history)
     if state:
         trainer.resume(state)

@@ -120,7 +120,8 @@ class Trainer:
         torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.team.rank))
         x = batch.patches.to(self.device, non_blocking=True).float() / 255
         # The seeds of the noise and the rates come with the samples: the same in however many processes.
-        out = self.shared(x, batch.draws, self.noise(batch.seeds, x.shape[2:]))
+        keys = [batch.keys] if self.objective.repeat else []
+        out = self.shared(x, batch.draws, self.noise(batch.seeds, x.shape[2:]), *keys)
         self.scaler.scale(out.pop("total")).backward()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
