@@ -19,7 +19,7 @@ from models.tcm import TCM, TCM_VBR
 from utils import cli
 from utils.checkpoint import BUNDLED, load_model
 from utils.errors import ImageError
-from utils.evaluation import Result, evaluate
+from utils.evaluation import Result, evaluate, mean
 from utils.files import write_json
 from utils.images import read_images, save_image
 from utils.ladder import LADDER, MAX_INDEX
@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     count = len(paths) - failed
     for index in indices:
         print(row(f"mean of {count}", [result for result in results if result.index == index]))
+    if variable and not args.lmd and (loss := mean(results, "loss")) is not None:
+        print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     if args.json:
         how = "real files" if args.real else "estimated from likelihoods"
         groups = [[result for result in results if result.index == index] for index in indices]

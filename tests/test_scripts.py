@@ -20,6 +20,7 @@ from utils import bd_rate, benchmark, cli
 from utils.checkpoint import export_model
 from utils.evaluation import estimate, evaluate
 from utils.images import read_image
+from utils.ladder import LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +75,20 @@ def test_unreadable_pictures_are_named_and_the_status_tells(checkpoint, photos, 
     output = capsys.readouterr()
     assert "p3.png" in output.err
     assert "mean of 7" in output.out
+
+
+def test_mean_loss_is_that_of_all_rates(checkpoint, photos, tmp_path, capsys):
+    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--checkpoint", checkpoint]
+    assert eval_vbr.main([*arguments, "--json", str(tmp_path / "rd.json")]) == 0
+    images = json.loads((tmp_path / "rd.json").read_text())["images"]
+    losses = [
+        LADDER[int(image["index"])] * 255**2 / 10 ** (image["psnr"] / 10) + image["bpp"] for image in images
+    ]
+    assert len(losses) == 12
+    told = float(capsys.readouterr().out.split("mean R-D loss")[1].split(":")[1].split()[0])
+    assert told == pytest.approx(sum(losses) / 12, rel=1e-3)
+    eval_vbr.main([*arguments, "-l", "1"])
+    assert "mean R-D loss" not in capsys.readouterr().out
 
 
 def test_a_fixed_rate_model_is_measured_once(photos, tmp_path, capsys):

@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -94,9 +95,7 @@ class Trainer:
         objective.autocast, objective.balance = precision, settings.balance
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
-        self.shared: nn.Module = (
-            DistributedDataParallel(objective, broadcast_buffers=False) if team.size > 1 else objective
-        )
+        self.shared: nn.Module = _shared(objective) if team.size > 1 else objective
         self.batches: Generator[Batch, None, None] | None = None
         self.ahead: Batch | None = None
         self.waited = 0.0
@@ -405,6 +404,13 @@ def compile_networks(model: TCM) -> None:
     torch._dynamo.config.optimize_ddp = False  # which splits graphs where gradients are sent: each is small already
     for network in networks:
         network.compile()
+
+
+def _shared(objective: Objective) -> nn.Module:
+    """An objective whose gradients are means over the processes. Its buffers are constants, the same in all."""
+    with warnings.catch_warnings():  # PyTorch 2.14 renames the flag; 2.6 knows the old name only
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        return DistributedDataParallel(objective, broadcast_buffers=False)
 
 
 def read_run(folder: Path) -> dict:
