@@ -50,6 +50,11 @@ def losses(points: list[tuple[float, float, float]]) -> list[float]:
 def draw(curves: list[tuple[str, list]], path: Path) -> None:
     from matplotlib import pyplot  # takes a second to import
 
+    # A perfect copy has no place on an axis of decibels.
+    curves = [(name, [point for point in points if math.isfinite(point[2])]) for name, points in curves]
+    curves = [(name, points) for name, points in curves if points]
+    if not curves:
+        raise cli.UserError("nothing to draw: every copy is perfect")
     figure, axes = pyplot.subplots(figsize=(7.5, 5))
     for name, points in curves:
         bpp, _, psnr = zip(*points, strict=True)
