@@ -183,8 +183,8 @@ def test_entropy_stage_leaves_transforms_alone_and_computes_latents_once(argumen
     assert not moved & {"g_a", "g_s", "modnet_ga", "modnet_gs", "lrp_transforms"}
 
 
-def test_entropy_stage_of_a_fixed_rate_model(arguments, tmp_path):
-    train_vbr.main([*arguments, "--stage", "entropy", "--lmd", "0.013", "--max-steps", "2"])
+def test_entropy_stage_of_a_fixed_rate_model_in_bfloat16(arguments, tmp_path):
+    train_vbr.main([*arguments, "--stage", "entropy", "--lmd", "0.013", "--max-steps", "2", "--amp"])
     state = read_checkpoint(tmp_path / "run" / "last.pth.tar")
     assert state["model"] == "TCM" and state["objective"]["lmd"] == 0.013 and state["objective"]["stage"] == "entropy"
 

@@ -153,7 +153,7 @@ class EntropyStage(Objective):
         if new := [i for i, key in enumerate(keys) if key not in self._kept]:
             for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
                 self._kept[keys[i]] = latent
-        return torch.stack([self._kept[key] for key in keys]).float()
+        return torch.stack([self._kept[key].float() for key in keys])  # autocast on a CPU cannot stack float16
 
     def train(self, mode: bool = True) -> "EntropyStage":
         super().train(mode)

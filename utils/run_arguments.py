@@ -113,7 +113,6 @@ def train(
     paths, held_out = split(args)
     state = read_run(folder) if args.resume else None
     objective, history = make_objective(state)
-    objective.to(team.device, memory_format=torch.channels_last)
     if objective.metric == "ms-ssim" and min(*size, args.val_size) < MS_SSIM_SIDE:
         raise cli.UserError(
             f"MS-SSIM has five scales: it needs a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
@@ -127,6 +126,7 @@ def train(
         print(f"{len(paths)} photographs take about {needed:.1f} GB: more than --cache-gb, so workers read them as needed")
     if start and not state:
         history = [*history, start(objective.model, Photographs(paths, size, args.seed, cache=cache))]
+    objective.to(team.device, memory_format=torch.channels_last)
     photographs = Photographs(paths, size, args.seed, repeat=objective.repeat, cache=cache)
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=not team.first)
@@ -155,7 +155,7 @@ def train(
     )
     if team.size == 1 and team.device.type == "cpu" and (cores := torch.get_num_threads()) > 1:
         print(
-            f"note: on a CPU one process for each core is faster: torchrun --nproc-per-node {cores} train_vbr.py …",
+            f"note: on a CPU one process for each core is faster: start with torchrun --nproc-per-node {cores}",
             file=sys.stderr,
         )
     trainer = Trainer(objective, photographs, args.num_workers, validation, folder, settings, team, history)

@@ -218,6 +218,7 @@ class Trainer:
     def _run(self) -> None:
         bar = tqdm(
             total=100,
+            initial=round(100 * min(1, budget_used(self.progress, self.settings)), 1),
             desc="training",
             unit="%",
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
