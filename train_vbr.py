@@ -140,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     team = Team.join(args.device)
 
-
     def start(model: TCM, photographs: Photographs) -> dict:
         return klt_start(model, sample_patches(photographs), args.lmd)
 
