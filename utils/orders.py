@@ -21,7 +21,7 @@ class Method:
 
 
 METHODS = {
-    "noise": Method(0.05, "Adam, noise in the rate"),
+    "noise": Method(0.005, "Adam, noise in the rate"),
     "ste": Method(0.02, "Adam, straight-through rounding"),
     "soft": Method(0.03, "Adam, annealed soft rounding in the rate"),
     "sga": Method(0.03, "Adam, stochastic Gumbel annealing in the rate"),
