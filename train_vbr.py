@@ -52,8 +52,8 @@ def check(args: argparse.Namespace) -> None:
     check_run_arguments(args)
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
-    if args.start and (args.checkpoint or args.resume):
-        raise cli.UserError("--start is for a new model; --checkpoint and --resume bring their own weights")
+    if args.start and args.checkpoint:
+        raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
     if args.lmd is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmd < math.inf):
         raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
     if args.keep_latents < 1:
@@ -70,7 +70,10 @@ def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[
     cls = TCM if args.lmd else TCM_VBR
     if state:
         if state["model"] != cls.__name__:
-            raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; --stage {args.stage} is of a {cls.__name__}")
+            wanted = f"--stage {args.stage}"
+            if args.stage == "entropy":
+                wanted += " with --lmd" if args.lmd else " without --lmd"
+            raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; {wanted} is of a {cls.__name__}")
         model, history = cls(**state["arguments"]), []
     elif args.checkpoint is None:
         arguments = PRESETS[args.preset] | ({"N": args.N} if args.N else {})
@@ -127,9 +130,7 @@ def make_objective(args: argparse.Namespace, team: Team, state: dict | None) -> 
     model, history = make_model(args, state)
     rates = FixedRate(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
     if args.stage == "entropy":
-        # A whole number of steps, so that each process meets its own patches again.
-        batch = args.batch_size * team.size
-        return EntropyStage(rates, -(-args.keep_latents // batch) * batch), history
+        return EntropyStage(rates, args.keep_latents, args.batch_size * team.size), history
     if args.stage == "static":
         return Static(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
     return rates, history

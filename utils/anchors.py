@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     paths = cli.pictures(args.data)
     for codec in [codec for codec in args.codecs if not available(codec)]:
         cli.complain(codec, "this Pillow cannot write it; left out")
-    codecs = [codec for codec in args.codecs if available(codec)]
+    codecs = [codec for codec in dict.fromkeys(args.codecs) if available(codec)]
+    if not codecs:
+        raise cli.UserError("this Pillow can write none of these codecs")
     results: dict[str, list[Result]] = {codec: [] for codec in codecs}
     names, failed = short_names(paths), False
     for path, image in tqdm(read_images(paths), total=len(paths), desc="coding", unit="image", disable=None):

@@ -15,9 +15,10 @@ ICLR 2025). That part is a Karhunen-Loève transform (KLT), the eigenvectors of 
   −1 / (2 ln 2 · d). The sum is least where that equals −λ/3, at d = 3 / (2 ln 2 · λ). Uniform quantisation has
   d = Δ²/12, so Δ = √(12 d) = √(18 / (ln 2 · λ)): 45 on the 0–255 scale at λ = 0.013.
 - LAEs: Δ goes with λ^−½, so ln m = ½ ln(λ/λ_mid), the same for all channels, and its inverse before synthesis. As
-  m lies within (1/e, e), λ_mid is the geometric mean of the ladder's ends; g_a has the Δ of λ_mid. α = 0. So
-  R(λ) = Σ log m(λ) + C holds from the start (TCSVT 2025, the R-λ model).
-- Entropy model: σ is each channel's measured deviation, μ and the latent residuals are zero.
+  m lies within (1/e, e), λ_mid is the geometric mean of the ladder's ends; g_a has the Δ of λ_mid. α = 0. So the
+  entropy of the latent is R(λ) = Σ log m(λ) + C from the start (TCSVT 2025, the R-λ model).
+- Entropy model: σ is each channel's deviation at λ_mid, μ and the latent residuals are zero. The bits that the model
+  counts follow that R(λ) once σ has learned to follow m, which a fixed-rate model need not.
 
 MS-SSIM has no such closed form: its ladder's rungs take the Δ of the MSE rungs they were published beside.
 
@@ -222,7 +223,7 @@ def _wiener(model: TCM, y: Tensor, levels: list[Tensor], transposes: list[Tensor
             cross += weighed @ wanted.flatten(2).transpose(0, 1).flatten(1).T
         cross -= gram @ transpose[:, used].T.double()
         places = target[:, 0].numel()
-        gram.diagonal().mul_(1 + PRIOR / places).add_(1e-6 * gram.diagonal().mean())
+        gram.diagonal().mul_(1 + PRIOR / places).add_(1e-6 * gram.diagonal().mean() + 1e-12)
         filters.append(transpose.clone())
         filters[-1][:, used] += torch.linalg.solve(gram, cross).T.float()
         u = F.pixel_shuffle(F.conv2d(u, filters[-1], padding=1), 2)

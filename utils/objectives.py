@@ -117,14 +117,16 @@ class EntropyStage(Objective):
 
     Args:
         rates: the objective whose model and rates these are.
-        repeat: how many patches' latents to keep, of all processes together.
+        kept: how many patches' latents to keep, of all processes together, at least.
+        batch: patches of a step, of all processes: in whole steps each process meets its own patches again.
     """
 
     stage = "entropy"
 
-    def __init__(self, rates: Objective, repeat: int) -> None:
+    def __init__(self, rates: Objective, kept: int, batch: int = 1) -> None:
         super().__init__(rates.model, rates.metric)
-        self.repeat, self.indices, self._described = repeat, rates.indices, rates.describe()
+        self.repeat, self.indices = -(-kept // batch) * batch, rates.indices
+        self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
         self.index, self.lambdas = rates.index, rates.lambdas
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
@@ -136,9 +138,9 @@ class EntropyStage(Objective):
     ) -> dict[str, Tensor]:
         """As `Objective`'s; keys: which patches these are."""
         index = self.index(draws)
+        with torch.no_grad():  # in float32, which costs little: analysis is done once
+            y, _ = self.model.modulate(self._latents(x, keys), index)
         with self.autocasting(x):
-            with torch.no_grad():
-                y, _ = self.model.modulate(self._latents(x, keys), index)
             _, out = self.model.estimate_rate(y, self.model.h_a(y), noise=noise)
         pixels = x.shape[-2] * x.shape[-1]
         bpp_z = bits(out["likelihoods"]["z"]) / pixels
@@ -153,7 +155,7 @@ class EntropyStage(Objective):
         if new := [i for i, key in enumerate(keys) if key not in self._kept]:
             for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
                 self._kept[keys[i]] = latent
-        return torch.stack([self._kept[key].float() for key in keys])  # autocast on a CPU cannot stack float16
+        return torch.stack([self._kept[key] for key in keys]).float()
 
     def train(self, mode: bool = True) -> "EntropyStage":
         super().train(mode)
@@ -161,7 +163,7 @@ class EntropyStage(Objective):
         return self
 
     def describe(self) -> dict:
-        return self._described | {"stage": self.stage, "patches kept": self.repeat}
+        return self._described
 
 
 class Static(Objective):

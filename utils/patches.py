@@ -87,7 +87,9 @@ class Photographs(Dataset):
                     random = np.random.default_rng((self.seed, position))
                 # Multiples of the golden ratio spread the rates of every batch evenly: the loss differs fourfold
                 # between rates, which is noise in the gradient where they are drawn at random.
-                draw = torch.tensor([min((position + 1) * GOLDEN % 1, 1 - 2**-24)])  # float32 would round up to 1
+                laps = position // self.repeat if self.repeat else 0
+                spread = (position + 1) * GOLDEN + laps * 2**0.5  # a patch that comes again has another rate
+                draw = torch.tensor([min(spread % 1, 1 - 2**-24)])  # float32 would round up to 1
                 return Batch(patch[None], draw, [int(random.integers(2**62))], [key], unusable)
             unusable.append(image)
             number = int(random.integers(len(self.paths)))

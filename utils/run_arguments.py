@@ -153,9 +153,10 @@ def train(
         amp=args.amp,
         seed=args.seed,
     )
-    if team.size == 1 and team.device.type == "cpu" and (cores := torch.get_num_threads()) > 1:
+    if not state and team.size == 1 and team.device.type == "cpu" and (cores := torch.get_num_threads()) > 1:
         print(
-            f"note: on a CPU one process for each core is faster: start with torchrun --nproc-per-node {cores}",
+            f"note: on a CPU one process for each core is faster: start with torchrun --nproc-per-node {cores} "
+            f"and -bs {max(1, args.batch_size // cores)}",
             file=sys.stderr,
         )
     trainer = Trainer(objective, photographs, args.num_workers, validation, folder, settings, team, history)

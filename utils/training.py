@@ -376,7 +376,14 @@ class Trainer:
         self.model.load_state_dict(state["state_dict"])
         self.ema.module.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            factors = [group.get("factor") for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state["optimizers"][name])
+            except ValueError:
+                cause = "its optimisers do not fit this version of the code"
+                raise cli.UserError(f"{self.folder}: {cause}; start from it with --checkpoint") from None
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["factor"] = factor  # as the settings are now, not as they were
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
