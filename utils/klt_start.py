@@ -42,7 +42,7 @@ from utils.patches import Photographs
 
 SAMPLE = 2**24  # pixels of photographs that covariances are measured on
 NEIGHBOURS = 16  # coefficients of each place around that synthesis looks at; with more it learns the sample's noise
-PRIOR = 8000  # places
+PRIOR = 8000  # places of 2×2 blocks that the transposes count for, beside those of the sample, in that fit
 HEADROOM = 1.5  # how far below the sample's least value LeakyReLU's bend is kept, in units of that value
 
 
@@ -129,9 +129,7 @@ def _mse_lambda(metric: str, lmbda: float) -> float:
     logs = torch.tensor(LADDERS[metric], dtype=torch.float64).log()
     value = torch.tensor(lmbda, dtype=torch.float64).log()
     lower = int((logs[1:-1] <= value).sum())
-    index = lower + float((value - logs[lower]) / (logs[lower + 1] - logs[lower]))
-    mse = torch.tensor(LADDERS["mse"], dtype=torch.float64).log()
-    return math.exp(mse[lower] + (index - lower) * (mse[lower + 1] - mse[lower]))
+    return index_to_lambda(lower + float((value - logs[lower]) / (logs[lower + 1] - logs[lower])))
 
 
 def _zero(conv: nn.Conv2d) -> None:
