@@ -8,7 +8,7 @@ eval: .venv/installed
 	$(BIN)/python eval_vbr.py --real
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/installed
 	$(BIN)/ruff check .

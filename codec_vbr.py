@@ -21,19 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
 from tqdm import tqdm
 
-from models.guard import DecodingError
+from models.side_info import DecodingError
 from utils import cli
-from utils.bitstream import MAX_PIXELS, unpack
-from utils.errors import ImageError
+from utils.codec.bitstream import MAX_PIXELS, unpack
+from utils.codec.request import add_index_argument, add_refinement_arguments, add_target_arguments, make_request
 from utils.files import BUNDLED, atomic_write, find_files
-from utils.orders import add_refinement_arguments, add_target_arguments, order_of
-from utils.pixels import find_images, read_pixels
+from utils.pictures import ImageError, find_images, png_bytes, read_pixels
 
 if TYPE_CHECKING:
-    from utils.codec import Codec
+    from models import TCM
+    from utils.codec.encode import EncodeResult
 
 SUFFIX = ".tvbr"
 HINT = (
@@ -43,31 +42,31 @@ HINT = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    formatter = cli.Formatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, inputs: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=cli.HelpFormatter)
         sub.add_argument("inputs", nargs="+", metavar="IN", help=inputs)
         return sub
 
     encoder = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
     add = encoder.add_argument
     add("output", metavar="OUT", help="file, - for standard output, or folder")
-    add("-l", "--lmd", type=float, metavar="INDEX", help="rate index in [0, 5]: larger is better and larger (default without a target: 2.5)")
+    add_index_argument(encoder, several=False, default="2.5 without a target")
     add_target_arguments(encoder)
     add_refinement_arguments(encoder, steps=0)
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
-    _add_common(add)
-    add = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -").add_argument
+    _add_common(encoder)
+    decoder = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -")
+    add = decoder.add_argument
     add("output", metavar="OUT", help="file, - for standard output, or folder")
     add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse files that claim more")
-    _add_common(add)
+    _add_common(decoder)
     command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
     args = parser.parse_args(argv)
     if args.command == "encode":
-        args.order = order_of(encoder, args, args.lmd)
+        args.request = make_request(encoder, args, args.lmd)
     if args.command != "info" and args.threads is not None and args.threads < 1:
         parser.error("--threads must be 1 or more")
     if args.command == "decode" and not 0 < args.max_megapixels < 2**32:
@@ -75,15 +74,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _add_common(add: Callable) -> None:
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--force", action="store_true", help="overwrite")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights, the same for encoding and decoding")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    cli.add_device_argument(parser)
     add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
 
 
 def find_coded(inputs: list[str]) -> list[Path]:
-    """TVBR files among files and folders, and - as it is. UserError as `find_files` raises it."""
+    """TVBR files among files and folders; - stays as it is. UserError as `find_files` raises it."""
     found: list[Path] = []
     for path in inputs:
         found += [Path(path)] if path == "-" else find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
@@ -91,10 +91,10 @@ def find_coded(inputs: list[str]) -> list[Path]:
 
 
 def pairs(args: argparse.Namespace, suffix: str) -> list[tuple[Path, Path]]:
-    """What is to be read, and where it goes.
+    """The files to read, each with the file to write.
 
     Raises:
-        UserError: two would go to one file, or several to standard output.
+        UserError: two would be written to one file, or several to standard output.
     """
     if args.inputs == ["-"]:
         sources = [Path("-")]
@@ -130,63 +130,88 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture, uint8 `[H, W, 3]`. ImageError where it is none."""
-    return read_pixels(io.BytesIO(read_bytes(path)) if str(path) == "-" else path)
-
-
-def read_coded(path: Path, max_pixels: int) -> bytes:
-    """A file. FileError where its header or checksum is wrong: found out before weights are loaded."""
-    data = read_bytes(path)
-    unpack(data, max_pixels)
-    return data
-
-
-def info_one(source: Path) -> str:
+def info(source: Path) -> str:
     """A file's header in words."""
     data = read_bytes(source)
     coded = unpack(data, max_pixels=2**32)
-    said = f"version {data[4]}, {coded.width}×{coded.height}, {len(data)} bytes, "
-    said += f"{8 * len(data) / (coded.width * coded.height):.4f} bpp, "
-    said += "fixed rate" if coded.index is None else f"index {coded.index:g}"
-    said += f", z {len(coded.z)} bytes, y {len(coded.y)} bytes"
-    if coded.guard:
-        said += f", table rows {len(coded.guard.listed)} bytes, weights {coded.fingerprint.hex()}"
-    return said
+    rate = "fixed rate" if coded.index is None else f"index {coded.index:g}"
+    return (
+        f"version {data[4]}, {coded.width}×{coded.height}, {len(data)} bytes, "
+        f"{8 * len(data) / (coded.width * coded.height):.4f} bpp, {rate}, z {len(coded.z)} bytes, y {len(coded.y)} bytes, "
+        f"side information {len(coded.side_info.scales)} bytes, weights {coded.fingerprint.hex()}"
+    )
 
 
-def attempts(work: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterator[bool]:
-    """Do one after the other; say how it went; yield whether it did."""
-    for source, do in work:
+def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
+    """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
+    pixels = read_pixels(io.BytesIO(read_bytes(source)) if str(source) == "-" else source)
+    model = load()
+    from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
+    from utils.images import to_tensor
+    from utils.metrics import psnr
+
+    image, steps = to_tensor(pixels).to(model.medians.device), args.steps
+    with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
+        result = encode.encode(model, image, args.request, lambda step: bar.update(step.number > 0))
+    message = describe(result, pixels.shape[1], pixels.shape[0])
+    if args.verify:
+        message += f", verified: {psnr(image, decode.decode(model, result.data)):.2f} dB"
+    write_bytes(target, result.data)
+    return message
+
+
+def describe(result: "EncodeResult", width: int, height: int) -> str:
+    """A file in words: size, rate, time, target and refinement."""
+    refinement = result.refinement
+    seconds = result.seconds + (refinement.seconds if refinement else 0)
+    parts = [f"{len(result.data)} bytes", f"{8 * len(result.data) / (height * width):.4f} bpp"]
+    parts += [] if result.index is None else [f"index {result.index:.4g}"]
+    parts += [f"{width}×{height}", f"{seconds:.2f} s"]
+    parts += [] if result.error is None else [f"{100 * result.error:+.2f} % off the target"]
+    parts += [f"the target is {result.note}"] if result.note else []
+    parts += [] if result.error is None else [f"{result.trials} trial{'' if result.trials == 1 else 's'}"]
+    if refinement and refinement.chosen:
+        before, after = refinement.before, refinement.after
+        change = 100 * (after.bpp / before.bpp - 1)
+        parts += [f"refined: {after.psnr - before.psnr:+.2f} dB", f"{change:+.2f} % bits"]
+    elif refinement:
+        parts += ["refined: nothing better found"]
+    return ", ".join(parts)
+
+
+def decode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
+    """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
+    if str(source) == "-":
+        load()  # first, while what is piped in is being made
+    coded = unpack(read_bytes(source), int(args.max_megapixels * 1e6))
+    model = load()
+    from utils.codec.decode import decode  # PyTorch takes seconds to import: a damaged file is told before
+    from utils.device import timed
+    from utils.images import to_pixels
+
+    pixels, seconds = timed(lambda: to_pixels(decode(model, coded)), model.medians.device)
+    write_bytes(target, png_bytes(pixels))
+    return f"{pixels.shape[1]}×{pixels.shape[0]}, {seconds:.2f} s"
+
+
+def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterator[bool]:
+    """Do one job after the other, print what each returns, and yield whether it succeeded."""
+    for source, job in jobs:
         try:
-            tqdm.write(f"{source}: {do()}", file=file)
+            tqdm.write(f"{source}: {job()}", file=file)
             yield True
         except (ImageError, OSError, ValueError) as error:
-            cli.complain(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
+            cli.print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
             yield False
-
-
-def code(source: Path, target: Path, args: argparse.Namespace, codec: Callable[[], "Codec"]) -> str:
-    """Encode or decode one; returns what there is to say."""
-    if str(source) == "-":
-        codec()  # first, while what is piped in is being made
-    if args.command == "encode":
-        picture = read_picture(source)
-        data, said = codec().encode(source.name, picture, args.order, args.verify)
-    else:
-        most = int(args.max_megapixels * 1e6)
-        coded = read_coded(source, most)
-        data, said = codec().decode(coded, most)
-    write_bytes(target, data)
-    return said
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "info":
-        jobs = [(source, lambda s=source: info_one(s)) for source in find_coded(args.inputs)]
+        jobs = [(source, functools.partial(info, source)) for source in find_coded(args.inputs)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
-    work = pairs(args, SUFFIX if args.command == "encode" else ".png")
+    code, suffix = (encode, SUFFIX) if args.command == "encode" else (decode, ".png")
+    work = pairs(args, suffix)
     done = [target for _, target in work if target.exists() and str(target) != "-" and not args.force]
     if done and len(work) == 1:
         raise cli.UserError(f"{done[0]}: exists; --force overwrites it")
@@ -195,16 +220,24 @@ def main(argv: list[str] | None = None) -> int:
         work = [(source, target) for source, target in work if target not in done]
 
     @functools.cache
-    def codec() -> "Codec":
-        from utils.codec import Codec  # PyTorch takes seconds to import: help, info and bad input do without
+    def load() -> "TCM":
+        import torch  # takes seconds: help, info and bad input do without
 
+        from utils.checkpoint import load_model
+
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        variable_rate = args.command == "encode" and args.request.needs_variable_rate
         try:
-            return Codec(args.checkpoint, args.device, args.threads)
+            model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
+        cli.print_weights(args.checkpoint)
+        model.prepare()
+        return model
 
-    jobs = [(source, lambda s=source, t=target: code(s, t, args, codec)) for source, target in work]
-    bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=len(jobs) < 2)
+    jobs = [(source, functools.partial(code, source, target, args, load)) for source, target in work]
+    bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all(list(bar)) else 1
 
 

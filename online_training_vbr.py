@@ -11,38 +11,37 @@ Every figure is of a real file, encoded and decoded. The decoder does not change
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from models.tcm import TCM_VBR
 from utils import cli
-from utils.bd_rate import MIN_POINTS, rising, summary
-from utils.checkpoint import BUNDLED, load_model
-from utils.errors import ImageError
-from utils.evaluation import mean
-from utils.files import atomic_write, write_json
-from utils.images import read_images, save_image
-from utils.losses import psnr_of_mse
-from utils.online import Outcome, need_variable_rate, produce
-from utils.orders import Order, add_refinement_arguments, add_target_arguments, order_of
-from utils.refine import Step
-from utils.report import cell, report, short_names
-
-HEAD = (
-    f"{'image':<22} {'index':>5} {'bpp':>7} {'PSNR dB':>8} {'MS-SSIM':>8} {'Δbpp %':>7} {'ΔPSNR':>6} "
-    f"{'Δloss %':>7} {'error %':>8} {'probes':>6} {'encode s':>8} {'refine s':>8}"
+from utils.codec.request import (
+    EncodeRequest,
+    add_index_argument,
+    add_refinement_arguments,
+    add_target_arguments,
+    make_request,
 )
+from utils.files import BUNDLED, atomic_write, write_json
+from utils.pictures import ImageError, find_images_or_samples
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+    from torch import Tensor
+
+    from models import TCM_VBR
+    from utils.codec.encode import EncodeResult
+    from utils.codec.refinement import Step
+    from utils.evaluation.evaluate import Result
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Order]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
-    )
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeRequest]]:
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
-    add("-l", "--lmd", nargs="+", type=float, metavar="INDEX", help="rate indices in [0, 5], in place of a target (default without one: 2.5)")
+    add_index_argument(parser, several=True, default="2.5 without a target")
     add_target_arguments(parser)
     add_refinement_arguments(parser, steps=20)
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
@@ -50,43 +49,69 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Order]]:
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
     add("--json", metavar="FILE", help="write results in CompressAI's format, those without refinement and every step beside them")
     add("--log", metavar="DIR", help="write every step for TensorBoard")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    add("--cuda", action="store_true", help="accepted for published command lines: a GPU is used where there is one")
+    cli.add_device_argument(parser, published=True)
     args = parser.parse_args(argv)
-    return args, [order_of(parser, args, index) for index in args.lmd or [None]]
+    return args, [make_request(parser, args, index) for index in args.lmd or [None]]
 
 
-def row(name: str, outcomes: list[Outcome]) -> str:
-    """One line of the table: the means of some outcomes; of their errors, the mean magnitude."""
+@dataclass(frozen=True)
+class Row:
+    """A picture by one request: its file, what it measures, and the same without refinement."""
 
-    def of(value: Callable[[Outcome], float | None], width: int, digits: int) -> str:
-        values = [v for outcome in outcomes if (v := value(outcome)) is not None]
-        return cell(sum(values) / len(values) if values else None, width, digits)
+    encoded: "EncodeResult"
+    result: "Result"
+    plain: "Result"
+    error: float | None  # of the size against the target, in percent
 
-    def error(outcome: Outcome) -> float | None:
-        return None if outcome.error is None else 100 * (outcome.error if len(outcomes) == 1 else abs(outcome.error))
+    @property
+    def refine_seconds(self) -> float:
+        return self.encoded.refinement.seconds if self.encoded.refinement else 0.0
 
-    cells = [
-        of(lambda o: o.index, 5, 2),
-        of(lambda o: o.result.bpp, 7, 4),
-        of(lambda o: o.result.psnr, 8, 2),
-        of(lambda o: o.result.ms_ssim_db, 8, 2),
-        of(lambda o: 100 * (o.result.bpp / o.plain.bpp - 1), 7, 2),
-        of(lambda o: o.result.psnr - o.plain.psnr, 6, 3),
-        of(lambda o: 100 * o.loss_change, 7, 2),
-        of(error, 8, 3),
-        of(lambda o: o.probes, 6, 1),
-        of(lambda o: o.control_seconds, 8, 2),
-        of(lambda o: o.refine_seconds, 8, 2),
+    @property
+    def loss_change(self) -> float:
+        return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
+
+
+def make_table():
+    from utils.evaluation.results import Column, Table
+
+    columns = [
+        Column("index", 5, 2, lambda row: row.result.index),
+        Column("bpp", 7, 4, lambda row: row.result.bpp),
+        Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
+        Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim_db),
+        Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
+        Column("ΔPSNR", 6, 3, lambda row: row.result.psnr - row.plain.psnr),
+        Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
+        Column("error %", 8, 3, lambda row: row.error),
+        Column("trials", 6, 1, lambda row: row.encoded.trials),
+        Column("encode s", 8, 2, lambda row: row.encoded.seconds),
+        Column("refine s", 8, 2, lambda row: row.refine_seconds),
     ]
-    return " ".join([f"{name if len(name) <= 22 else '…' + name[-21:]:<22}", *cells])
+    return Table("image", 22, columns)
 
 
-def watch(bar: tqdm, writer, name: str) -> Callable[[Step], None]:
-    """Shows a picture's steps, and logs them."""
+def encode(model: "TCM_VBR", name: str, image: "Tensor", request: EncodeRequest, on_step: Callable) -> tuple[Row, "Tensor"]:
+    """Encode one picture, uint8 `[3, H, W]`, measure its file, and return the decoded picture too."""
+    from utils.codec import encode
+    from utils.evaluation.evaluate import evaluate_file
 
-    def on_step(step: Step) -> None:
-        psnr = float(psnr_of_mse(torch.tensor(step.mse)))
+    encoded = encode.encode(model, image, request, on_step)
+    refinement = encoded.refinement
+    seconds = encoded.seconds + (refinement.seconds if refinement else 0)
+    result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, seconds)
+    plain = result
+    if refinement and refinement.chosen:
+        plain, _ = evaluate_file(model, name, image, refinement.before.index, refinement.before.data, encoded.seconds)
+    return Row(encoded, result, plain, None if encoded.error is None else 100 * encoded.error), decoded
+
+
+def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
+    """A callback that shows the steps of a picture on the progress bar, and logs them."""
+    from utils.metrics import psnr_of_mse
+
+    def on_step(step: "Step") -> None:
+        psnr = float(psnr_of_mse(step.mse))
         bar.set_postfix_str(f"{name} loss {step.loss:.4f} bpp {step.bpp:.4f} PSNR {psnr:.2f}")
         bar.update(step.number > 0)
         if writer:
@@ -96,100 +121,113 @@ def watch(bar: tqdm, writer, name: str) -> Callable[[Step], None]:
     return on_step
 
 
-def work(
-    model: TCM_VBR, paths: list[Path], orders: list[Order], args: argparse.Namespace, device: torch.device
-) -> tuple[list[list[Outcome]], int]:
-    """Every picture by every order; the outcomes of each order, and how many pictures failed."""
-    outcomes: list[list[Outcome]] = [[] for _ in orders]
-    names, failed = short_names(paths), set()
-    writer = None
+def encode_all(
+    model: "TCM_VBR", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace
+) -> tuple[list[list[Row]], int]:
+    """Every picture by every request; returns the rows of each request, and how many pictures failed."""
+    from utils.evaluation.results import short_names
+    from utils.images import read_images, save_image
+
+    rows: list[list[Row]] = [[] for _ in requests]
+    table, names, failed, writer = make_table(), short_names(paths), set(), None
     if args.log:
-        from torch.utils.tensorboard import SummaryWriter  # which takes a second to import
+        from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.log)
-    bar = tqdm(total=len(paths) * len(orders) * max(1, args.steps), desc="refining" if args.steps else "encoding", unit="step", disable=None)
-    print(HEAD)
+    steps = max(1, args.steps)
+    bar = tqdm(total=len(paths) * len(requests) * steps, desc="refining" if args.steps else "encoding", unit="step", disable=None)
+    print(table.header)
     for path, image in read_images(paths):
-        for number, order in enumerate(orders):
-            before = bar.n
-            mark = f"{names[path].strip('/').replace('/', '_')}" + ("" if order.index is None else f"_index{order.index:g}")
+        for number, request in enumerate(requests):
+            end = bar.n + steps
+            name = names[path].strip("/").replace("/", "_") + ("" if request.index is None else f"_index{request.index:g}")
             try:
                 if isinstance(image, ImageError):
                     raise image
-                outcome = produce(model, names[path], image.to(device), order, watch(bar, writer, mark))
+                row, decoded = encode(model, names[path], image.to(model.medians.device), request, watch(bar, writer, name))
             except (ImageError, ValueError) as error:
-                cli.complain(path, error)
+                if path not in failed:
+                    cli.print_error(path, error)
                 failed.add(path)
             else:
-                outcomes[number].append(outcome)
-                tqdm.write(row(names[path], [outcome]))
-                if outcome.note:
-                    tqdm.write(f"{path}: the target is {outcome.note}", file=sys.stderr)
+                rows[number].append(row)
+                tqdm.write(table.row(names[path], [row]))
+                if row.encoded.note:
+                    tqdm.write(f"{path}: the target is {row.encoded.note}", file=sys.stderr)
                 if args.out:
-                    with atomic_write(Path(args.out) / f"{mark}.tvbr") as file:
-                        file.write(outcome.data)
+                    with atomic_write(Path(args.out) / f"{name}.tvbr") as file:
+                        file.write(row.encoded.data)
                 if args.save:
-                    save_image(Path(args.save) / f"{mark}.png", outcome.decoded)
-            bar.update(max(1, args.steps) - (bar.n - before))  # what a method left undone
-            if isinstance(image, ImageError):
-                break
+                    save_image(Path(args.save) / f"{name}.png", decoded)
+            bar.update(end - bar.n)  # steps that the method did not need
     bar.close()
     if writer:
         writer.close()
-    return outcomes, len(failed)
+    print(table.rule)
+    for group in rows:
+        if group:
+            sizes = [replace(row, error=None if row.error is None else abs(row.error)) for row in group]
+            print(table.row(f"mean of {len(group)}", sizes))
+    return rows, len(failed)
 
 
-def gain(outcomes: list[list[Outcome]]) -> str:
-    """What refinement gains over the curve of mean rates and qualities without it."""
-    plain = [[outcome.plain for outcome in group] for group in outcomes]
-    refined = [[outcome.result for outcome in group] for group in outcomes]
-    curves = [rising((mean(group, "bpp"), mean(group, "psnr")) for group in groups)[0] for groups in (plain, refined)]
+def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
+    """BD-rate of the curve of mean rates and qualities with refinement against that without."""
+    from utils.evaluation.bd_rate import MIN_POINTS, rising, summary
+    from utils.evaluation.evaluate import mean
+
+    def curve(kind: str) -> list[tuple[float, float]]:
+        groups = [[getattr(row, kind) for row in group] for group in rows]
+        return rising((mean(group, "bpp"), mean(group, "psnr")) for group in groups)[0]
+
+    curves = curve("plain"), curve("result")
     if min(map(len, curves)) < MIN_POINTS:
         return f"BD-rate: none, a curve has fewer than {MIN_POINTS} rising points"
     return summary(*curves)
 
 
-def results_of(outcomes: list[list[Outcome]], args: argparse.Namespace) -> dict:
-    """For JSON: curves of what was refined and what was not, and how each picture came about."""
-    name = cli.stem(args.checkpoint)
-    how = f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
-    flat = [outcome for group in outcomes for outcome in group]
-    refined = [[outcome.result for outcome in group] for group in outcomes]
-    whole = report(refined, [outcome.result for outcome in flat], name, how)
-    for image, outcome in zip(whole["images"], flat, strict=True):
-        image |= {"error": outcome.error, "probes": outcome.probes, "chosen_step": outcome.chosen, "note": outcome.note}
-        image |= {"loss_change": outcome.loss_change}
-        image |= {"control_seconds": outcome.control_seconds, "refine_seconds": outcome.refine_seconds}
-        image["steps"] = [[step.bpp, step.mse, step.loss] for step in outcome.steps]
+def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
+    """Results of the files, those without refinement, and how each file came about."""
+    from utils.evaluation.results import report, stem
+
+    name, flat = stem(args.checkpoint), [row for group in rows for row in group]
+
+    def report_of(kind: str, name: str, how: str) -> dict:
+        groups = [[getattr(row, kind) for row in group] for group in rows]
+        return report(groups, [getattr(row, kind) for row in flat], name, how)
+
+    whole = report_of("result", name, f"real files, {args.steps} steps of {args.method}" if args.steps else "real files")
+    for image, row in zip(whole["images"], flat, strict=True):
+        encoded, refinement = row.encoded, row.encoded.refinement
+        image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
+        image |= {"chosen_step": refinement.chosen if refinement else 0, "loss_change": row.loss_change}
+        image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}
+        image["steps"] = [[step.bpp, step.mse, step.loss] for step in (refinement.steps if refinement else ())]
     if args.steps:
-        plain = [[outcome.plain for outcome in group] for group in outcomes]
-        whole["unrefined"] = report(plain, [outcome.plain for outcome in flat], f"{name}, unrefined", "real files")
+        whole["unrefined"] = report_of("plain", f"{name}, unrefined", "real files")
     return whole
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, orders = parse(argv)
-    device = cli.pick_device(args.device)
-    paths = cli.pictures(args.data)
-    model = load_model(args.checkpoint, device)
-    need_variable_rate(model, args.checkpoint)
+    args, requests = parse(argv)
+    from utils.checkpoint import load_model
+    from utils.evaluation.bd_rate import MIN_POINTS
+
+    paths = find_images_or_samples(args.data)
+    model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate=True)
+    cli.print_weights(args.checkpoint)
     model.prepare()
-    outcomes, failed = work(model, paths, orders, args, device)
-    if not any(outcomes):
+    rows, failed = encode_all(model, paths, requests, args)
+    if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
-    print("-" * len(HEAD))
-    for group in outcomes:
-        if group:
-            print(row(f"mean of {len(group)}", group))
-    if orders[0].steered:
-        errors = [abs(outcome.error) for outcome in outcomes[0] if outcome.error is not None]
+    if requests[0].has_target:
+        errors = [abs(row.error) for row in rows[0] if row.error is not None]
         if errors:
-            average, worst = sum(errors) / len(errors), max(errors)
-            print(f"size against target: mean |error| {100 * average:.3f} %, worst {100 * worst:.3f} %")
-    if args.steps and len(orders) >= MIN_POINTS:
-        print(gain(outcomes))
+            print(f"size against target: mean |error| {sum(errors) / len(errors):.3f} %, worst {max(errors):.3f} %")
+    if args.steps and len(requests) >= MIN_POINTS:
+        print(bd_rate_of_refinement(rows))
     if args.json:
-        write_json(args.json, results_of(outcomes, args))
+        write_json(args.json, json_of(rows, args))
     return 1 if failed else 0
 
 

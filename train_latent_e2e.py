@@ -1,4 +1,4 @@
-"""The latent toy experiment: are latents of two rates related by a map in the latent domain? (SPEC 4; TCSVT 2025)
+"""The latent toy experiment: are latents of two rates related by a map in the latent domain? (TCSVT 2025)
 
     python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map channel -e 300
     python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map contextual -e 300
@@ -11,24 +11,21 @@ map around its entropy model. The weights can be measured with eval_vbr.py, as t
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-from models.latent_map import TCM_Mapped
-from models.tcm import TCM
+from models.lambdas import LADDER
 from utils import cli
-from utils.checkpoint import build_model, read_checkpoint
-from utils.distributed import Team
-from utils.errors import CheckpointError
-from utils.ladder import LADDER
-from utils.latent_objective import LatentObjective
-from utils.run_arguments import add_run_arguments, check_run_arguments, train
+from utils.training.arguments import add_run_arguments, check_run_arguments
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+    from models import TCM
+    from utils.training.objectives import Objective
 
 MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # epochs 50, 100 and 200 of 300
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
-    )
+    parser = cli.make_parser(__doc__)
     codecs = parser.add_argument_group("codecs")
     add = codecs.add_argument
     add("--high", required=True, metavar="FILE", help="TCM of the high rate (λ = 0.05)")
@@ -40,8 +37,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_tcm(path: str) -> tuple[TCM, dict]:
-    """A fixed-rate codec, and what it was trained for."""
+def read_tcm(path: str) -> tuple["TCM", dict]:
+    """A fixed-rate codec, and the description of its training."""
+    from models import TCM
+    from utils.checkpoint import CheckpointError, build_model, read_checkpoint
+
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     if type(model) is not TCM:
@@ -49,14 +49,18 @@ def read_tcm(path: str) -> tuple[TCM, dict]:
     return model, checkpoint.get("objective") or (checkpoint.get("training") or [{}])[-1]
 
 
-def make_objective(args: argparse.Namespace) -> tuple[LatentObjective, list[dict]]:
+def make_objective(args: argparse.Namespace) -> tuple["Objective", list[dict]]:
+    """The objective of the map between both codecs, whose weights have no training record."""
+    from models.latent_map import TCM_Mapped
+    from utils.training.latent_objective import LatentMapObjective
+
     high, _ = read_tcm(args.high)
     low, record = read_tcm(args.low)
     if high.M != low.M:
         raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
     mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
+    return LatentMapObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,9 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     check_run_arguments(args)
     if args.lmd is not None and not 0 < args.lmd < math.inf:
         raise cli.UserError("--lmd is a λ, a positive number")
-    team = Team.join(args.device)
-    trainer = train(args, team, lambda state: make_objective(args), milestones=MILESTONES)
-    if team.first and (weights := trainer.folder / "model.pth.tar").exists():
+    if args.transform_factor != 1 or args.balance:
+        raise cli.UserError("--transform-lr-factor and --balance are for the codec's weights and rates; only the map learns here")
+    from utils.training.distributed import DistContext
+    from utils.training.run import train
+
+    context = DistContext.from_environment(args.device)
+    trainer = train(args, context, lambda state: make_objective(args), milestones=MILESTONES)
+    if context.is_main and (weights := trainer.folder / "model.pth.tar").exists():
         print(f"high-rate codec with the map, for eval_vbr.py: {weights}")
 
 

@@ -8,37 +8,40 @@
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
 
-Starts from a transform codec in closed form (utils/klt_start.py), from random weights, from a TCM (the LAEs at
+Starts from a transform codec in closed form (utils/training/klt_start.py), from random weights, from a TCM (the LAEs at
 identity), or from a TCM_VBR. The learning rate ends with the budget, so choose the budget first. Watch with
 `tensorboard --logdir runs`.
 """
 
 import argparse
+import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.tcm import PRESETS, TCM, TCM_VBR
+from models.config import PRESETS
+from models.lambdas import LADDERS
 from utils import cli
-from utils.checkpoint import build_model, read_checkpoint
-from utils.distributed import Team
-from utils.klt_start import klt_start, sample_patches
-from utils.ladder import LADDERS
-from utils.objectives import EntropyStage, FixedRate, Objective, Static
-from utils.patches import Photographs
-from utils.run_arguments import add_run_arguments, check_run_arguments, train
+from utils.training.arguments import add_run_arguments, check_run_arguments
+
+KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+    from models import TCM
+    from utils.training.distributed import DistContext
+    from utils.training.objectives import Objective
+    from utils.training.patches import PatchDataset
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=cli.Formatter
-    )
+    parser = cli.make_parser(__doc__)
     stage = parser.add_argument_group("stage")
     add = stage.add_argument
-    add("--stage", choices=("base", "entropy", "static", "joint"), default="joint", help="a plain TCM at one λ; the entropy model alone (of a TCM, with --lmd); the LAEs alone, towards six teachers; everything at all rates")
+    add("--stage", choices=("base", "entropy", "static", "joint"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy")
-    add("--keep-latents", type=int, default=4096, metavar="K", help="patches of --stage entropy, of all processes together: their latents are computed once and kept in memory")
+    add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six TCM checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
     add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
@@ -50,13 +53,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     check_run_arguments(args)
+    if args.keep_latents is not None and args.stage != "entropy":
+        raise cli.UserError("--keep-latents belongs to --stage entropy")
+    if args.balance and args.stage == "base":
+        raise cli.UserError("--balance weighs rates against each other; --stage base has one")
+    if args.transform_factor != 1 and args.stage in ("entropy", "static"):
+        raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.start and args.checkpoint:
         raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
     if args.lmd is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmd < math.inf):
         raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
-    if args.keep_latents < 1:
+    if args.keep_latents is not None and args.keep_latents < 1:
         raise cli.UserError("--keep-latents must be at least 1")
     if (args.stage == "static") != bool(args.teachers):
         raise cli.UserError("--stage static and --teachers belong together")
@@ -64,9 +73,11 @@ def check(args: argparse.Namespace) -> None:
         args.lmd = LADDERS[args.type][-1]
 
 
-def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[dict]]:
-    """The model to train (shaped like that of the run to resume, where there is its state), and the training records
-    of the weights it starts from."""
+def make_model(args: argparse.Namespace, state: dict | None) -> tuple["TCM", list[dict]]:
+    """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
+    from models import TCM, TCM_VBR
+    from utils.checkpoint import build_model, read_checkpoint
+
     cls = TCM if args.lmd else TCM_VBR
     if state:
         if state["model"] != cls.__name__:
@@ -76,9 +87,9 @@ def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[
             raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; {wanted} is of a {cls.__name__}")
         model, history = cls(**state["arguments"]), []
     elif args.checkpoint is None:
-        arguments = PRESETS[args.preset] | ({"N": args.N} if args.N else {})
+        preset = PRESETS[args.preset]
         try:
-            model, history = cls(**arguments), []
+            model, history = cls(dataclasses.replace(preset, N=args.N or preset.N)), []
         except ValueError as error:
             raise cli.UserError(str(error)) from None
     else:
@@ -95,12 +106,15 @@ def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[
     return model, history
 
 
-def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[TCM]:
-    """The TCM of every λ of the ladder, from checkpoints whose record or name tells their λ.
+def read_teachers(folder: str, ladder: tuple[float, ...], student: "TCM") -> list["TCM"]:
+    """The TCM of every λ of the ladder, from checkpoints whose training record or name has their λ.
 
     Raises:
-        UserError: one is missing, or there twice, or has another latent than the student.
+        UserError: one is missing, exists twice, or has another latent than the student.
     """
+    from models import TCM
+    from utils.checkpoint import build_model, read_checkpoint
+
     if not Path(folder).is_dir():
         raise cli.UserError(f"{folder}: no such folder")
     found: dict[float, tuple[Path, TCM]] = {}
@@ -109,10 +123,10 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         checkpoint = read_checkpoint(path)
         record = (checkpoint.get("training") or [{}])[-1]
         names = {float(number) for part in path.parts[-2:] for number in re.findall(r"\d+(?:\.\d+)?", part)}
-        told = {record["lmd"]} if "lmd" in record else names & set(ladder)
-        if len(told) != 1 or not told <= set(ladder):
-            raise cli.UserError(f"{path}: neither its training record nor its name tells which λ of {ladder} it is for")
-        lmbda = told.pop()
+        lambdas = {record["lmd"]} if "lmd" in record else names & set(ladder)
+        if len(lambdas) != 1 or not lambdas <= set(ladder):
+            raise cli.UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
+        lmbda = lambdas.pop()
         if lmbda in found:
             raise cli.UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
         teacher = build_model(checkpoint, path)
@@ -126,29 +140,40 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
     return [found[lmbda][1] for lmbda in ladder]
 
 
-def make_objective(args: argparse.Namespace, team: Team, state: dict | None) -> tuple[Objective, list[dict]]:
+def make_objective(
+    args: argparse.Namespace, context: "DistContext", state: dict | None
+) -> tuple["Objective", list[dict]]:
+    """The objective of the stage, and the training records of its model's weights."""
+    from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
+
     model, history = make_model(args, state)
-    rates = FixedRate(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
+    rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
     if args.stage == "entropy":
-        return EntropyStage(rates, args.keep_latents, args.batch_size * team.size), history
+        return EntropyObjective(rates, args.keep_latents or KEPT_LATENTS, args.batch_size * context.world_size), history
     if args.stage == "static":
-        return Static(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
+        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
     return rates, history
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
-    team = Team.join(args.device)
+    from utils.training.distributed import DistContext
+    from utils.training.klt_start import klt_start, sample_patches
+    from utils.training.run import train
 
-    def start(model: TCM, photographs: Photographs) -> dict:
-        return klt_start(model, sample_patches(photographs), args.lmd)
+    context = DistContext.from_environment(args.device)
+
+    def start(model: "TCM", dataset: "PatchDataset") -> dict:
+        return klt_start(model, sample_patches(dataset), args.lmd)
 
     closed_form = not args.checkpoint and args.start != "random"
+    if args.checkpoint and context.is_main:
+        cli.print_weights(args.checkpoint)
     trainer = train(
-        args, team, lambda state: make_objective(args, team, state), start=start if closed_form else None
+        args, context, lambda state: make_objective(args, context, state), start=start if closed_form else None
     )
-    if team.first and (weights := trainer.folder / "model.pth.tar").exists():
+    if context.is_main and (weights := trainer.folder / "model.pth.tar").exists():
         print(f"weights for use: {weights}")
 
 

@@ -1,6 +1,5 @@
-"""The latent toy experiment: is the latent of a low rate a map, in the latent domain, of one of a high rate?
-
-TCSVT 2025; SPEC 4. The map is a pair of gains, `g_a` towards the low rate and `g_s` back.
+"""The latent toy experiment (TCSVT 2025): can a map in the latent domain turn the latent of a high rate into that of a
+low rate? The map is a pair of gains, `g_a` towards the low rate and `g_s` back.
 """
 
 import torch
@@ -14,7 +13,7 @@ from models.tcm import TCM
 class Gain(nn.Module):
     """x · exp(softsign(lmd_map)) on `[B, M, h, w]`; contextual: lmd_map + alpha · latent_attn(x) instead.
 
-    Logits start at one, as published, so the gain starts at exp(½).
+    The logits start at one, as published, so the gain starts at exp(½).
     """
 
     def __init__(self, M: int, contextual: bool) -> None:
@@ -48,8 +47,13 @@ class TCM_Mapped(TCM):
 
     def __init__(self, *args, contextual: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.arguments["contextual"] = contextual
+        self.contextual = contextual
         self.map = LatentMap(self.M, contextual)
+
+    @property
+    def arguments(self) -> dict:
+        """As TCM, with contextual."""
+        return super().arguments | {"contextual": self.contextual}
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As TCM, with y mapped; the second output is the logarithm of the gain."""

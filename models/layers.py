@@ -13,8 +13,8 @@ from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-# Elements of a piece, without gradients. On a CPU 1 MiB of input, 4 MiB of a transformer's hidden layer, which stay in
-# the cache instead of going through freshly mapped memory; on a GPU what bounds the memory of large pictures.
+# Elements that are computed at once, without gradients. On a CPU 1 MiB of input and 4 MiB of a transformer's hidden
+# layer stay in the cache; on a GPU the limit bounds the memory of large pictures.
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
 
 __all__ = ["WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock"]
@@ -22,9 +22,9 @@ __all__ = ["WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock"]
 
 @functools.lru_cache(maxsize=64)
 def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Windows that a cyclic shift cuts, of a rows × cols grid: their numbers and the kind of cut.
+    """The windows of a rows × cols grid that a cyclic shift cuts: their numbers, and the kind of cut.
 
-    Kind 0: last row, 1: last column, 2: both (the corner). Returns two int64 tensors `[rows + cols - 1]`.
+    Kind 0 is the last row, 1 the last column, 2 both (the corner). Returns two int64 tensors `[rows + cols - 1]`.
     """
     right = torch.arange(1, rows, device=device) * cols - 1
     bottom = torch.arange((rows - 1) * cols, rows * cols - 1, device=device)
@@ -34,7 +34,7 @@ def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """work(x), row by row independent; without gradients piece by piece."""
+    """work(x), whose rows are independent; without gradients it is computed piece by piece."""
     chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
     if torch.is_grad_enabled() or x.numel() <= chunk:
         return work(x)
@@ -73,8 +73,8 @@ class WMSA(nn.Module):
         self.linear = nn.Linear(input_dim, output_dim)
         trunc_normal_(self.relative_position_params, std=0.02)
 
-        # Position of (query i, key j) in the flattened (2p-1)² table, and who may not see whom in a
-        # cut window (last row, last column, corner): both depend on p alone, so they are made once.
+        # The position of (query i, key j) in the flattened (2p-1)² table, and the pairs that may not see each other in
+        # a cut window (last row, last column, corner), depend on p alone, so they are made once.
         y, x = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
         offset = (y[:, None] - y + p - 1) * (2 * p - 1) + (x[:, None] - x + p - 1)
         self.register_buffer("position_index", offset.flatten(), persistent=False)
@@ -95,8 +95,8 @@ class WMSA(nn.Module):
         bias = self.relative_position_params.flatten(1)[:, self.position_index].view(1, self.heads, p * p, p * p)
         out = _in_chunks(lambda part: self._attend(part, bias), windows)
         if s:
-            # A mask for all windows would be the size of all scores. Instead the one bias is broadcast to
-            # all, and the few windows that the shift cut are done again with their masks.
+            # A mask for all windows would be as large as all scores. Instead one bias is broadcast to all windows,
+            # and the few that the shift cut are computed again with their masks.
             number, kind = _cut_windows(rows, cols, x.device)
             index = (torch.arange(B, device=x.device)[:, None] * (rows * cols) + number).flatten()
             mask = (bias + self.cut_mask[kind]).repeat(B, 1, 1, 1)
@@ -110,8 +110,8 @@ class WMSA(nn.Module):
         qkv = self.embedding_layer(windows).view(n, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × [n, heads, p², d]
         if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-            # PyTorch has no fused CPU kernel for a bias that learns; what it composes instead looks for rows without
-            # any key, which do not exist here, and made a training step in bfloat16 take 1.4 times as long.
+            # PyTorch has no fused CPU kernel for a bias that learns. Its composed one searches for rows without any
+            # key, which do not exist here, and made a training step in bfloat16 take 1.4 times as long.
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
             out = scores.softmax(-1).to(v.dtype) @ v
         else:
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.drop_path(self.msa(self.ln1(x)))
-        out += x  # in place: no fresh memory
+        out += x  # in place, which saves memory
         x = out
         out = self.drop_path(_in_chunks(self.mlp, self.ln2(x).flatten(0, 2)).view_as(x))
         out += x
@@ -158,7 +158,7 @@ class ConvTransBlock(nn.Module):
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # conv1_1 in two, for two contiguous halves; slices of one output would be copied by all that follows.
+        # conv1_1 as two convolutions, whose outputs are contiguous; halves of one output would be copied later.
         weights, biases = self.conv1_1.weight.split(self.dims), self.conv1_1.bias.split(self.dims)
         conv, trans = (F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         local = self.conv_block(conv)

@@ -1,4 +1,4 @@
-"""State dicts of published and own checkpoints: brought to one form, explained, and read for sizes."""
+"""State dicts of published and own checkpoints: bring them to one form, explain a mismatch, infer the sizes."""
 
 import re
 
@@ -7,17 +7,19 @@ from compressai.entropy_models import EntropyModel
 from compressai.models.utils import remap_old_keys
 from torch import Tensor, nn
 
-# Constants of the layers. A model keeps its own: a float16 file has them rounded, some of them to zero.
+from models.config import TCMConfig
+
+# Constants of the layers. A model keeps those it was made with: a float16 file has them rounded, some to zero.
 _CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
 _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
 
 
-def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """A state dict with today's names.
+def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """A state dict with the names that the models here have.
 
-    `module.` prefixes (DataParallel) are cut and CompressAI's old bottleneck names (`_matrix0`)
-    replaced. With a model, its constants are filled in, and where a set of coding tables is
-    incomplete, or was rounded to float16, it becomes empty, to be computed by `update()`.
+    `module.` prefixes (DataParallel) are removed and CompressAI's old bottleneck names (`_matrix0`) replaced.
+    With a model, its constants are filled in, and a set of coding tables that is incomplete, or was rounded to
+    float16, becomes empty, to be computed by `update()`.
 
     Raises:
         ValueError: it is not a state dict at all.
@@ -42,7 +44,7 @@ def normalise(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
 
 
 def empty_tables(model: nn.Module) -> None:
-    """Make room for the coding tables of a file, whatever their sizes."""
+    """Empty the coding tables of a model, so that those of a file fit whatever their sizes."""
     for module in model.modules():
         if isinstance(module, EntropyModel):
             for table in _TABLES:
@@ -51,7 +53,7 @@ def empty_tables(model: nn.Module) -> None:
 
 
 def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
-    """One line on the names and shapes that do not fit the model; empty where all do."""
+    """One line that names what does not fit the model; empty where everything does."""
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(_TABLES)}
     given = {name: value.shape for name, value in state_dict.items() if not name.endswith(_TABLES)}
     shapes = [
@@ -68,11 +70,11 @@ def _some(names: set | list, most: int = 3) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def infer_arguments(state_dict: dict[str, Tensor]) -> dict:
-    """Constructor arguments of the TCM or TCM_VBR that a (normalised) state dict belongs to.
+def infer_config(state_dict: dict[str, Tensor]) -> TCMConfig:
+    """Architecture of the TCM or TCM_VBR that a (normalized) state dict belongs to.
 
-    What leaves no trace in the weights is not recovered: the drop-path rate, and the head width of a
-    stage without blocks. max_support_slices = num_slices is told as num_slices − 1, the same network.
+    Two values leave no trace in the weights and get their defaults: the drop-path rate, and the head width of a
+    stage without blocks. max_support_slices = num_slices is found as num_slices − 1, which is the same network.
 
     Raises:
         ValueError: names that every TCM has are missing.
@@ -85,7 +87,7 @@ def infer_arguments(state_dict: dict[str, Tensor]) -> dict:
         supports = (last.shape[1] - M) // (M // num_slices)
         inter = state_dict.get("atten_mean.0.0.in_conv.weight")
         stages = _stages(state_dict, "g_a") + _stages(state_dict, "g_s")
-        return dict(
+        return TCMConfig(
             config=[count for count, _ in stages],
             head_dim=[N // heads for _, heads in stages],
             N=N,

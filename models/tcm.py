@@ -1,8 +1,8 @@
 """TCM (CVPR 2023, arXiv 2303.14978) and its variable-rate form TCM_VBR (TCSVT 2025).
 
-Data has one way through: image → `analyze` → latent y → `h_a` → z → slice walk → ŷ → `synthesize`.
-The slice walk exists once; `models.coding` says what happens to a slice on the way: its likelihoods
-are estimated, its symbols written, or its symbols read. TCM_VBR overrides analysis and synthesis alone.
+Data has one way through: image → `analyze` → latent y → `h_a` → z → `run_slices` → ŷ → `synthesize`. The slice loop
+exists once; a slice coder (models/slice_coders.py) estimates the bits of each slice, writes its symbols, or reads
+them. TCM_VBR overrides analysis and synthesis alone.
 """
 
 import contextlib
@@ -18,43 +18,28 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
-from models.coding import (
-    CodingTables,
-    Decode,
-    Encode,
-    Estimate,
-    Quantised,
+from models.coding_tables import CodingTables, open_stream, to_symbols
+from models.config import PRESETS, TCMConfig
+from models.lambdas import check_index, random_index
+from models.layers import ConvTransBlock, SWAtten
+from models.portable import EPSILON, crc_of, portable_indexes, table_index
+from models.side_info import DecodingError, SideInfo
+from models.slice_coders import (
+    QuantizedLatents,
+    SliceDecoder,
+    SliceEncoder,
+    SliceEstimator,
     Surrogate,
     likelihood_of_z,
-    open_stream,
     ste_round,
-    to_symbols,
 )
-from models.guard import DecodingError, Guard
-from models.layers import ConvTransBlock, SWAtten
-from models.sensitive import EPSILON, crc_of, guard_rows, table_index
-from models.state_dict import empty_tables, explain_mismatch, infer_arguments, normalise
-from utils.lambdas import check_index, draw_index
+from models.state_dict import empty_tables, explain_mismatch, infer_config, normalize
 
-__all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "fcn", "mask"]
-
-PRESETS = {
-    "full": {},
-    "small": dict(
-        N=32,
-        M=192,
-        num_slices=4,
-        max_support_slices=4,
-        head_dim=(8, 16, 16, 16, 16, 8),
-        hyper_channels=128,
-        inter_dim=64,
-        slice_widths=(128, 96),
-    ),
-}
+__all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "TCMConfig", "fcn", "mask"]
 
 
-def _transforms(in_ch: int, widths: Sequence[int], out_ch: int) -> nn.Sequential:
-    """The 3×3 convolutions that predict a slice's μ, σ or residual: in → widths[0] → widths[1] → out."""
+def _slice_transforms(in_ch: int, widths: Sequence[int], out_ch: int) -> nn.Sequential:
+    """The 3×3 convolutions that predict μ, σ or the residual of a slice: in → widths[0] → widths[1] → out."""
     first, second = widths
     return nn.Sequential(
         conv3x3(in_ch, first), nn.GELU(), conv3x3(first, second), nn.GELU(), conv3x3(second, out_ch)
@@ -64,53 +49,25 @@ def _transforms(in_ch: int, widths: Sequence[int], out_ch: int) -> nn.Sequential
 class TCM(CompressionModel):
     """Mixed transformer-CNN image codec with channel-wise autoregression, at one fixed rate.
 
-    Args:
-        config: blocks in the three stages of `g_a`, then of `g_s`.
-        head_dim: attention head width in those six stages; each divides N.
-        drop_path_rate: stochastic depth, rising linearly to this over the blocks of `g_a` and `g_s`.
-        N: half the width of the transforms, a multiple of 32.
-        M: latent channels; M/2 is a multiple of 32, and num_slices divides M.
-        num_slices: slices S of the channel-wise autoregression.
-        max_support_slices: decoded slices that a slice may look at, 0 … S.
-        hyper_channels: channels of z.
-        inter_dim: width of the slices' SWAtten; None for the full width of its input.
-        slice_widths: the two inner widths of the slice transforms.
+    Args: a `TCMConfig`, or its fields by position or name, which is the published form of the call.
+
+    Attributes:
+        config: the architecture.
+        metric: "mse" or "ms-ssim", the distortion that the weights were trained for.
+        epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
+        checkpointing: compute gradients by running every layer twice, in a fraction of the memory.
 
     Raises:
         ValueError: naming the constraint that does not hold.
     """
 
-    def __init__(
-        self,
-        config: Sequence[int] = (2, 2, 2, 2, 2, 2),
-        head_dim: Sequence[int] = (8, 16, 32, 32, 16, 8),
-        drop_path_rate: float = 0,
-        N: int = 64,
-        M: int = 320,
-        num_slices: int = 5,
-        max_support_slices: int = 5,
-        hyper_channels: int = 192,
-        inter_dim: int | None = 128,
-        slice_widths: Sequence[int] = (224, 128),
-    ) -> None:
+    def __init__(self, *args, **kwargs) -> None:
         super().__init__()
-        # Kept as plain values: a checkpoint stores them and rebuilds the model from them.
-        self.arguments = dict(
-            config=list(config),
-            head_dim=list(head_dim),
-            drop_path_rate=float(drop_path_rate),
-            N=N,
-            M=M,
-            num_slices=num_slices,
-            max_support_slices=max_support_slices,
-            hyper_channels=hyper_channels,
-            inter_dim=inter_dim,
-            slice_widths=list(slice_widths),
-        )
-        _check_arguments(**self.arguments)
+        self.config = c = args[0] if args and isinstance(args[0], TCMConfig) else TCMConfig(*args, **kwargs)
+        config, head_dim, N, M, num_slices = c.config, c.head_dim, c.N, c.M, c.num_slices
         self.N, self.M = N, M
-        self.num_slices, self.max_support_slices = num_slices, max_support_slices
-        rates = torch.linspace(0, drop_path_rate, sum(config)).tolist()
+        self.num_slices, self.max_support_slices = num_slices, c.max_support_slices
+        rates = torch.linspace(0, c.drop_path_rate, sum(config)).tolist()
         drops = [[rates.pop(0) for _ in range(count)] for count in config]
 
         def blocks(drop: Sequence[float], d: int, p: int) -> list[nn.Module]:
@@ -123,7 +80,7 @@ class TCM(CompressionModel):
             return blocks([0.0] * config[i], 32, 4)
 
         def hyper_synthesis() -> nn.Sequential:
-            up = ResidualBlockUpsample(hyper_channels, 2 * N, 2)
+            up = ResidualBlockUpsample(c.hyper_channels, 2 * N, 2)
             return nn.Sequential(up, *hyper_stage(3), subpel_conv3x3(2 * N, M, 2))
 
         self.g_a = nn.Sequential(
@@ -146,69 +103,72 @@ class TCM(CompressionModel):
             subpel_conv3x3(2 * N, 3, 2),
         )
         self.h_a = nn.Sequential(
-            ResidualBlockWithStride(M, 2 * N, 2), *hyper_stage(0), conv3x3(2 * N, hyper_channels, stride=2)
+            ResidualBlockWithStride(M, 2 * N, 2), *hyper_stage(0), conv3x3(2 * N, c.hyper_channels, stride=2)
         )
         self.h_mean_s, self.h_scale_s = hyper_synthesis(), hyper_synthesis()
 
         step = M // num_slices
-        widths = [M + step * min(i, max_support_slices) for i in range(num_slices)]
+        widths = [M + step * min(i, c.max_support_slices) for i in range(num_slices)]
 
         def attention() -> nn.ModuleList:
-            return nn.ModuleList(nn.Sequential(SWAtten(w, w, 16, 8, 0, inter_dim)) for w in widths)
+            return nn.ModuleList(nn.Sequential(SWAtten(w, w, 16, 8, 0, c.inter_dim)) for w in widths)
 
         def transforms(extra: int = 0) -> nn.ModuleList:
-            return nn.ModuleList(_transforms(w + extra, slice_widths, step) for w in widths)
+            return nn.ModuleList(_slice_transforms(w + extra, c.slice_widths, step) for w in widths)
 
         self.atten_mean, self.atten_scale = attention(), attention()
         self.cc_mean_transforms, self.cc_scale_transforms = transforms(), transforms()
         self.lrp_transforms = transforms(extra=step)
-        self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
+        self.entropy_bottleneck = EntropyBottleneck(c.hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
         self._tables: tuple[CodingTables, CodingTables] | None = None
         self._fingerprint: bytes | None = None
-        self.epsilon = EPSILON  # how near a boundary of the scale table σ has to be for a file to list it
-        self.checkpointing = False  # gradients by computing every layer twice: a fraction of the memory
-        self.metric = "mse"  # what the weights were trained for; a checkpoint says so
+        self.epsilon, self.checkpointing, self.metric = EPSILON, False, "mse"
+
+    @property
+    def arguments(self) -> dict:
+        """Plain values that rebuild the model, `type(model)(**model.arguments)`; a checkpoint stores them."""
+        return self.config.as_dict()
 
     # What TCM_VBR overrides ------------------------------------------------------------------
 
     def resolve_index(self, index: Tensor | float | None, batch: int) -> Tensor | None:
-        """The rate index of each image; a fixed-rate model has none and passes on what it is given."""
+        """The rate index of each image, `[batch]`; None stays None, as a fixed-rate model needs no index."""
         return None if index is None else check_index(index, batch)
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (of a TCM zero, `[B, 1, 1, 1]`)."""
+        """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (zero `[B, 1, 1, 1]` for a TCM)."""
         return self.modulate(self.features(x), index)
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The latent of `features` as the entropy model sees it, and ln m: unchanged, and zero."""
+        """The latent of `features` as the entropy model sees it, and ln m. A TCM leaves it unchanged: ln m is zero."""
         return y, y.new_zeros(len(y), 1, 1, 1)
 
     def features(self, x: Tensor) -> Tensor:
-        """Image `[B, 3, H, W]` in [0, 1] to the latent of `g_a` `[B, M, H/16, W/16]`, which no rate has scaled yet."""
-        return self.g_a(self._formatted(x))
+        """Image `[B, 3, H, W]` in [0, 1] to the output of `g_a` `[B, M, H/16, W/16]`, before any scaling by m."""
+        return self.g_a(self._in_weight_format(x))
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        """Quantised latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
+        """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
         return self._through(self.g_s, y_hat)
 
     def _through(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """layers(x); with checkpointing, each keeps no more than its input for the gradients."""
+        """layers(x); with checkpointing, each layer keeps only its input for the gradients."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return layers(x)
         for layer in layers:
             x = checkpoint(layer, x, use_reentrant=False)
         return x
 
-    # The one slice walk ----------------------------------------------------------------------
+    # The slice loop --------------------------------------------------------------------------
 
-    def walk(self, z_hat: Tensor, coder: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def run_slices(self, z_hat: Tensor, coder: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Channel-wise autoregression: ŷ `[B, M, h, w]` from ẑ `[B, C, h/4, w/4]` and a slice coder.
 
-        Everything that steers entropy coding is computed here, in one memory format whoever asks:
+        Everything that steers entropy coding is computed here, always in the memory format of the weights:
         convolutions may differ in the last bit between formats, and decoding must not.
         """
-        z_hat = self._formatted(z_hat)
+        z_hat = self._in_weight_format(z_hat)
         means, scales = self.h_mean_s(z_hat), self.h_scale_s(z_hat)
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
@@ -217,7 +177,7 @@ class TCM(CompressionModel):
             a_sigma = self._through(self.atten_scale[i], torch.cat([scales, *supports], 1))
             mu = self._through(self.cc_mean_transforms[i], a_mu).float()
             sigma = self._through(self.cc_scale_transforms[i], a_sigma).float()
-            y_hat = self._formatted(coder(mu, sigma))
+            y_hat = self._in_weight_format(coder(mu, sigma))
             residual = self._through(self.lrp_transforms[i], torch.cat([a_mu, y_hat], 1))
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
@@ -228,45 +188,45 @@ class TCM(CompressionModel):
         self,
         x: Tensor,
         index: Tensor | float | None = None,
-        tabled: bool = False,
+        use_scale_table: bool = False,
         noise: tuple[Tensor, Tensor] | None = None,
     ) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
-            index: rate index in [0, 5], one or one an image. TCM_VBR draws it when it is omitted in
-                training; in evaluation it is required. TCM computes the same whatever it is.
-            tabled: likelihoods of y under the coder's table of σ, by the published rule, not under σ itself.
-            noise: what is added to y and z for their likelihoods, in place of training's own noise: `noise_shapes`.
+            index: rate index in [0, 5], one for all images or one per image. TCM_VBR draws it at random when it is
+                omitted in training, and requires it in evaluation. TCM ignores it.
+            use_scale_table: estimate the likelihoods of y with the coder's table of σ instead of σ (`SliceEstimator`).
+            noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` (None where TCM was given none); `latent`: y as it enters `h_a`.
+            `[B]` (None for a TCM without one); `latent`: y as it enters `h_a`.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._estimate(y, self.h_a(y), index, tabled, noise)
+        return self._estimate(y, self.h_a(y), index, use_scale_table, noise)
 
     def forward_fromlatent(
         self,
         y: Tensor,
         z: Tensor,
         index: Tensor | float | None = None,
-        tabled: bool = False,
+        use_scale_table: bool = False,
         surrogate: Surrogate | None = None,
     ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
-        rounded values: the rates of z and of the last slice then have no gradient of their own, unless a surrogate
-        of rounding has one. What is rounded is then under `coded_likelihoods`, without gradients.
+        rounded values, and the rates of z and of the last slice have no gradient, unless a surrogate replaces the
+        rounding. The likelihoods of the rounded values are then in `coded_likelihoods`, without gradients.
         """
-        return self._estimate(y, z, self.resolve_index(index, len(y)), tabled, surrogate=surrogate)
+        return self._estimate(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate=surrogate)
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y and z of one image."""
-        channels = self.arguments["hyper_channels"]
+        channels = self.config.hyper_channels
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
     def _estimate(
@@ -274,22 +234,22 @@ class TCM(CompressionModel):
         y: Tensor,
         z: Tensor,
         index: Tensor | None,
-        tabled: bool = False,
+        use_scale_table: bool = False,
         noise: tuple[Tensor, Tensor] | None = None,
         surrogate: Surrogate | None = None,
     ) -> dict:
-        y_hat, rates = self.estimate_rate(y, z, tabled, noise, surrogate)
+        y_hat, rates = self.estimate_rate(y, z, use_scale_table, noise, surrogate)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
     def estimate_rate(
         self,
         y: Tensor,
         z: Tensor,
-        tabled: bool = False,
+        use_scale_table: bool = False,
         noise: tuple[Tensor, Tensor] | None = None,
         surrogate: Surrogate | None = None,
     ) -> tuple[Tensor, dict]:
-        """The entropy model alone: ŷ `[B, M, h, w]` and its `likelihoods`, as `forward` and `forward_fromlatent` do."""
+        """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         noise_y, noise_z = noise or (None, None)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -300,43 +260,44 @@ class TCM(CompressionModel):
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
-        coder = Estimate(self.gaussian_conditional, y, self.num_slices, tabled, noise_y, surrogate)
-        # In evaluation with the arithmetic of coding: what is estimated is what a file has.
-        with contextlib.nullcontext() if self.training else repeatable():
-            y_hat = self.walk(z_hat, coder)
+        coder = SliceEstimator(self.gaussian_conditional, y, self.num_slices, use_scale_table, noise_y, surrogate)
+        # Evaluation uses the arithmetic of coding, so that the estimate is of what a file holds.
+        with contextlib.nullcontext() if self.training else deterministic():
+            y_hat = self.run_slices(z_hat, coder)
         out = {"likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods}}
         if surrogate is not None:
             with torch.no_grad():
-                of_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
-            out["coded_likelihoods"] = {"y": coder.likelihoods_of_symbols(), "z": of_z}
+                rounded_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
+            out["coded_likelihoods"] = {"y": coder.rounded_likelihoods(), "z": rounded_z}
         return y_hat, out
 
     # Coding ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compress(self, x: Tensor, index: Tensor | float | None = None, guarded: bool = False) -> dict:
+    def compress(self, x: Tensor, index: Tensor | float | None = None, portable: bool = False) -> dict:
         """Code images `[B, 3, H, W]`.
 
         Args:
-            guarded: for decoding on another machine too; otherwise by the published rule.
+            portable: add the side information that decoding on another machine needs; without it the coding
+                tables are selected by the published rule.
 
         Returns:
-            `strings`: [y_strings, z_strings], a bytes object an image; `shape`: (h, w) of z; `guards`: what
-            `decompress` then needs as well, one an image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
+            `strings`: [y_strings, z_strings], one bytes object per image each; `shape`: (h, w) of z; `side_info`: one
+            per image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, log_m = self.analyze(x, index)
-        return self.code(self.quantise(y, self.h_a(y), guarded)) | {"m_y": log_m.mean((1, 2, 3))}
+        return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
 
     @torch.no_grad()
     def test_fromlatent(
-        self, y: Tensor, z: Tensor, index: Tensor | float | None = None, guarded: bool = False
+        self, y: Tensor, z: Tensor, index: Tensor | float | None = None, portable: bool = False
     ) -> dict:
-        """Code a latent for real: as `compress`, with `x_hat` as `decompress` of it."""
+        """Code a latent, as `compress`, and return the `x_hat` of `decompress` as well."""
         index = self.resolve_index(index, len(y))
-        quantised = self.quantise(y, z, guarded)
-        return self.code(quantised) | {"x_hat": self.synthesize(quantised.y_hat, index).clamp_(0, 1)}
+        quantized = self.quantize(y, z, portable)
+        return self.encode_symbols(quantized) | {"x_hat": self.synthesize(quantized.y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
     def decompress(
@@ -344,89 +305,88 @@ class TCM(CompressionModel):
         strings: list[list[bytes]],
         shape: Sequence[int],
         index: Tensor | float | None = None,
-        guards: list[Guard] | None = None,
+        side_info: list[SideInfo] | None = None,
     ) -> dict:
         """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
 
-        Without guards, decode in the batch, and on the machine, that encoded: the last bits of a convolution
-        depend on both, and a σ on the boundary of two table rows would be read with the other one.
-
-        Args:
-            guards: where `compress` returned some, these.
+        Without side information, decode in the batch, and on the machine, that encoded: the last bits of a
+        convolution depend on both, and a σ on a boundary of the scale table would select another row.
 
         Raises:
-            DecodingError: a stream is too short for the shape, or (with guards) the symbols are not those encoded.
+            DecodingError: a stream is too short for the shape, or (with side information) the decoded symbols are
+                not those that were encoded.
         """
         y_strings, z_strings = strings
         index = self.resolve_index(index, len(y_strings))
-        y_tables, z_tables = self.tables
-        rows = self._z_rows(shape)
-        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(rows) - 64:
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(shape)
+        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
             raise DecodingError("the streams are too short for a picture of this size")
-        z = torch.stack([z_tables.decode(open_stream(s, rows.numel()), rows) for s in z_strings])
+        z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         latent = (self.M, 4 * shape[0], 4 * shape[1])
         crcs = [crc_of(symbols) for symbols in z]
-        coder = Decode(self.gaussian_conditional, y_tables, y_strings, latent, guards, crcs)
-        with repeatable():
-            y_hat = self.walk(z_hat, coder)
-        if guards and [guard.crc for guard in guards] != coder.crcs:
+        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, latent, side_info, crcs)
+        with deterministic():
+            y_hat = self.run_slices(z_hat, coder)
+        if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
-    def quantise(self, y: Tensor, z: Tensor, guarded: bool = True) -> Quantised:
-        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, and their table rows: all that is coded."""
+    def quantize(self, y: Tensor, z: Tensor, portable: bool = True) -> QuantizedLatents:
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them."""
         rounded = torch.round(z - self.medians)
-        coder = Encode(y, self.num_slices)
-        with repeatable():
-            y_hat = self.walk(rounded + self.medians, coder)
+        coder = SliceEncoder(y, self.num_slices)
+        with deterministic():
+            y_hat = self.run_slices(rounded + self.medians, coder)
         z_symbols, symbols, sigma = to_symbols(rounded), coder.symbols, coder.sigma
-        if not guarded:
-            rows = table_index(self.gaussian_conditional, sigma).cpu()
-            return Quantised(symbols, rows, z_symbols, sigma, y_hat, None)
-        lengths = self.tables[0].code_lengths
-        all_rows, guards = [], []
-        for of_z, of_y, scales in zip(z_symbols, symbols, sigma, strict=True):
-            parts = lengths, of_y.flatten(), scales.flatten()
-            rows, listed = guard_rows(self.gaussian_conditional, *parts, self.epsilon)
-            all_rows.append(rows.view(of_y.shape))
-            guards.append(Guard(listed, crc_of(of_y, crc_of(of_z))))
-        return Quantised(symbols, torch.stack(all_rows), z_symbols, sigma, y_hat, guards)
+        if not portable:
+            indexes = table_index(self.gaussian_conditional, sigma).cpu()
+            return QuantizedLatents(symbols, indexes, z_symbols, sigma, y_hat, None)
+        lengths = self.coding_tables[0].code_lengths
+        all_indexes, side_info = [], []
+        for z_one, y_one, sigma_one in zip(z_symbols, symbols, sigma, strict=True):
+            parts = lengths, y_one.flatten(), sigma_one.flatten()
+            indexes, scales = portable_indexes(self.gaussian_conditional, *parts, self.epsilon)
+            all_indexes.append(indexes.view(y_one.shape))
+            side_info.append(SideInfo(scales, crc_of(y_one, crc_of(z_one))))
+        return QuantizedLatents(symbols, torch.stack(all_indexes), z_symbols, sigma, y_hat, side_info)
 
-    def count_bits(self, quantised: Quantised) -> list[float]:
-        """Bits of the streams and the guard of each image, without coding them.
+    def count_bits(self, quantized: QuantizedLatents) -> list[float]:
+        """Bits of the streams and the side information of each image, without coding them.
 
-        Code lengths under the coding tables; the coder writes whole words and its final states, at most 16 bytes more.
+        These are code lengths under the coding tables; the coder writes whole words and its final states, at most
+        16 bytes more.
         """
-        y_tables, z_tables = self.tables
-        z_rows = self._z_rows(quantised.z.shape[-2:])
-        counts = [z_tables.count_bits(symbols, z_rows) for symbols in quantised.z]
-        for i, guard in enumerate(quantised.guards or ()):
-            counts[i] += 8 * len(guard.listed)
-        for i, (symbols, rows) in enumerate(zip(quantised.symbols, quantised.rows, strict=True)):
-            counts[i] += y_tables.count_bits(symbols, rows)
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(quantized.z.shape[-2:])
+        counts = [z_tables.count_bits(symbols, z_indexes) for symbols in quantized.z]
+        for i, info in enumerate(quantized.side_info or ()):
+            counts[i] += 8 * len(info.scales)
+        for i, (symbols, indexes) in enumerate(zip(quantized.y, quantized.indexes, strict=True)):
+            counts[i] += y_tables.count_bits(symbols, indexes)
         return counts
 
-    def code(self, quantised: Quantised) -> dict:
-        """`strings`, `shape` and `guards` as `compress` returns them."""
-        y_tables, z_tables = self.tables
-        z_rows = self._z_rows(quantised.z.shape[-2:])
-        pairs = zip(quantised.symbols, quantised.rows, strict=True)
-        y_strings = [y_tables.encode(symbols, rows) for symbols, rows in pairs]
+    def encode_symbols(self, quantized: QuantizedLatents) -> dict:
+        """`strings`, `shape` and `side_info` as `compress` returns them."""
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(quantized.z.shape[-2:])
+        pairs = zip(quantized.y, quantized.indexes, strict=True)
+        y_strings = [y_tables.encode(symbols, indexes) for symbols, indexes in pairs]
         return {
-            "strings": [y_strings, [z_tables.encode(symbols, z_rows) for symbols in quantised.z]],
-            "shape": tuple(quantised.z.shape[-2:]),
-            "guards": quantised.guards,
+            "strings": [y_strings, [z_tables.encode(symbols, z_indexes) for symbols in quantized.z]],
+            "shape": tuple(quantized.z.shape[-2:]),
+            "side_info": quantized.side_info,
         }
 
-    def _z_rows(self, shape: Sequence[int]) -> Tensor:
-        """Table row of every element of z: its channel. int32 `[C, *shape]`."""
-        channels = self.arguments["hyper_channels"]
+    def _z_indexes(self, shape: Sequence[int]) -> Tensor:
+        """Table index of every element of z, which is its channel: int32 `[C, *shape]`."""
+        channels = self.config.hyper_channels
         return torch.arange(channels, dtype=torch.int32).view(-1, 1, 1).expand(-1, *shape)
 
-    def _formatted(self, x: Tensor) -> Tensor:
-        """x in the memory format of the weights, whatever its own: the same input, the same arithmetic."""
+    def _in_weight_format(self, x: Tensor) -> Tensor:
+        """x in the memory format of the weights, so that the same input has the same arithmetic."""
         channels_last = self.g_a[-1].weight.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -436,15 +396,15 @@ class TCM(CompressionModel):
         return self.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
 
     @property
-    def tables(self) -> tuple[CodingTables, CodingTables]:
-        """Coding tables of y and z."""
+    def coding_tables(self) -> tuple[CodingTables, CodingTables]:
+        """Coding tables of y and of z, made at the first use."""
         if self._tables is None:
             self._tables = CodingTables(self.gaussian_conditional), CodingTables(self.entropy_bottleneck)
         return self._tables
 
     @property
     def fingerprint(self) -> bytes:
-        """Eight bytes that tell weights and coding tables from others; of what they were at the first call."""
+        """Eight bytes that identify the weights and coding tables, computed at the first use."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(repr(self.arguments).encode(), digest_size=8)
             for name, tensor in sorted(self.state_dict().items()):
@@ -454,8 +414,8 @@ class TCM(CompressionModel):
         return self._fingerprint
 
     def prepare(self) -> None:
-        """Make the coding tables and the fingerprint now, not within the seconds of the first picture."""
-        _ = self.tables, self.fingerprint
+        """Make the coding tables and the fingerprint now, so that the first picture is not timed with them."""
+        _ = self.coding_tables, self.fingerprint
 
     def update(self, *args, **kwargs) -> bool:
         """Compute the coding tables (CompressAI); needed once after training."""
@@ -465,12 +425,12 @@ class TCM(CompressionModel):
     # Weights ---------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
-        """Load published or own weights: see `models.state_dict` for the forms that are understood.
+        """Load published or own weights, in any of the forms that `models.state_dict` understands.
 
         Raises:
             ValueError: one line that names what is missing, unknown or of another shape.
         """
-        state_dict = normalise(state_dict, self)
+        state_dict = normalize(state_dict, self)
         if strict and (problem := explain_mismatch(state_dict, self)):
             raise ValueError(f"these weights do not fit {type(self).__name__}: {problem}")
         self._tables = self._fingerprint = None
@@ -479,17 +439,17 @@ class TCM(CompressionModel):
 
     @classmethod
     def from_state_dict(cls, state_dict: dict) -> "TCM":
-        """The model, of any size, that a state dict belongs to, with its weights, in evaluation mode."""
-        state_dict = normalise(state_dict)
-        model = cls(**infer_arguments(state_dict))
+        """The model that a state dict belongs to, whatever its size, with its weights, in evaluation mode."""
+        state_dict = normalize(state_dict)
+        model = cls(infer_config(state_dict))
         model.load_state_dict(state_dict)
         return model.eval()
 
 
 @contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Full float32 (TF32's ten bits, or oneDNN's bfloat16, would steer the decoder), and on a GPU no kernels chosen by
-    how fast they ran."""
+def deterministic() -> Iterator[None]:
+    """Compute in full float32 (TF32 or bfloat16 would steer the decoder), and on a GPU with kernels that are not
+    chosen by how fast they ran."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -500,9 +460,9 @@ def repeatable() -> Iterator[None]:
 
 
 class _SubsampledConv(nn.Conv2d):
-    """A 1×1 convolution of stride 2, as one of stride 1 on every other pixel.
+    """A 1×1 convolution of stride 2, computed as one of stride 1 on every other pixel.
 
-    The same numbers; but oneDNN's weight gradient of the strided one writes past its buffer on
+    The numbers are the same, but oneDNN's weight gradient of the strided one writes past its buffer on
     channels-last images of 3 channels (AVX-512, torch 2.15: memory corruption in training).
     """
 
@@ -511,8 +471,8 @@ class _SubsampledConv(nn.Conv2d):
 
 
 class _Float32Conv(nn.Conv2d):
-    """A convolution in float32 under autocast too: what it makes is rounded to whole numbers, and bfloat16 has steps
-    of one from 128 on."""
+    """A convolution that stays in float32 under autocast: its output is rounded to whole numbers, and bfloat16
+    numbers above 128 are a step of one apart."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -544,17 +504,24 @@ class mask(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def content(self, y: Tensor) -> Tensor:
-        """α · attn(y): what the logits owe to the latent, whatever the rate; of y's shape."""
+        """α · attn(y), the part of the logits that depends on the latent and on no rate: `[B, M, h, w]`."""
         return self.alpha * self.latent_attn(y)
 
     def rate(self, index: Tensor) -> Tensor:
-        """f_λ: what they owe to the rate indices `[B]`; `[B, M, 1, 1]`. In float32 under autocast too: bfloat16's m
-        would be off by up to 0.4 %, half a step where the latent is 128."""
+        """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`.
+
+        It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, half a step of a latent of 128.
+        """
         with torch.autocast(self.alpha.device.type, enabled=False):
             return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
 
+    @staticmethod
+    def log_m(rate: Tensor, content: Tensor) -> Tensor:
+        """ln m from both parts, which broadcast."""
+        return F.softsign(rate + content)
+
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        return F.softsign(self.rate(index) + self.content(y))
+        return self.log_m(self.rate(index), self.content(y))
 
 
 class LAE(nn.Module):
@@ -572,8 +539,8 @@ class LAE(nn.Module):
 class TCM_VBR(TCM):
     """TCM made variable-rate by an LAE after analysis and another before synthesis (TCSVT 2025).
 
-    Arguments as TCM. Everything between the two sees the scaled latent. A TCM's weights can be
-    loaded: the LAEs then stay at identity, and the output is the TCM's at every index.
+    Everything between the two sees the scaled latent. The weights of a TCM can be loaded: the LAEs are then the
+    identity, and the output at every index is the TCM's. Arguments as TCM.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -581,22 +548,22 @@ class TCM_VBR(TCM):
         self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
 
     def resolve_index(self, index: Tensor | float | None, batch: int) -> Tensor:
-        """As `check_index`; drawn per sample when omitted in training. ValueError when omitted in evaluation."""
+        """As `check_index`; omitted, it is drawn per sample in training and a ValueError in evaluation."""
         if index is None:
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
-            index = draw_index(batch)
+            index = random_index(batch)
         return check_index(index, batch)
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y · m and ln m, both `[B, M, H/16, W/16]`."""
+        """y · m and ln m, `[B, M, H/16, W/16]` both."""
         return self.modnet_ga(y, index)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         return super().synthesize(self.modnet_gs(y_hat, index)[0], index)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
-        state_dict = normalise(state_dict, self)
+        state_dict = normalize(state_dict, self)
         if not any(name.startswith("modnet_") for name in state_dict):
             identity = LAE(2, self.M).state_dict()
             for lae in ("modnet_ga", "modnet_gs"):
@@ -607,39 +574,3 @@ class TCM_VBR(TCM):
 def _check_sides(x: Tensor) -> None:
     if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
         raise ValueError(f"images must be [B, 3, H, W] with sides that are multiples of {STRIDE}, not {list(x.shape)}")
-
-
-def _check_arguments(
-    config: Sequence[int],
-    head_dim: Sequence[int],
-    drop_path_rate: float,
-    N: int,
-    M: int,
-    num_slices: int,
-    max_support_slices: int,
-    hyper_channels: int,
-    inter_dim: int | None,
-    slice_widths: Sequence[int],
-) -> None:
-    def need(condition: bool, text: str) -> None:
-        if not condition:
-            raise ValueError(text)
-
-    need(len(config) == 6 and min(config) >= 0, f"config must be six counts >= 0, not {config}")
-    need(len(head_dim) == 6 and min(head_dim) > 0, f"head_dim must be six widths > 0, not {head_dim}")
-    need(0 <= drop_path_rate < 1, f"drop_path_rate must lie in [0, 1), not {drop_path_rate}")
-    need(N > 0 and N % 32 == 0, f"N must be a positive multiple of 32, not {N}")
-    need(M > 0 and M % 64 == 0, f"M/2 must be a positive multiple of 32, not {M}/2")
-    need(all(N % d == 0 for d in head_dim), f"every head_dim must divide N = {N}, not {head_dim}")
-    need(num_slices > 0 and M % num_slices == 0, f"num_slices must divide M = {M}, not {num_slices}")
-    need(
-        0 <= max_support_slices <= num_slices,
-        f"max_support_slices must lie in [0, num_slices = {num_slices}], not {max_support_slices}",
-    )
-    need(hyper_channels > 0, f"hyper_channels must be positive, not {hyper_channels}")
-    need(len(slice_widths) == 2 and min(slice_widths) > 0, f"slice_widths must be two widths > 0, not {slice_widths}")
-    if inter_dim is None:
-        step = M // num_slices if max_support_slices and num_slices > 1 else 0
-        need(step % 16 == 0, f"without inter_dim, M/num_slices must be a multiple of 16, not {step}")
-    else:
-        need(inter_dim > 0 and inter_dim % 16 == 0, f"inter_dim must be a positive multiple of 16, not {inter_dim}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.tcm import TCM_VBR
+from models import TCM_VBR
 from utils.checkpoint import export_model
 
 TINY = dict(
@@ -34,11 +34,29 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.02)
         for i in range(model.num_slices):
             model.cc_scale_transforms[i][4].bias.add_(20.0)
-        model.g_a[-1].weight.mul_(20.0)  # latents of several quantisation steps
+        model.g_a[-1].weight.mul_(20.0)  # latents of several quantization steps
     return model
 
 
-# What takes time is made once and left as it is: `tiny` and `photos` are copies, for a test to do with as it likes.
+def golden_model() -> tuple[TCM_VBR, np.random.RandomState]:
+    """A tiny model with weights of NumPy's legacy random numbers, which are the same everywhere, and their source."""
+    model = TCM_VBR(**TINY).eval()
+    random = np.random.RandomState(0)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if not name.startswith("entropy_bottleneck") and "gdn" not in name:
+                fan_in = max(1, p[0].numel()) if p.dim() > 1 else 1
+                p.copy_(torch.from_numpy(random.standard_normal(p.shape) * 0.6 / fan_in**0.5))
+        for biases in model.entropy_bottleneck.biases:
+            biases.zero_()
+        model.g_a[-1].weight.mul_(20.0)
+        for transforms in model.cc_scale_transforms:
+            transforms[4].bias.add_(4.0)
+    model.update(force=True)
+    return model, random
+
+
+# Slow fixtures are made once and not changed: `tiny` and `photos` are copies that a test may change.
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +96,14 @@ def checkpoint(made_tiny, tmp_path_factory) -> str:
     """File of the model `tiny`."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pth.tar"
     export_model(path, made_tiny, [])
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def varied_checkpoint(varied, tmp_path_factory) -> str:
+    """File of the model `varied`."""
+    path = tmp_path_factory.mktemp("weights") / "varied.pth.tar"
+    export_model(path, varied, [])
     return str(path)
 
 

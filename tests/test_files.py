@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 
 from tests.conftest import TINY
-from utils.checkpoint import export_model, load_model, read_checkpoint
-from utils.errors import CheckpointError, ImageError
+from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.files import atomic_write, remove_left_over
 from utils.images import crop, pad, read_image, save_image, to_uint8
 from utils.metrics import decibels, ms_ssim_value, psnr
-from utils.pixels import find_images
+from utils.pictures import ImageError, find_images
 
-COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
+COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
 
 
 # Pictures ------------------------------------------------------------------------------------
@@ -26,16 +25,16 @@ COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "1", "LA"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    image = Image.fromarray(COLOURS)
+    image = Image.fromarray(COLORS)
     image = image.quantize(8) if mode == "P" else image.convert(mode)
     image.save(path)
     pixels = read_image(path)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 2, 3)
     if mode in ("RGB", "RGBA", "P", "CMYK"):
-        assert torch.equal(pixels, torch.from_numpy(COLOURS).permute(2, 0, 1))
+        assert torch.equal(pixels, torch.from_numpy(COLORS).permute(2, 0, 1))
     else:
-        grey = np.asarray(Image.fromarray(COLOURS).convert(mode).convert("L")).copy()
-        assert all(torch.equal(channel, torch.from_numpy(grey)) for channel in pixels)
+        gray = np.asarray(Image.fromarray(COLORS).convert(mode).convert("L")).copy()
+        assert all(torch.equal(channel, torch.from_numpy(gray)) for channel in pixels)
 
 
 @pytest.mark.parametrize("kind", ["png16", "tif16", "float"])
@@ -49,11 +48,11 @@ def test_deep_samples_are_scaled(tmp_path, kind):
 
 
 def test_exif_rotation(tmp_path):
-    image = Image.fromarray(COLOURS)
+    image = Image.fromarray(COLORS)
     exif = image.getexif()
     exif[0x0112] = 6  # turn right to see it upright
     image.save(tmp_path / "x.png", exif=exif)
-    upright = torch.from_numpy(np.rot90(COLOURS, -1).copy()).permute(2, 0, 1)
+    upright = torch.from_numpy(np.rot90(COLORS, -1).copy()).permute(2, 0, 1)
     assert torch.equal(read_image(tmp_path / "x.png"), upright)
 
 
@@ -88,7 +87,7 @@ def test_search_is_sorted_and_ignores_case(tmp_path):
 
 @pytest.mark.parametrize("height", [1, 127, 128, 129, 300])
 @pytest.mark.parametrize("width", [1, 128, 131])
-def test_padding_is_centred_zeros_and_comes_off(height, width):
+def test_padding_is_centerd_zeros_and_comes_off(height, width):
     x = torch.rand(1, 3, height, width) + 0.1
     padded = pad(x)
     assert padded.shape[2] % 128 == padded.shape[3] % 128 == 0
@@ -100,7 +99,7 @@ def test_padding_is_centred_zeros_and_comes_off(height, width):
 
 
 def test_saved_pictures_are_what_was_saved(tmp_path):
-    image = torch.from_numpy(COLOURS).permute(2, 0, 1)
+    image = torch.from_numpy(COLORS).permute(2, 0, 1)
     save_image(tmp_path / "new" / "x.png", image)
     assert torch.equal(read_image(tmp_path / "new" / "x.png"), image)
 

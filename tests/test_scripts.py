@@ -14,13 +14,13 @@ from compressai.utils.plot.__main__ import parse_json_file
 import eval_vbr
 import train_latent_e2e
 import train_vbr
-from models.tcm import TCM
+from models import TCM
+from models.lambdas import LADDER
 from tests.conftest import TINY, shake
-from utils import bd_rate, benchmark, cli
+from utils import cli
 from utils.checkpoint import export_model
-from utils.evaluation import estimate, evaluate
+from utils.evaluation.evaluate import estimate, evaluate
 from utils.images import read_image
-from utils.ladder import LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,7 +112,7 @@ def test_a_wrong_path_is_one_line_and_a_status():
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("main", [eval_vbr.main, train_vbr.main, train_latent_e2e.main, benchmark.main])
+@pytest.mark.parametrize("main", [eval_vbr.main, train_vbr.main, train_latent_e2e.main])
 def test_help_tells_the_defaults(main, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
@@ -124,35 +124,3 @@ def test_index_outside_is_refused(capsys):
     with pytest.raises(SystemExit):
         eval_vbr.main(["-l", "5.5"])
     assert "index must lie in [0, 5]" in capsys.readouterr().err
-
-
-def test_benchmark_prints_every_part(capsys):
-    benchmark.main(["--width", "128", "--height", "128", "--runs", "1"])
-    output = capsys.readouterr().out
-    for part in ("analysis + synthesis", "slice walk", "to bytes", "from bytes", "peak memory", "matrix product"):
-        assert part in output
-
-
-def test_bd_rate_joins_files_and_leaves_out_what_is_beaten(tmp_path, capsys):
-    def write(name, points):
-        bpp, psnr = map(list, zip(*points, strict=True))
-        (tmp_path / name).write_text(json.dumps({"results": {"bpp": bpp, "psnr-rgb": psnr}}))
-        return str(tmp_path / name)
-
-    curve = [(0.1, 28.0), (0.2, 31.0), (0.4, 34.0), (0.8, 37.0), (1.6, 40.0)]
-    singles = [write(f"{number}.json", [point]) for number, point in enumerate(curve)]
-    test = write("test.json", [(0.9 * bpp, psnr) for bpp, psnr in curve] + [(1.0, 30.0)])
-    bd_rate.main(["--anchor", *singles, "--test", test])
-    output = capsys.readouterr().out
-    assert "BD-rate: -10.00 %" in output
-    assert "left out, beaten by a cheaper point: 1.0000 bpp 30.00 dB" in output
-    with pytest.raises(cli.UserError, match="four rising points"):
-        bd_rate.main(["--anchor", *singles[:3], "--test", test])
-    high = write("high.json", [(bpp, psnr + 20) for bpp, psnr in curve])
-    bd_rate.main(["--anchor", *singles, "--test", high])
-    output = capsys.readouterr().out
-    assert "BD-rate: none, no quality in common" in output and "BD-psnr: +20.00 dB" in output
-    broken = tmp_path / "broken.json"
-    broken.write_text("{}")
-    with pytest.raises(cli.UserError, match="broken.json"):
-        bd_rate.main(["--anchor", str(broken), "--test", test])

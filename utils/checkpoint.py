@@ -1,4 +1,4 @@
-"""Checkpoints that rebuild their own model, read without running any code that they may hold."""
+"""Checkpoints that rebuild their model, read without running any code that they may hold."""
 
 import importlib.metadata
 import pickle
@@ -6,19 +6,23 @@ from pathlib import Path
 
 import torch
 
+from models import TCM, TCM_VBR
+from models.lambdas import LADDERS
 from models.latent_map import TCM_Mapped
-from models.tcm import TCM, TCM_VBR
-from utils.errors import CheckpointError
+from utils.cli import UserError
 from utils.files import BUNDLED, atomic_write
-from utils.ladder import LADDERS
 
 __all__ = ["BUNDLED", "build_model", "describe", "export_model", "load_model", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "tcm-vbr/1"
 
 
+class CheckpointError(UserError):
+    """A file that is no checkpoint of ours or of the published models."""
+
+
 def describe(model: TCM) -> dict:
-    """What a checkpoint says of a model besides its weights."""
+    """What a checkpoint stores of a model besides its weights."""
     return {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -32,12 +36,14 @@ def describe(model: TCM) -> dict:
 def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
     """Write a model for use: float16 weights, and the coding tables of exactly those weights.
 
-    Buffers stay as they are (GDN's constants would vanish in float16). The training record is a
-    list of plain dicts, one for each run.
+    Buffers keep their precision (GDN's constants would vanish in float16).
+
+    Args:
+        training: one plain dict for each training run.
     """
     weights = {name for name, _ in model.named_parameters()}
     halves = {name: t.cpu().half() if name in weights else t.cpu() for name, t in model.state_dict().items()}
-    with torch.random.fork_rng(devices=[]):  # a run that saves draws the same numbers as one that does not
+    with torch.random.fork_rng(devices=[]):  # a run that saves draws the same random numbers as one that does not
         rounded = type(model)(**model.arguments)
     rounded.load_state_dict(halves)
     rounded.update(force=True)
@@ -50,7 +56,7 @@ def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
     with atomic_write(path) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # PyTorch's own, in front of what the disk said
+        except RuntimeError as error:  # PyTorch's, which hides what the disk said
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
@@ -77,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def build_model(checkpoint: dict, path: str | Path) -> TCM:
     """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 
-    Of a run to resume (`last.pth.tar`) it is the averaged weights, as in that run's `model.pth.tar`.
+    From the state of a run (`last.pth.tar`) it takes the averaged weights, as that run's `model.pth.tar` has them.
 
     Raises:
         CheckpointError: names what does not fit.
@@ -108,8 +114,14 @@ def _class_of(state: dict) -> type[TCM]:
     return TCM_Mapped if any(name.startswith("map.") for name in state) else TCM
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> TCM:
-    """A model ready to code: weights, coding tables (computed where the file has none), channels last."""
+def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> TCM:
+    """A model ready to code: weights, coding tables (computed where the file has none), channels last.
+
+    Raises:
+        CheckpointError: names what does not fit, also a fixed-rate model where variable_rate is required.
+    """
     model = build_model(read_checkpoint(path), path)
+    if variable_rate and not isinstance(model, TCM_VBR):
+        raise CheckpointError(f"{path}: a fixed-rate TCM; rate targets and refinement need variable-rate weights")
     model.update()
     return model.to(device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What every script does the same way: errors in one line, and the choice of a device."""
+"""What every script does the same way: help texts with defaults, the choice of a device, and errors in one line."""
 
 import argparse
 import sys
@@ -8,27 +8,50 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.memory import keep_freed_memory
-from utils.pixels import find_images
+from utils.device import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
-# Photographs in every scikit-image wheel; nothing is downloaded.
-SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+
+class UserError(Exception):
+    """Something that the user can put right: one line that says what is wrong and names the file or the flag."""
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, where there are any and the text does not tell them itself."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default of each option, except where there is none or the help text names it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.default is None or action.default is False or "default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
+        named = action.default is None or action.default is False or "default" in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
+
+
+def make_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose description is the first paragraph of a module's docstring."""
+    return argparse.ArgumentParser(description=docstring.split("\n\n")[0], formatter_class=HelpFormatter)
+
+
+def add_device_argument(parser: argparse.ArgumentParser, published: bool = False) -> None:
+    """Add --device, and for a published script its --cuda, which is accepted and has no effect."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    if published:
+        text = "accepted for published command lines: a GPU is used where there is one"
+        parser.add_argument("--cuda", action="store_true", help=text)
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of a name; "auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
+    import torch  # here: it takes seconds, and not all that a script does needs it
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
+    return torch.device(name)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and leave with its status: 1 after a user's error, 130 after Ctrl-C."""
+    """Run a script's main and exit with its status: 1 after a UserError or OSError, 130 after Ctrl-C."""
     keep_freed_memory()
     try:
         sys.exit(main())
@@ -39,35 +62,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
-def complain(path: str | Path, error: Exception | str) -> None:
-    """One line on stderr, beside progress bars, that names the file and the cause."""
+def print_error(path: str | Path, error: Exception | str) -> None:
+    """Print one line on stderr that names the file and the cause, without breaking a progress bar."""
     text = str(error)
     tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
 
 
-def pick_device(name: str) -> "torch.device":
-    """"auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
-    import torch  # here: it takes seconds, and not all that a script does needs it
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
-    return torch.device(name)
-
-
-def pictures(data: list[str] | None) -> list[Path]:
-    """Pictures among files and folders; scikit-image's photographs, as installed, where none are given."""
-    if data:
-        return find_images(data)
-    try:
-        import skimage
-    except ImportError:
-        raise UserError("no -d given, and scikit-image, whose photographs are the default, is missing") from None
-    folder = Path(skimage.__file__).parent / "data"
-    return find_images(folder / name for name in SAMPLES)
-
-
-def stem(path: str) -> str:
-    """A file's name without its suffixes: tcm_vbr_small of tcm_vbr_small.pth.tar."""
-    return Path(path).name.split(".")[0]
+def print_weights(checkpoint: str | Path) -> None:
+    """Say on stderr which weights a script uses, so that a user sees whether a file put into `vbr_models/` is used."""
+    print(f"weights: {checkpoint}", file=sys.stderr)

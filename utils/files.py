@@ -14,16 +14,15 @@ BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small
 def find_files(
     paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]
 ) -> list[Path]:
-    """Files that are named, whatever their suffix, and those with one of the suffixes (of any case) in folders.
+    """Paths that are files, whatever their suffix, and the files with one of the suffixes (in any case) in folders.
 
-    Folders are searched recursively, and what is in each is sorted regardless of case.
+    Folders are searched recursively, and the files of each are sorted regardless of case.
 
     Args:
         suffixes: in lower case, with their dot.
-        what: is looked for, in words ("pictures").
+        what: the kind of file in words ("pictures"), for the message.
+        error: raised where a path is missing, or a folder holds none.
 
-    Raises:
-        error: a path is missing, or a folder holds none.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -41,8 +40,8 @@ def find_files(
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its name when the block ends; on an error the old one stays as it was."""
-    path = Path(path).resolve()  # a link keeps pointing to what is written
+    """A binary file that gets its name when the block ends; on an error an older file stays as it was."""
+    path = Path(path).resolve()  # a symbolic link keeps pointing to the file
     if path.exists() and not path.is_file():
         with path.open("wb") as device:  # /dev/null, a pipe
             yield device
@@ -56,7 +55,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would surprise who shares the folder
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock out others who share the folder
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -73,11 +72,11 @@ def write_json(path: str | Path, value: dict | list) -> None:
 
 
 def remove_left_over(folder: Path, names: str) -> None:
-    """Delete what writers that were killed left of files with such names (a glob pattern) in a folder."""
+    """Delete unfinished files that killed writers left in a folder; names is a glob pattern of the finished ones."""
     for left_over in folder.glob(_temporary(names) + "*"):
         left_over.unlink()
 
 
 def _temporary(name: str) -> str:
-    """How the name of an unfinished file begins."""
+    """The first part of an unfinished file's name."""
     return f".{name}."

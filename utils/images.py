@@ -1,4 +1,4 @@
-"""Pictures as tensors: reading, padding, saving."""
+"""Pictures as tensors: reading, padding, cropping, saving."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import STRIDE
-from utils.errors import ImageError
 from utils.files import atomic_write
-from utils.pixels import png_bytes, read_pixels
+from utils.pictures import ImageError, png_bytes, read_pixels
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture as `read_pixels` reads it, uint8 `[3, H, W]`. ImageError where it cannot be."""
+    """A picture as `read_pixels` reads it, uint8 `[3, H, W]`. ImageError where it cannot be read."""
     return to_tensor(read_pixels(path))
 
 
@@ -62,6 +61,13 @@ def pad(x: Tensor, multiple: int = STRIDE) -> Tensor:
 
 
 def crop(x: Tensor, height: int, width: int, multiple: int = STRIDE) -> Tensor:
-    """Undo `pad`: the `[B, 3, height, width]` inside."""
+    """The `[B, 3, height, width]` inside a picture that `pad` made."""
     _, cut = compute_padding(height, width, min_div=multiple)
     return F.pad(x, cut)
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """The middle of uint8 `[3, H, W]`: at most size × size, sides multiples of 128."""
+    height, width = (min(size, side // STRIDE * STRIDE) for side in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]

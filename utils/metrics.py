@@ -1,12 +1,46 @@
-"""Quality of a reconstruction, on the 8-bit values that a file would hold."""
+"""Rate, distortion and the loss λ · D + bpp: of likelihoods in training, and of 8-bit pictures in evaluation."""
 
 import math
 
+import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
 # Five scales of an 11-pixel window: the coarsest must still hold one (pytorch-msssim asks for more than this).
 MS_SSIM_SMALLEST = 160
+
+
+def bits(likelihoods: Tensor) -> Tensor:
+    """−Σ log2 of likelihoods `[B, …]`: bits of each image, `[B]`."""
+    return -likelihoods.flatten(1).log2().sum(1)
+
+
+def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") -> dict[str, Tensor]:
+    """The training loss mean_b(λ_b · D_b) + bpp (TCSVT 2025).
+
+    Args:
+        out: what `TCM.forward` returned.
+        x: images `[B, 3, H, W]` in [0, 1].
+        lmbda: λ of each sample, `[B]`.
+        metric: D is 255² · MSE for "mse", 1 − MS-SSIM for "ms-ssim" (sides above 160 then).
+
+    Returns:
+        `loss` (scalar, for the optimizer), and per sample `[B]`: `bpp`, `bpp_z` (the part of it that z
+        takes), `mse` on the 0–255 scale, `distortion` (D).
+    """
+    pixels = x.shape[-2] * x.shape[-1]
+    x_hat = out["x_hat"].float()
+    bpp_z = bits(out["likelihoods"]["z"]) / pixels
+    bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
+    mse = 255**2 * (x_hat - x).square().mean((1, 2, 3))
+    distortion = mse if metric == "mse" else 1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False)
+    loss = (lmbda * distortion).mean() + bpp.mean()
+    return {"loss": loss, "bpp": bpp, "bpp_z": bpp_z, "mse": mse, "distortion": distortion}
+
+
+def psnr_of_mse(mse: Tensor | float) -> Tensor:
+    """PSNR in dB of a mean squared error on the 0–255 scale."""
+    return 10 * torch.log10(255**2 / torch.as_tensor(mse))
 
 
 def mse(a: Tensor, b: Tensor) -> float:
@@ -25,6 +59,14 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
     if min(a.shape[1:]) <= MS_SSIM_SMALLEST:
         return None
     return float(ms_ssim(a[None].float(), b[None].float(), data_range=255))
+
+
+def distortion(a: Tensor, b: Tensor, metric: str) -> float | None:
+    """D of the loss for two uint8 images `[3, H, W]`: MSE, or 1 − MS-SSIM (None where that cannot be computed)."""
+    if metric == "mse":
+        return mse(a, b)
+    value = ms_ssim_value(a, b)
+    return None if value is None else 1 - value
 
 
 def decibels(value: float) -> float:

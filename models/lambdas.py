@@ -1,0 +1,59 @@
+"""The λ ladders, and the rate index that stands for λ.
+
+A rate is named by an index in [0, 5], a float: whole indexes are the six λ of the published models, and log λ is
+piecewise linear between them. The loss is λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported inside the functions: the file format needs MAX_INDEX and no PyTorch
+
+LADDERS = {
+    "mse": (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05),
+    # The λ of TCM's six published MS-SSIM models (CVPR 2023, arXiv 2303.14978, section 4.1).
+    "ms-ssim": (3.0, 5.0, 8.0, 16.0, 36.0, 64.0),
+}
+LADDER = LADDERS["mse"]
+MAX_INDEX = float(len(LADDER) - 1)
+
+
+def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | float":
+    """λ of an index: a tensor `[B]` gives a tensor of its shape, a number gives a float."""
+    import torch
+
+    if not isinstance(index, torch.Tensor):
+        return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64), metric))
+    index = index if index.is_floating_point() else index.float()
+    logs = torch.tensor(LADDERS[metric], dtype=index.dtype, device=index.device).log()
+    lower = index.floor().clamp(0, MAX_INDEX - 1)
+    start, end = logs[lower.long()], logs[lower.long() + 1]
+    return (start + (index - lower) * (end - start)).exp()
+
+
+def middle_lambda(metric: str = "mse") -> float:
+    """Geometric mean of the ends of a ladder."""
+    return math.sqrt(LADDERS[metric][0] * LADDERS[metric][-1])
+
+
+def check_index(index: "Tensor | float", batch: int) -> "Tensor":
+    """The index of every image as a float32 tensor `[batch]`.
+
+    Takes a number, or a tensor of 1 or `batch` elements. ValueError if one is not within [0, 5].
+    """
+    import torch
+
+    index = torch.as_tensor(index, dtype=torch.float32).flatten()
+    if len(index) not in (1, batch):
+        raise ValueError(f"{len(index)} indexes for {batch} images: give one, or one per image")
+    if not ((index >= 0) & (index <= MAX_INDEX)).all():  # written so that a NaN is refused too
+        raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.tolist()}")
+    return index.expand(batch)
+
+
+def random_index(batch: int) -> "Tensor":
+    """Indices of a training batch, uniform over [0, 5]: `[batch]`, on the CPU."""
+    import torch
+
+    return torch.rand(batch) * MAX_INDEX

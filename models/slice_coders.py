@@ -1,0 +1,192 @@
+"""What `TCM.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
+
+A slice coder is called once per slice, in order, with μ and σ `[B, M/S, h, w]`, and returns the quantized
+slice round(y − μ) + μ. All symbols of one image form one rANS stream (CompressAI's coder), slice by
+slice, each in C, H, W order.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from torch import Tensor
+
+from models.coding_tables import CodingTables, open_stream, to_symbols
+from models.portable import crc_of, index_below, scale_factors, table_index, unpack_scales
+from models.side_info import SideInfo
+
+# Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
+Surrogate = Callable[[Tensor], Tensor]
+
+
+def ste_round(x: Tensor) -> Tensor:
+    """Rounding whose gradient is one.
+
+    Unlike CompressAI's quantize_ste, (round(x) − x) + x, the result is round(x) to the last bit, so
+    that the decoder, which has only the symbols, arrives at the same latent.
+    """
+    return torch.round(x).detach() + (x - x.detach())
+
+
+def likelihood_of_y(gaussian: GaussianConditional, values: Tensor, sigma: Tensor, mu: Tensor) -> Tensor:
+    """Likelihoods of values as they are: CompressAI's forward would round them or add noise."""
+    return gaussian.likelihood_lower_bound(gaussian._likelihood(values, sigma, mu))
+
+
+def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
+    """Likelihoods of values `[B, C, h, w]` as they are, by the density of each channel."""
+    channels = values.transpose(0, 1)
+    likelihood, _, _ = bottleneck._likelihood(channels.reshape(len(channels), 1, -1))
+    return bottleneck.likelihood_lower_bound(likelihood).view(channels.shape).transpose(0, 1)
+
+
+class SliceEstimator:
+    """Collects the likelihoods of y: with additive noise in training, of rounded values in evaluation.
+
+    Args:
+        y: `[B, M, h, w]`.
+        use_scale_table: replace σ by the entry of the scale table that the published rule codes it with, the next
+            larger one. Files choose the cheapest shift of the table and are a little smaller. Without it, σ is
+            used itself, as papers report; files are then some percent larger where most symbols are nearly certain.
+        noise: of y's shape, added in place of training's random noise.
+        surrogate: replaces rounding of y − μ in the likelihoods; those of the rounded values are collected as well.
+    """
+
+    def __init__(
+        self,
+        gaussian: GaussianConditional,
+        y: Tensor,
+        num_slices: int,
+        use_scale_table: bool = False,
+        noise: Tensor | None = None,
+        surrogate: Surrogate | None = None,
+    ) -> None:
+        self.gaussian, self.slices, self.use_scale_table = gaussian, y.float().chunk(num_slices, 1), use_scale_table
+        self.surrogate = surrogate
+        self.noise = None if noise is None else noise.chunk(num_slices, 1)
+        self._likelihoods: list[Tensor] = []
+        self._rounded_likelihoods: list[Tensor] = []
+
+    def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
+        number = len(self._likelihoods)
+        y = self.slices[number]
+        if self.use_scale_table:  # the gradient is that of σ
+            level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
+            sigma = level + (sigma - sigma.detach())
+        y_hat = ste_round(y - mu) + mu
+        if self.surrogate is not None:
+            likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
+            with torch.no_grad():
+                self._rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
+        elif self.noise is not None:
+            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
+        else:
+            _, likelihood = self.gaussian(y, sigma, mu)
+        self._likelihoods.append(likelihood)
+        return y_hat
+
+    def likelihoods(self) -> Tensor:
+        """`[B, M, h, w]`."""
+        return torch.cat(self._likelihoods, 1)
+
+    def rounded_likelihoods(self) -> Tensor:
+        """`[B, M, h, w]`, without gradients: likelihoods of the symbols, where there was a surrogate."""
+        return torch.cat(self._rounded_likelihoods, 1)
+
+
+class SliceEncoder:
+    """Collects the symbols of y `[B, M, h, w]`, and the σ that select their rows of the scale table."""
+
+    def __init__(self, y: Tensor, num_slices: int) -> None:
+        self.slices = y.float().chunk(num_slices, 1)
+        self._symbols: list[Tensor] = []
+        self._sigma: list[Tensor] = []
+
+    def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
+        symbols = torch.round(self.slices[len(self._symbols)] - mu)
+        self._symbols.append(to_symbols(symbols))
+        self._sigma.append(sigma)
+        return symbols + mu
+
+    @property
+    def symbols(self) -> Tensor:
+        """int32 `[B, M, h, w]`, on the CPU."""
+        return torch.cat(self._symbols, 1)
+
+    @property
+    def sigma(self) -> Tensor:
+        """`[B, M, h, w]`, on the model's device."""
+        return torch.cat(self._sigma, 1)
+
+
+@dataclass(frozen=True)
+class QuantizedLatents:
+    """All that is coded of a batch of images, before it is coded.
+
+    Attributes:
+        y: symbols, int32 `[B, M, h, w]`; indexes: the rows of the scale table that code them, of the same shape.
+        z: symbols, int32 `[B, C, h/4, w/4]`.
+        sigma, y_hat: `[B, M, h, w]`, on the model's device.
+        side_info: of each image, for decoding on other machines; None where the indexes follow the published rule.
+    """
+
+    y: Tensor
+    indexes: Tensor
+    z: Tensor
+    sigma: Tensor
+    y_hat: Tensor
+    side_info: list[SideInfo] | None
+
+
+class SliceDecoder:
+    """Reads the symbols of y from one stream per image.
+
+    Args:
+        shape: (M, h, w) of y.
+        side_info: of each image; None for streams whose indexes follow the published rule.
+        crcs: CRC-32 of each image's z; that of y is added slice by slice.
+    """
+
+    def __init__(
+        self,
+        gaussian: GaussianConditional,
+        tables: CodingTables,
+        streams: list[bytes],
+        shape: Sequence[int],
+        side_info: list[SideInfo] | None,
+        crcs: list[int],
+    ) -> None:
+        self.gaussian, self.tables, self.crcs = gaussian, tables, list(crcs)
+        count = math.prod(shape)
+        self.decoders = [open_stream(stream, count) for stream in streams]
+        unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
+        self.factors = (
+            torch.stack([scale_factors(gaussian, shifts, count) for shifts, _, _ in unpacked]) if unpacked else None
+        )
+        self.listed = [(positions, above) for _, positions, above in unpacked]
+        self.position = 0
+
+    def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
+        first, self.position = self.position, self.position + sigma[0].numel()
+        if self.factors is not None:
+            sigma = sigma * self.factors[:, first : self.position].view(sigma.shape)
+        indexes = table_index(self.gaussian, sigma).cpu()
+        if self.listed:
+            self._correct(first, indexes.flatten(1), index_below(self.gaussian, sigma).cpu().flatten(1))
+        decoded = []
+        for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
+            decoded.append(self.tables.decode(decoder, index))
+            self.crcs[number] = crc_of(decoded[-1], self.crcs[number])
+        return torch.stack(decoded).to(mu.device).type_as(mu) + mu
+
+    def _correct(self, first: int, indexes: Tensor, below: Tensor) -> None:
+        """Set the encoder's indexes at the listed positions of this slice, in place."""
+        for number, (positions, above) in enumerate(self.listed):
+            start, end = np.searchsorted(positions, (first, self.position))
+            here = torch.from_numpy(positions[start:end] - first)
+            corrected = below[number, here] + torch.from_numpy(above[start:end]).int()
+            # A malicious file may name a row beyond the table, and CompressAI's coder does not check.
+            indexes[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)

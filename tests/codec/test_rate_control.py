@@ -1,0 +1,151 @@
+"""Files of a target size: every target is met by code lengths, and by the bytes of the file."""
+
+import math
+
+import pytest
+import torch
+
+from models import TCM_VBR
+from tests.conftest import TINY
+from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.rate_control import EXTRA_TRIALS, FIRST_INDEX, RateController, UnreachableError
+from utils.codec.rate_model import GRID, RateCurve
+from utils.codec.refinement import _move_to_rate
+from utils.codec.request import Target
+from utils.images import to_uint8
+
+
+@pytest.fixture(scope="module")
+def picture(varied) -> AnalyzedImage:
+    """A tiny codec whose rates lie far apart, and a picture."""
+    small = torch.rand(1, 3, 9, 15, generator=torch.Generator().manual_seed(4))
+    image = torch.nn.functional.interpolate(small, (150, 260), mode="bicubic").clamp(0, 1)
+    return AnalyzedImage(varied, to_uint8(image[0]))
+
+
+def test_bits_are_counted_as_they_are_coded(picture):
+    for index in (0.0, 1.7, 5.0):
+        trial = picture.quantize(index)
+        predicted = trial.bits
+        data = picture.write(trial)
+        assert trial.bits == 8 * len(data)
+        assert abs(predicted - trial.bits) <= 64
+
+
+def test_escapes_are_counted(tiny, image):
+    with torch.no_grad():
+        y, _ = tiny.analyze(image, torch.tensor([2.0]))
+        y[0, 3, 2:4] *= 300
+        y[0, 40, 1] -= 7000
+        quantized = tiny.quantize(y, tiny.h_a(y))
+        coded = tiny.encode_symbols(quantized)
+    real = 8 * (len(coded["strings"][0][0]) + len(coded["strings"][1][0]) + len(coded["side_info"][0].scales))
+    assert abs(tiny.count_bits(quantized)[0] + 96 - real) <= 64
+
+
+def reach(picture: AnalyzedImage) -> tuple[int, int]:
+    return tuple(8 * len(picture.write(picture.quantize(index))) for index in (0.0, 5.0))
+
+
+def test_three_trials_meet_a_target(picture):
+    low, high = reach(picture)
+    assert high > 1.05 * low  # or there would be nothing to steer
+    errors = []
+    for share in (0.05, 0.3, 0.6, 0.95):
+        target = Target(low + share * (high - low))
+        controller = RateController(picture)
+        _, data = controller.encode(target)
+        errors.append(abs(8 * len(data) / target.bits - 1))
+        assert controller.trials <= 4
+        # A second call uses the measurements of the first: its first index is as good as the best.
+        _, again = controller.encode(target)
+        assert abs(8 * len(again) / target.bits - 1) < 0.005
+    assert sum(errors) / len(errors) < 0.005 and max(errors) < 0.01
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_a_cap_is_never_broken_and_nearly_used_up(picture, trials):
+    low, high = reach(picture)
+    for cap in range(low // 8, high // 8, 150):
+        controller = RateController(picture)
+        _, data = controller.encode(Target(8 * cap, cap=True), trials)
+        assert 0 <= 1 - len(data) / cap < 0.01
+        assert controller.trials <= trials + 1 + EXTRA_TRIALS + 1
+
+
+def test_the_smallest_file_is_a_cap_that_can_be_met(picture):
+    low, _ = reach(picture)
+    trial, data = RateController(picture).encode(Target(low, cap=True))
+    assert 8 * len(data) == low and trial.index == 0
+    with pytest.raises(UnreachableError, match=f"smallest file of this picture has {low // 8} bytes"):
+        RateController(picture).encode(Target(low - 8, cap=True))
+
+
+def test_targets_impossible_both_ways(picture):
+    low, high = reach(picture)
+    for target, nearest, index in (
+        (Target(low / 2), low, 0.0),
+        (Target(2 * high), high, 5.0),
+        (Target(2 * high, cap=True), high, 5.0),
+    ):
+        for trials in (1, 3):
+            trial, data = RateController(picture).encode(target, trials)
+            assert trial.index == index and 8 * len(data) == nearest
+
+
+class FormulaController(RateController):
+    """A controller of a picture whose bits follow a formula."""
+
+    def __init__(self, bits) -> None:
+        self.bits, self.trials, self.curve = bits, 0, None
+
+    def try_index(self, index):
+        self.trials += 1
+        self.curve = self.curve or RateCurve(2000 * GRID)
+        self.curve.calibrate(index, self.bits(index))
+        return TrialEncode(index, None, self.bits(index))
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_a_curve_with_bumps(cap):
+    def bits(index):
+        return 14000 + 3000 * index + 300 * index**2 + 60 * math.sin(40 * index)
+
+    for goal in (15000, 19000, 25000, 35000):
+        controller = FormulaController(bits)
+        trial = controller.search(Target(goal, cap))
+        assert abs(trial.bits / goal - 1) < 0.01 and (not cap or trial.bits <= goal)
+        assert controller.trials <= 4 + EXTRA_TRIALS * cap
+
+
+def test_at_least_one_trial(picture):
+    with pytest.raises(ValueError, match="at least one trial"):
+        RateController(picture).search(Target(1e4), 0)
+
+
+def test_the_first_trial_may_be_the_last(picture):
+    controller = RateController(picture)
+    trial, _ = controller.encode(Target(picture.quantize(FIRST_INDEX).bits))
+    assert trial.index == FIRST_INDEX and controller.trials == 1
+
+
+def test_one_pixel():
+    torch.manual_seed(0)
+    model = TCM_VBR(**TINY).eval()
+    model.update(force=True)
+    controller = RateController(AnalyzedImage(model, torch.full((3, 1, 1), 200, dtype=torch.uint8)))
+    _, data = controller.encode(Target(8.0))
+    assert len(data) > 38
+    assert len(controller.encode(Target(8.0 * len(data), cap=True))[1]) <= len(data)
+
+
+def test_latents_are_moved_to_a_rate_by_the_index(varied, picture):
+    """The last part of refinement under a target: y of one index takes the m of another."""
+    low, high = reach(picture)
+    y = picture.rate_model.scaled(2.0) + 0.2  # some latents that no index gives
+    z = varied.h_a(y).detach()
+    bits = low + 0.7 * (high - low)
+    start = picture.quantize_latents(2.0, y, z)
+    moved = _move_to_rate(picture, 2.0, (y, z), bits)
+    assert abs(moved.bits / bits - 1) < 2e-3 < abs(start.bits / bits - 1)
+    assert moved.index != 2.0

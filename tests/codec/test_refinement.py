@@ -1,0 +1,202 @@
+"""DLM: the latents of one picture are refined by gradient descent, and the weights stay as they are."""
+
+import math
+
+import pytest
+import torch
+
+from models.lambdas import index_to_lambda
+from utils.codec import encode as encode_module
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.decode import decode
+from utils.codec.encode import EncodeResult, encode
+from utils.codec.rate_control import UnreachableError
+from utils.codec.refinement import SURROGATES, RateConstraint, Step, gumbel_round, refine
+from utils.codec.request import EncodeRequest, RefinementSettings
+from utils.images import to_uint8
+from utils.metrics import bits, mse
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    """uint8 `[3, 100, 120]`."""
+    small = torch.rand(1, 3, 9, 15, generator=torch.Generator().manual_seed(4))
+    return to_uint8(torch.nn.functional.interpolate(small, (100, 120), mode="bicubic").clamp(0, 1)[0])
+
+
+def test_surrogates_of_rounding():
+    x = torch.linspace(-2.4, 2.4, 97, requires_grad=True)
+    torch.manual_seed(0)
+    for surrogate in SURROGATES.values():
+        value = surrogate(x, 0.4)
+        assert (value - x).abs().max() <= 1
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    cold = torch.stack([gumbel_round(x.detach(), 0.05) for _ in range(20)])
+    assert ((cold - x.detach().floor()).round() - (cold - x.detach().floor())).abs().mean() < 0.02
+
+
+def test_every_latent_has_a_gradient_of_its_rate(tiny, image):
+    """In evaluation mode rounding makes it zero for z and for the last slice, unless there is a surrogate."""
+    y, z = tiny.analyze(image, torch.tensor([1.0]))[0].detach(), None
+    z = tiny.h_a(y).detach().requires_grad_()
+    y.requires_grad_()
+    for name, surrogate in SURROGATES.items():
+        out = tiny.forward_fromlatent(y, z, 1.0, use_scale_table=True, surrogate=lambda r, s=surrogate: s(r, 0.5))
+        last = out["likelihoods"]["y"].chunk(tiny.num_slices, 1)[-1]
+        of_y, of_z = torch.autograd.grad(bits(last).sum() + bits(out["likelihoods"]["z"]).sum(), (y, z))
+        assert of_y.chunk(tiny.num_slices, 1)[-1].abs().sum() > 0, name
+        assert of_z.abs().sum() > 0, name
+
+
+def test_the_surrogate_changes_neither_the_picture_nor_the_bits_of_a_file(tiny, image):
+    with torch.no_grad():
+        plain = tiny(image, 1.0, use_scale_table=True)
+        y = plain["latent"]
+        out = tiny.forward_fromlatent(y, tiny.h_a(y), 1.0, use_scale_table=True, surrogate=lambda r: r + 0.3)
+    assert torch.equal(out["x_hat"], plain["x_hat"])
+    for name, likelihoods in plain["likelihoods"].items():
+        assert torch.allclose(out["coded_likelihoods"][name], likelihoods)
+        assert not torch.allclose(out["likelihoods"][name], likelihoods)
+
+
+def request_of(index=None, steps=0, **more) -> EncodeRequest:
+    settings = {name: more.pop(name) for name in ("method", "learning_rate") if name in more}
+    return EncodeRequest(index, refinement=RefinementSettings(steps, **settings), **more)
+
+
+@pytest.mark.parametrize("method", SURROGATES)
+def test_refinement_is_never_worse_and_what_it_says(varied, picture, method):
+    result = encode(varied, picture, request_of(3.0, 6, method=method))
+    before, after, steps = result.refinement.before, result.refinement.after, result.refinement.steps
+    assert before.data == encode(varied, picture, request_of(3.0)).data
+    assert len(steps) <= 7 and steps[0].number == 0
+    assert steps[0].bpp == pytest.approx(before.bpp, rel=1e-6)
+    decoded = decode(varied, result.data)
+    assert after.data == result.data and after.distortion == mse(picture, decoded)
+    assert after.bpp == 8 * len(result.data) / picture[0].numel()
+    # Latent and loss belong together: what the chosen step claims is what its file has.
+    claimed = steps[result.refinement.chosen]
+    assert after.bpp == pytest.approx(claimed.bpp, rel=2e-3)
+    assert after.distortion == pytest.approx(claimed.mse, rel=0.02)
+    assert result.refinement.chosen > 0 and result.refinement.loss_change < 0
+    lmbda = index_to_lambda(3.0)
+    assert after.bpp + lmbda * after.distortion < before.bpp + lmbda * before.distortion
+
+
+def test_steps_that_make_it_worse_leave_the_plain_file(varied, picture):
+    result = encode(varied, picture, request_of(3.0, 3, method="sgd", learning_rate=1e7))
+    assert result.refinement.chosen == 0 and result.refinement.after == result.refinement.before
+    assert result.data == encode(varied, picture, request_of(3.0)).data
+
+
+def test_a_seed_repeats_and_weights_stay(varied, picture):
+    before = {name: t.clone() for name, t in varied.state_dict().items()}
+    state = torch.get_rng_state()
+    files = [encode(varied, picture, request_of(1.25, 3)).data for _ in range(2)]
+    assert files[0] == files[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], t) for name, t in varied.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in varied.parameters()) and not varied.checkpointing
+
+
+def test_checkpointing_gives_the_same_gradients(tiny, image):
+    with torch.no_grad():
+        y, _ = tiny.analyze(image, torch.tensor([1.0]))
+        z = tiny.h_a(y)
+    gradients = []
+    for tiny.checkpointing in (False, True):
+        y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
+        out = tiny.forward_fromlatent(y, z, 1.0, use_scale_table=True, surrogate=lambda r: r)
+        loss = out["x_hat"].square().mean() + bits(out["likelihoods"]["y"]).sum()
+        gradients.append(torch.autograd.grad(loss, (y, z)))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
+def size_at(varied, picture, index: float) -> int:
+    return round(AnalyzedImage(varied, picture).quantize(index).bits / 8)
+
+
+def gain(result: EncodeResult) -> float:
+    """PSNR of the file over that before refinement, in dB."""
+    return result.refinement.after.psnr - result.refinement.before.psnr
+
+
+@pytest.mark.parametrize("steps", [2, 12])
+def test_a_target_is_kept(varied, picture, steps):
+    wanted = size_at(varied, picture, 2.0)
+    result = encode(varied, picture, request_of(bytes=wanted, steps=steps))
+    assert abs(result.error) <= 0.005 and not result.note
+    assert result.refinement.chosen > 0 and gain(result) > 0
+    result = encode(varied, picture, request_of(max_bytes=wanted, steps=steps))
+    assert len(result.data) <= wanted and -0.01 < result.error <= 0
+    assert gain(result) >= 0
+
+
+def test_an_index_may_keep_its_rate(varied, picture):
+    result = encode(varied, picture, request_of(1.5, 8, keep_rate=True))
+    assert abs(result.refinement.after.bpp / result.refinement.before.bpp - 1) <= 0.005
+    assert gain(result) > 0 and result.error is not None
+
+
+def test_targets_out_of_reach_still_give_a_file(varied, picture):
+    smallest, largest = (size_at(varied, picture, index) for index in (0.0, 5.0))
+    result = encode(varied, picture, request_of(bytes=round(smallest / 3), steps=20))
+    assert result.error > 1 and (result.note.startswith("out of reach: the smallest") or result.index > 0)
+    result = encode(varied, picture, request_of(max_bytes=3 * largest, steps=3))
+    assert result.error is None and result.note.startswith("above the largest file")
+    assert gain(result) > 0
+    with pytest.raises(UnreachableError, match="smallest file"):
+        encode(varied, picture, request_of(max_bytes=60, steps=2))
+
+
+def test_a_cap_below_the_smallest_file_is_met_by_what_refinement_finds(varied, picture, monkeypatch):
+    def found(image, start, settings, target, on_step):
+        y = 0.3 * image.latents(0.0)[0]
+        return [(image.quantize_latents(0.0, y, varied.h_a(y).detach()), Step(1, 1, 1, 1, 1))], []
+
+    monkeypatch.setattr(encode_module, "refine", found)
+    smallest = len(encode(varied, picture, request_of(0.0)).data)
+    result = encode(varied, picture, request_of(max_bytes=smallest - 1, steps=1))
+    assert len(result.data) < smallest and result.refinement.chosen == 1
+
+
+def test_files_of_a_target_are_compared_by_distortion_whatever_their_index(varied, picture, monkeypatch):
+    """λ · D would make the worse of two pictures the better, where its index is the smaller."""
+
+    def found(image, start, settings, target, on_step):
+        return [(image.quantize(start.index + move), Step(1, 1, 1, 1, 1)) for move in (0.02, -0.02)], []
+
+    monkeypatch.setattr(encode_module, "refine", found)
+    wanted = size_at(varied, picture, 2.0)
+    taken = encode(varied, picture, request_of(bytes=wanted, steps=1)).refinement
+    files = [encode(varied, picture, request_of(taken.before.index + move)).data for move in (-0.02, 0, 0.02)]
+    allowed = [mse(picture, decode(varied, data)) for data in files if abs(len(data) / wanted - 1) <= 0.005]
+    assert len(allowed) > 1 and taken.after.distortion == min(allowed)
+
+
+def test_what_a_constraint_prefers():
+    constraint, cap = RateConstraint(1.0), RateConstraint(0.997, limit=1.0)
+    assert constraint.rank(1.002, 5) < constraint.rank(0.999, 6) < constraint.rank(1.01, 1) < constraint.rank(0.9, 1)
+    assert cap.rank(0.9, 1) < cap.rank(0.998, 5) < cap.rank(1.001, 1) < cap.rank(1.1, 0.5)
+    rising = [Step(0, bpp, 1.0, 1.0, 1.0) for bpp in (1.0, 1.02)]
+    falling = [*rising[::-1], Step(0, 0.97, 1.0, 1.0, 1.0)]
+    assert constraint.correction(rising) > 0 > constraint.correction(falling)
+    assert RateConstraint(0.9, limit=1.0, controlled=False).correction(rising) == 0
+
+
+def test_one_pixel_is_refined(varied):
+    image = torch.full((3, 1, 1), 90, dtype=torch.uint8)
+    result = encode(varied, image, request_of(0.5, 2))
+    assert decode(varied, result.data).shape == (3, 1, 1) and result.refinement.loss_change <= 0
+    assert math.isfinite(result.refinement.steps[-1].loss)
+
+
+def test_only_the_original_pixels_count(varied, picture):
+    whole = AnalyzedImage(varied, picture)
+    trial, seen = whole.quantize(2.0), []
+    refine(whole, trial, RefinementSettings(1), on_step=seen.append)
+    decoded = decode(varied, whole.write(trial))
+    assert seen[0].mse == pytest.approx(mse(picture, decoded), rel=0.02)
+    assert seen[0].bpp == pytest.approx(trial.bits / (100 * 120), rel=1e-3)

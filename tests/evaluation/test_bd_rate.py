@@ -1,0 +1,31 @@
+import json
+
+import pytest
+
+from utils import cli
+from utils.evaluation import bd_rate
+
+
+def test_bd_rate_joins_files_and_leaves_out_what_is_beaten(tmp_path, capsys):
+    def write(name, points):
+        bpp, psnr = map(list, zip(*points, strict=True))
+        (tmp_path / name).write_text(json.dumps({"results": {"bpp": bpp, "psnr-rgb": psnr}}))
+        return str(tmp_path / name)
+
+    curve = [(0.1, 28.0), (0.2, 31.0), (0.4, 34.0), (0.8, 37.0), (1.6, 40.0)]
+    singles = [write(f"{number}.json", [point]) for number, point in enumerate(curve)]
+    test = write("test.json", [(0.9 * bpp, psnr) for bpp, psnr in curve] + [(1.0, 30.0)])
+    bd_rate.main(["--anchor", *singles, "--test", test])
+    output = capsys.readouterr().out
+    assert "BD-rate: -10.00 %" in output
+    assert "left out, beaten by a cheaper point: 1.0000 bpp 30.00 dB" in output
+    with pytest.raises(cli.UserError, match="four rising points"):
+        bd_rate.main(["--anchor", *singles[:3], "--test", test])
+    high = write("high.json", [(bpp, psnr + 20) for bpp, psnr in curve])
+    bd_rate.main(["--anchor", *singles, "--test", high])
+    output = capsys.readouterr().out
+    assert "BD-rate: none, no quality in common" in output and "BD-psnr: +20.00 dB" in output
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(cli.UserError, match="broken.json"):
+        bd_rate.main(["--anchor", str(broken), "--test", test])

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from models.lambdas import LADDER, check_index, index_to_lambda, random_index
+
+
+def test_whole_indexes_are_the_published_ladder():
+    assert LADDER == (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05)
+    assert [index_to_lambda(i) for i in range(6)] == pytest.approx(LADDER)
+    assert index_to_lambda(torch.arange(6)).tolist() == pytest.approx(LADDER)
+
+
+def test_between_them_lambda_is_geometric():
+    assert index_to_lambda(1.5) == pytest.approx((0.0035 * 0.0067) ** 0.5)
+    values = index_to_lambda(torch.linspace(0, 5, 101))
+    assert (values.diff() > 0).all()
+
+
+@pytest.mark.parametrize("index", [-0.1, 5.01, float("nan"), float("inf"), torch.tensor([0.0, 7.0])])
+def test_index_outside(index):
+    with pytest.raises(ValueError, match="index must lie"):
+        check_index(index, 2)
+
+
+def test_forms_of_an_index():
+    assert check_index(3, 2).tolist() == [3, 3]
+    assert check_index(torch.tensor(2.5), 1).tolist() == [2.5]
+    assert check_index(torch.tensor([1, 2]), 2).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="3 indexes for 2 images"):
+        check_index(torch.tensor([1, 2, 3]), 2)
+
+
+def test_drawn_indexes_fill_the_range():
+    torch.manual_seed(0)
+    index = random_index(2000)
+    assert 0 <= index.min() < 0.02 and 4.98 < index.max() <= 5
+    assert len(index.unique()) > 1900

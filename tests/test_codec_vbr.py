@@ -1,0 +1,244 @@
+"""codec_vbr.py as a user runs it."""
+
+import contextlib
+import io
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import codec_vbr
+from models import TCM
+from tests.conftest import TINY, shake
+from utils import cli
+from utils.checkpoint import export_model, load_model
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.decode import decode
+from utils.codec.encode import encode
+from utils.codec.request import EncodeRequest
+from utils.images import read_image
+from utils.metrics import psnr
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def codec(checkpoint):
+    """Call codec_vbr.py's main with the tiny weights; returns its status."""
+
+    def call(command, *more) -> int:
+        weights = [] if command == "info" else ["--checkpoint", checkpoint, "--device", "cpu"]
+        return codec_vbr.main([command, *map(str, more), *weights])
+
+    return call
+
+
+def test_one_picture_there_and_back(codec, photos, checkpoint, tmp_path, capsys):
+    file, back = tmp_path / "a.tvbr", tmp_path / "back.png"
+    assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--verify") == 0
+    said = capsys.readouterr().err
+    assert f"{file.stat().st_size} bytes" in said and "index 1.5, 190×170" in said
+    assert codec("decode", file, back) == 0
+    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    assert torch.equal(read_image(back), decode(model, encode(model, image, EncodeRequest(1.5)).data))
+    assert float(re.search(r"verified: ([\d.]+) dB", said)[1]) == round(psnr(image, read_image(back)), 2)
+    capsys.readouterr()
+    assert codec("info", file) == 0
+    said = capsys.readouterr().out
+    assert "version 3, 190×170" in said and "index 1.5" in said and load_model(checkpoint).fingerprint.hex() in said
+
+
+def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):
+    file = tmp_path / "a.tvbr"
+    file.write_bytes(b"precious")
+    with pytest.raises(cli.UserError, match="a.tvbr: exists; --force"):
+        codec("encode", photos / "p0.png", file)
+    assert file.read_bytes() == b"precious"
+    assert codec("encode", photos / "p0.png", file, "--force") == 0
+    assert file.read_bytes()[:4] == b"TVBR"
+
+
+def test_folders_and_a_rerun(codec, photos, tmp_path, capsys):
+    (photos / "p3.png").write_bytes(b"broken")
+    (photos / "deeper").mkdir()
+    (photos / "p7.png").rename(photos / "deeper" / "p7.png")
+    assert codec("encode", photos, tmp_path / "coded") == 1
+    said = capsys.readouterr().err
+    assert "error: " in said and "p3.png: cannot be read as a picture" in said
+    names = {path.name for path in (tmp_path / "coded").iterdir()}
+    assert names == {f"p{i}.tvbr" for i in range(8) if i != 3}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "coded").iterdir()}
+    (tmp_path / "coded" / "p0.tvbr").unlink()
+    assert codec("encode", photos, tmp_path / "coded") == 1  # p3 is still broken
+    assert "6 of 8 are finished and left alone" in capsys.readouterr().err
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path.name != "p0.tvbr")
+    assert codec("decode", tmp_path / "coded", tmp_path / "pictures") == 0
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {name[:2] for name in names}
+    assert codec("info", tmp_path / "coded") == 0
+    (photos / "deeper" / "p1.jpg").write_bytes((photos / "p1.png").read_bytes())
+    with pytest.raises(cli.UserError, match="would both become"):
+        codec("encode", photos, tmp_path / "other")
+
+
+def test_standard_input_and_output(photos, checkpoint):
+    """Two processes and a pipe."""
+
+    def start(data, *more):
+        command = [sys.executable, "codec_vbr.py", *more, "-", "-", "--checkpoint", checkpoint]
+        return subprocess.Popen(command, cwd=ROOT, stdin=data, stdout=subprocess.PIPE)
+
+    with (
+        (photos / "p0.png").open("rb") as file,
+        start(file, "encode") as encoding,
+        start(encoding.stdout, "decode") as decoding,
+    ):
+        picture = Image.open(io.BytesIO(decoding.communicate(timeout=200)[0]))
+    assert encoding.returncode == decoding.returncode == 0
+    assert picture.size == (190, 170)
+
+
+def test_a_fixed_rate_model_codes_too(photos, tmp_path, capsys):
+    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [])
+    weights = ["--checkpoint", str(tmp_path / "tcm.pth.tar")]
+    assert codec_vbr.main(["encode", str(photos / "p0.png"), str(tmp_path / "a.tvbr"), "--verify", *weights]) == 0
+    assert codec_vbr.main(["decode", str(tmp_path / "a.tvbr"), str(tmp_path / "a.png"), *weights]) == 0
+    codec_vbr.main(["info", str(tmp_path / "a.tvbr")])
+    assert "fixed rate" in capsys.readouterr().out
+
+
+def hostile_pictures(folder: Path, good: bytes) -> None:
+    folder.mkdir()
+    (folder / "empty.png").touch()
+    (folder / "truncated.png").write_bytes(good[: len(good) // 2])
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(good)).save(jpeg, format="JPEG")
+    (folder / "cut.jpg").write_bytes(jpeg.getvalue()[:900])
+    (folder / "random.png").write_bytes(np.random.default_rng(0).bytes(5000))
+    bomb = io.BytesIO()
+    Image.new("L", (20000, 20000)).save(bomb, format="PNG")
+    (folder / "bomb.png").write_bytes(bomb.getvalue())
+    (folder / "folder.png").mkdir()
+    (folder / "folder.png" / "text.jpg").write_text("no picture")
+
+
+def test_hostile_pictures_are_named_and_the_good_ones_coded(codec, photos, tmp_path, capsys):
+    hostile_pictures(tmp_path / "bad", (photos / "p0.png").read_bytes())
+    (tmp_path / "bad" / "wrong extension.jpg").write_bytes((photos / "p0.png").read_bytes())
+    assert codec("encode", tmp_path / "bad", tmp_path / "coded") == 1
+    said = capsys.readouterr().err
+    empty = "empty.png: cannot be read as a picture (is empty)"
+    for text in (empty, "truncated.png", "cut.jpg", "random.png", "bomb.png", "text.jpg"):
+        assert any(line.startswith("error: ") and text in line for line in said.splitlines()), text
+    assert [path.name for path in (tmp_path / "coded").iterdir()] == ["wrong extension.tvbr"]
+
+
+def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_path, capsys):
+    coded = tmp_path / "good.tvbr"
+    codec("encode", photos / "p0.png", coded)
+    good = coded.read_bytes()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for name, data in {
+        "empty": b"",
+        "picture": (photos / "p0.png").read_bytes(),
+        "truncated": good[:-9],
+        "random": np.random.default_rng(0).bytes(999),
+        "huge": good[:6] + b"\xff" * 4 + good[10:],
+        "newer": good[:4] + b"\x07" + good[5:],
+    }.items():
+        (bad / f"{name}.tvbr").write_bytes(data)
+    capsys.readouterr()
+    for command in (["decode", bad, tmp_path / "pictures"], ["info", bad]):
+        start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert codec(*command) == 1
+        assert time.monotonic() - start < 30  # six files and the weights
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**21
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 6
+    assert not (tmp_path / "pictures").exists() or not list((tmp_path / "pictures").iterdir())
+    with pytest.raises(cli.UserError, match="no such file"):
+        codec("decode", tmp_path / "nowhere.tvbr", tmp_path / "x.png")
+    with pytest.raises(cli.UserError, match="no .tvbr files"):
+        codec("info", photos)
+
+
+def test_a_picture_without_room_on_the_gpu_is_named_and_the_others_coded(codec, photos, tmp_path, capsys, monkeypatch):
+    real = AnalyzedImage.quantize
+
+    def quantize(image, index):
+        if image.width == 193:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(image, index)
+
+    monkeypatch.setattr(AnalyzedImage, "quantize", quantize)
+    assert codec("encode", photos, tmp_path / "coded") == 1
+    assert "p3.png: too large for the memory of this GPU: try --device cpu" in capsys.readouterr().err
+    assert len(list((tmp_path / "coded").iterdir())) == 7
+
+
+def test_info_and_bad_input_do_without_pytorch(codec, photos, tmp_path):
+    """PyTorch takes seconds to import. Tested in fresh processes, as this one has imported it."""
+    hostile_pictures(tmp_path / "bad", (photos / "p0.png").read_bytes())
+    codec("encode", photos / "p0.png", tmp_path / "good.tvbr")
+    (tmp_path / "cut.tvbr").write_bytes((tmp_path / "good.tvbr").read_bytes()[:-1])
+    program = "import sys, codec_vbr; s = codec_vbr.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(s)"
+    for status, command in (
+        (0, ["info", tmp_path / "good.tvbr"]),
+        (1, ["decode", tmp_path / "cut.tvbr", tmp_path / "x.png"]),
+        (1, ["encode", tmp_path / "bad", tmp_path / "coded"]),
+    ):
+        command = [sys.executable, "-c", program, *map(str, command)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == status and "Traceback" not in ran.stderr, ran.stderr
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "coded").exists()
+
+
+def test_another_models_file_is_refused(codec, photos, tmp_path, capsys):
+    codec("encode", photos / "p0.png", tmp_path / "a.tvbr")
+    torch.manual_seed(3)
+    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [])
+    weights = ["--checkpoint", str(tmp_path / "tcm.pth.tar")]
+    assert codec_vbr.main(["decode", str(tmp_path / "a.tvbr"), str(tmp_path / "a.png"), *weights]) == 1
+    assert "a.tvbr: encoded with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_killed_in_the_middle_of_a_batch_nothing_finished_is_lost(photos, checkpoint, tmp_path):
+    command = ["encode", str(photos), str(tmp_path / "coded"), "--checkpoint", checkpoint]
+    process = subprocess.Popen([sys.executable, "codec_vbr.py", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 100
+    while len(list((tmp_path / "coded").glob("p*.tvbr")) if (tmp_path / "coded").exists() else []) < 2:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    model = load_model(checkpoint)
+    finished = list((tmp_path / "coded").glob("p*.tvbr"))
+    for path in finished:
+        decode(model, path.read_bytes())
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert codec_vbr.main(command) == 0
+    assert f"{len(finished)} of 8 are finished" in said.getvalue()
+    assert len(list((tmp_path / "coded").glob("p*.tvbr"))) == 8
+
+
+@pytest.mark.parametrize("more", [["encode", "-l", "7", "a", "b"], ["decode"], []])
+def test_wrong_arguments(more, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        codec_vbr.main(more)
+    assert leaving.value.code == 2
+
+
+def test_a_folder_is_needed_for_several(codec, photos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(cli.UserError, match="several pictures need a folder"):
+        codec("encode", photos, tmp_path / "file")
+    with pytest.raises(cli.UserError, match="standard output takes one picture"):
+        codec("encode", photos, "-")

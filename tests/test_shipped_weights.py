@@ -1,0 +1,47 @@
+"""The shipped weights: size and training record of the file, and more bits at every higher index."""
+
+import pytest
+import torch
+
+from models import TCM_VBR
+from models.config import PRESETS
+from models.lambdas import LADDER
+from utils.checkpoint import BUNDLED, load_model, read_checkpoint
+from utils.evaluation.evaluate import evaluate
+from utils.images import read_image
+from utils.pictures import find_images_or_samples
+
+
+@pytest.fixture(scope="module")
+def bundled() -> TCM_VBR:
+    return load_model(BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def photo() -> torch.Tensor:
+    """The middle of scikit-image's cat."""
+    return read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
+
+
+def test_the_file(bundled):
+    assert BUNDLED.stat().st_size <= 28e6
+    checkpoint = read_checkpoint(BUNDLED)
+    assert checkpoint["lambdas"] == list(LADDER)
+    assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
+    assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
+    assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(checkpoint["training"][-1])
+    assert bundled.arguments == PRESETS["small"].as_dict()
+
+
+def test_more_bits_at_every_higher_index(bundled, photo):
+    bpp = [evaluate(bundled, "cat", photo, float(index), real=False)[0].bpp for index in range(6)]
+    assert all(lower < higher for lower, higher in zip(bpp, bpp[1:], strict=False)), bpp
+
+
+def test_real_files_cost_what_was_estimated(bundled, photo):
+    real, decoded = evaluate(bundled, "cat", photo, 2.5, real=True)
+    estimated, expected = evaluate(bundled, "cat", photo, 2.5, real=False)
+    assert torch.equal(decoded, expected)
+    fixed = 8 * (38 + 2 * 8) / photo[0].numel()  # the header, and the 64-bit state that ends each rANS stream
+    assert real.bpp - fixed == pytest.approx(estimated.bpp, rel=0.01)
+    assert real.psnr > 30

@@ -1,0 +1,111 @@
+"""Training in several processes, as torchrun starts them (gloo on the CPU)."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.tcm import TCM_VBR
+from tests.conftest import TINY
+from tests.training.test_trainer import ROOT, arguments, recorded_losses, train, wait_for
+from utils.checkpoint import export_model, read_checkpoint
+
+# train_vbr.py, with the loss of every step printed in full by the first process.
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import train_vbr
+from utils import cli
+from utils.training.trainer import Trainer
+step = Trainer.step
+def printed(self):
+    values = step(self)
+    if self.context.is_main:
+        print("loss", values["loss"].hex(), flush=True)
+    return values
+Trainer.step = printed
+cli.run(train_vbr.main)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a run in two processes; its output is in the file `output` of the run's folder."""
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    started = []
+
+    def launch(folder: Path, *more) -> subprocess.Popen:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*torchrun, str(tmp_path / "driver.py"), *map(str, more)]
+        folder.mkdir()
+        with (folder / "output").open("w") as file:
+            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True))
+        return started[-1]
+
+    yield launch
+    for process in started:  # torchrun's own children too, which would go on without it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def losses(folder: Path) -> list[float]:
+    found = re.findall(r"loss (0x[0-9a-f.]+p[+-]\d+)", (folder / "output").read_text())
+    return [float.fromhex(number) for number in found]
+
+
+def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
+    torch.manual_seed(0)
+    export_model(tmp_path / "fresh.pth.tar", TCM_VBR(**TINY), [])
+    (tmp_path / "held out").mkdir()
+    for path in sorted(photos.iterdir())[:3]:  # the first process measures two, the second one
+        shutil.copy(path, tmp_path / "held out")
+    common = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 12, "--val", tmp_path / "held out"]
+    common += ["--seed", 2]  # of which no latent is so near a half that the order of a sum decides how it is rounded
+    folders = tmp_path / "by1", tmp_path / "by2"
+    process = start(folders[1], *arguments(photos, folders[1], *common), "-bs", 2)
+    one = recorded_losses(monkeypatch)
+    train(photos, folders[0], *common, "-bs", 4)  # here, while the processes start
+    assert process.wait(300) == 0, (folders[1] / "output").read_text()[-3000:]
+    two = losses(folders[1])
+    rows = [json.loads((folder / "validation.jsonl").read_text()) for folder in folders]
+    assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)  # only the first process writes
+    assert len(one) == len(two) == 12
+    assert two == pytest.approx(one, rel=1e-5)
+    assert rows[0]["patches"] == rows[1]["patches"] == 48
+    for name in ("bpp", "psnr", "loss"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
+    record = read_checkpoint(folders[1] / "model.pth.tar")["training"][-1]
+    assert record["processes"] == 2 and record["settings"]["batch_size"] == 4
+
+
+def test_a_dead_process_ends_the_run_with_a_message(photos, checkpoint, tmp_path, start):
+    folder = tmp_path / "run"
+    more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 0)
+    process = start(folder, *more)
+    wait_for(lambda: len(losses(folder)) > 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert "error: another process of this run has ended, or cannot be reached" in (folder / "output").read_text()
+    assert read_checkpoint(folder / "last.pth.tar")["progress"]["step"] > 0
+
+
+def test_a_signal_reaches_all_processes_at_one_step(photos, checkpoint, tmp_path, start):
+    folder = tmp_path / "run"
+    more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000)
+    process = start(folder, *more)
+    wait_for(lambda: len(losses(folder)) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    step = read_checkpoint(folder / "last.pth.tar")["progress"]["step"]
+    assert f"stopped and saved at step {step}" in (folder / "output").read_text()
+    assert step == len(losses(folder))

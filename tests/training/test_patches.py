@@ -1,0 +1,93 @@
+"""What is trained on: a function of the seed and the position alone, whoever reads it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from utils.images import read_image, save_image
+from utils.pictures import ImageError, find_images
+from utils.training.patches import PatchDataset, batches, decoded_gigabytes, random_crop, read_all
+
+CPU = torch.device("cpu")
+SIZE = (128, 128)
+
+
+def first(photographs, count, batch=4, rank=0, size=1, start=0, workers=0):
+    found = batches(photographs, batch, rank, size, start, workers, CPU)
+    return list(itertools.islice(found, count))
+
+
+def same(a, b):
+    return torch.equal(a.patches, b.patches) and torch.equal(a.rate_uniform, b.rate_uniform) and a.seeds == b.seeds
+
+
+def test_cached_read_and_worked_patches_are_the_same(photos):
+    paths = find_images([photos])
+    cached = first(PatchDataset(paths, SIZE, 3, cache=read_all(paths, SIZE, CPU, quiet=True)), 5)
+    assert all(map(same, cached, first(PatchDataset(paths, SIZE, 3), 5)))
+    assert all(map(same, cached, first(PatchDataset(paths, SIZE, 3), 5, workers=2)))
+    assert not same(cached[0], first(PatchDataset(paths, SIZE, 4), 1)[0])
+
+
+def test_processes_share_out_a_batch_and_a_run_goes_on_anywhere(photos):
+    photographs = PatchDataset(find_images([photos]), SIZE, 0)
+    whole = first(photographs, 4)
+    halves = [first(photographs, 4, batch=2, rank=rank, size=2) for rank in (0, 1)]
+    for batch, left, right in zip(whole, *halves, strict=True):
+        assert torch.equal(batch.patches, torch.cat([left.patches, right.patches]))
+        assert batch.seeds == left.seeds + right.seeds
+    assert all(map(same, whole[2:], first(photographs, 2, start=8)))
+
+
+def test_a_pass_takes_every_photograph_once_in_a_new_order(photos):
+    photographs = PatchDataset(find_images([photos]), SIZE, 0)
+    laps = [[photographs._number(lap * 8 + place) for place in range(8)] for lap in range(3)]
+    assert all(sorted(lap) == list(range(8)) for lap in laps)
+    assert laps[0] != laps[1] != laps[2]
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_unusable_photographs_are_named_and_passed_over(photos, workers, capsys):
+    (photos / "p2.png").write_bytes(b"broken")
+    save_image(photos / "p5.png", torch.zeros(3, 100, 300, dtype=torch.uint8))
+    paths = find_images([photos])
+    cache = read_all(paths, SIZE, CPU) if workers is None else None
+    found = first(PatchDataset(paths, SIZE, 0, cache=cache), 4, workers=workers or 0)
+    told = {text for batch in found for text in batch.unusable}
+    assert len(told) == 2
+    assert any("p2.png: cannot be read" in text for text in told)
+    assert any("p5.png: 300×100 is smaller than a patch of 128×128" in text for text in told)
+    if workers is None:
+        printed = capsys.readouterr().err
+        assert all(f"skipped: {text}" in printed for text in told)
+    assert all(batch.patches.shape == (4, 3, 128, 128) for batch in found)
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"broken")
+    paths = find_images([tmp_path])
+    with pytest.raises(ImageError, match="no photograph is left"):
+        read_all(paths, SIZE, CPU, quiet=True)
+    with pytest.raises(ImageError, match="no photograph is left"):
+        first(PatchDataset(paths, SIZE, 0), 1)
+
+
+def test_patches_are_cut_from_the_photograph():
+    image = torch.arange(3 * 200 * 220).view(3, 200, 220).remainder(251).to(torch.uint8)
+    values = set(map(tuple, image.flatten(1).T.tolist()))
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        patch = random_crop(image, SIZE, 0.0, random)
+        assert patch.shape == (3, *SIZE) and set(map(tuple, patch.flatten(1).T.tolist())) <= values
+    assert random_crop(image, (128, 192), 0.0, random).shape == (3, 128, 192)
+    flat = torch.full((3, 256, 256), 7, dtype=torch.uint8)
+    assert all((random_crop(flat, SIZE, 1.0, random) == 7).all() for _ in range(8))
+
+
+def test_memory_is_known_before_anything_is_decoded(photos):
+    exact = sum(read_image(path).numel() for path in photos.iterdir()) / 1e9
+    assert decoded_gigabytes(find_images([photos])) == pytest.approx(exact)
+    assert decoded_gigabytes(find_images([photos]), most=4) == pytest.approx(exact, rel=0.05)

@@ -1,0 +1,1 @@
+"""Benchmarks: speed of coding and of training, accuracy of rate control, decoding under other floating point."""

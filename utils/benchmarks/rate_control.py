@@ -1,0 +1,104 @@
+"""How well files meet their target: targets spread over what each picture can reach, one trial, three, and a cap.
+
+    python -m utils.benchmarks.rate_control -d kodak --json control.json
+"""
+
+import argparse
+import statistics
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from models.lambdas import MAX_INDEX
+from utils import cli
+from utils.codec.request import EncodeRequest, Target
+from utils.device import clock, timed
+from utils.files import BUNDLED, write_json
+from utils.pictures import find_images_or_samples
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+    from torch import Tensor
+
+    from models import TCM_VBR
+
+MODES = {"one trial": (1, False), "at most three": (3, False), "not above": (3, True)}  # trials; whether it is a cap
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
+    add("--targets", type=int, default=5, metavar="N", help="targets per picture and mode")
+    add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
+    add("--json", metavar="FILE", help="write every target, size and time")
+    cli.add_device_argument(parser)
+    return parser.parse_args(argv)
+
+
+def measure(model: "TCM_VBR", name: str, image: "Tensor", targets: int) -> list[dict]:
+    """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
+    from utils.codec.analyzed import AnalyzedImage
+    from utils.codec.encode import encode
+    from utils.codec.rate_control import RateController
+
+    analyzed = AnalyzedImage(model, image)
+    smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))
+    _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
+    rows = []
+    for mode, (max_trials, cap) in MODES.items():
+        for number in range(targets):
+            share = (number + 0.5) / targets
+            target = Target(float(round(smallest + share * (largest - smallest))), cap)
+            start = clock(image.device)
+            controller = RateController(AnalyzedImage(model, image))
+            analysis_end = clock(image.device)
+            trial, data = controller.encode(target, max_trials)
+            end = clock(image.device)
+            rows.append(
+                {
+                    "image": name,
+                    "mode": mode,
+                    "target_bits": target.bits,
+                    "bits": 8 * len(data),
+                    "error": 8 * len(data) / target.bits - 1,
+                    "index": trial.index,
+                    "probes": controller.trials - 1,
+                    "seconds": end - start,
+                    "probe_seconds": (end - analysis_end) / controller.trials,
+                    "encode_seconds": encode_seconds,
+                }
+            )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    import torch
+
+    from utils.checkpoint import load_model
+    from utils.evaluation.results import short_names
+    from utils.images import read_image
+
+    device, paths = cli.pick_device(args.device), find_images_or_samples(args.data)
+    model = load_model(args.checkpoint, device, variable_rate=True)
+    cli.print_weights(args.checkpoint)
+    model.prepare()
+    names, rows = short_names(paths), []
+    for path in tqdm(paths, unit="image", disable=None):
+        rows += measure(model, names[path], read_image(path).to(device), args.targets)
+    head = f"{'mode':<15} {'mean |error| %':>14} {'worst %':>8} {'highest %':>9} {'trials':>6} {'seconds':>7} "
+    print(head + "trial/encode")
+    for mode in MODES:
+        chosen = [row for row in rows if row["mode"] == mode]
+        errors = [100 * row["error"] for row in chosen]
+        mean, worst = statistics.mean(map(abs, errors)), max(errors, key=abs)
+        trials, seconds = (statistics.mean(row[key] for row in chosen) for key in ("probes", "seconds"))
+        share = statistics.median(row["probe_seconds"] / row["encode_seconds"] for row in chosen)
+        print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")
+    print(f"{len(paths)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)

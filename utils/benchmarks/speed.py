@@ -1,0 +1,108 @@
+"""Where the time of coding goes on this machine: analysis, slices, entropy coding, synthesis.
+
+    python -m utils.benchmarks.speed                              # shipped architecture, 768×512
+    python -m utils.benchmarks.speed --preset full --width 1920 --height 1080
+
+Weights are random unless --checkpoint is given: the arithmetic does not depend on them. The σ of random weights mean
+nothing, so the coder's symbols are then drawn with σ log-uniform in 0.11 … 1 (0.8 bits per symbol). GMAC are counted
+by PyTorch's FLOP counter; the rate to compare with is that of a float32 matrix product in this process.
+"""
+
+import argparse
+
+from models.config import PRESETS
+from utils import cli
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="small", help="architecture")
+    add("--checkpoint", metavar="FILE", help="weights, in place of random ones of the preset")
+    add("--width", type=int, default=768, metavar="W", help="of the image, in pixels")
+    add("--height", type=int, default=512, metavar="H", help="of the image, in pixels")
+    add("--runs", type=int, default=5, metavar="R", help="timed runs; the median is printed")
+    add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
+    cli.add_device_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.runs < 1:
+        raise cli.UserError("--runs must be at least 1")
+    import torch  # here: it takes seconds, and --help does without
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with torch.no_grad():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print the times of the networks, of coding y, and the peak memory."""
+    import torch
+
+    from models import TCM_VBR
+    from models.coding_tables import open_stream
+    from models.portable import portable_indexes
+    from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+    from utils.checkpoint import load_model
+    from utils.images import pad
+
+    torch.manual_seed(0)
+    device = cli.pick_device(args.device)
+    if args.checkpoint:
+        model = load_model(args.checkpoint, device)
+        cli.print_weights(args.checkpoint)
+    else:
+        model = TCM_VBR(PRESETS[args.preset]).eval()
+        model.update()
+        model.to(device, memory_format=torch.channels_last)
+    x = pad(torch.rand(1, 3, args.height, args.width, device=device))
+    index = model.resolve_index(2.5, 1)
+    y, _ = model.analyze(x, index)
+    quantized = model.quantize(y, model.h_a(y), portable=False)
+    works = {
+        "float32 matrix product": matrix_product(device),
+        "analysis": lambda: model.analyze(x, index),
+        "hyper + slices": lambda: model.quantize(y, model.h_a(y), portable=False),
+        "synthesis": lambda: model.synthesize(quantized.y_hat, index),
+    }
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{args.width}×{args.height}, padded to {x.shape[3]}×{x.shape[2]}, N={model.N}, M={model.M}")
+    print(f"{'':<22} {'seconds':>9} {'GMAC':>8} {'GMAC/s':>8} {'of matrix rate':>15}")
+    seconds = median_seconds(works.values(), device, args.runs)
+    measured = {name: (s, count_macs(work)) for (name, work), s in zip(works.items(), seconds, strict=True)}
+    measured["analysis + synthesis"] = tuple(map(sum, zip(measured["analysis"], measured["synthesis"], strict=True)))
+    product_seconds, product_macs = measured["float32 matrix product"]
+    for name, (spent, macs) in measured.items():
+        share = macs / spent / (product_macs / product_seconds)
+        print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
+
+    tables, symbols, sigma = model.coding_tables[0], quantized.y[0], quantized.sigma[0]
+    if not args.checkpoint:
+        drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
+        symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
+    parts = tables.code_lengths, symbols.flatten(), sigma.flatten()
+    indexes = portable_indexes(model.gaussian_conditional, *parts, model.epsilon)[0].view(symbols.shape)
+    stream = tables.encode(symbols, indexes)
+
+    def decode() -> None:
+        decoder = open_stream(stream, indexes.numel())
+        for part in indexes.chunk(model.num_slices):
+            tables.decode(decoder, part)
+
+    works = {
+        "indexes": lambda: portable_indexes(model.gaussian_conditional, *parts, model.epsilon),
+        "to bytes": lambda: tables.encode(symbols, indexes),
+        "from bytes": decode,
+    }
+    for name, work in works.items():
+        (spent,) = median_seconds([work], device, args.runs)
+        print(f"{'coding y: ' + name:<22} {spent:9.3f}")
+    print(f"peak memory {peak_memory(device) / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""What a training step costs on this machine: patches per second, against its forward pass, and in memory.
+
+    python -m utils.benchmarks.training                                   # shipped architecture, float32
+    python -m utils.benchmarks.training --preset full --amp --compile -bs 16
+
+Random weights and random photographs: the arithmetic does not depend on them. GMAC are counted by PyTorch's FLOP
+counter, forward and backward; the rate to compare with is that of a matrix product of the same precision.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.config import PRESETS
+from utils import cli
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+    from utils.training.trainer import Trainer
+
+PHOTOGRAPHS = 16
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="small", help="architecture")
+    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step")
+    add("--patch-size", type=int, default=256, metavar="N", help="side of a patch, a multiple of 128")
+    add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--runs", type=int, default=5, metavar="R", help="timed runs, after two to warm up; the median is printed")
+    cli.add_device_argument(parser)
+    return parser.parse_args(argv)
+
+
+def make_trainer(args: argparse.Namespace, folder: Path) -> "Trainer":
+    """A trainer of random weights on random photographs."""
+    import torch
+
+    from models import TCM_VBR
+    from utils.training.distributed import DistContext
+    from utils.training.objectives import Objective
+    from utils.training.patches import PatchDataset
+    from utils.training.schedule import Settings
+    from utils.training.trainer import Trainer, compile_networks
+
+    context = DistContext(cli.pick_device(args.device))
+    objective = Objective(TCM_VBR(PRESETS[args.preset]))
+    objective.to(context.device, memory_format=torch.channels_last)
+    size, sides = (args.patch_size, args.patch_size), (3, 2 * args.patch_size, 2 * args.patch_size)
+    cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
+    settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
+    dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
+    trainer = Trainer(objective, dataset, 0, [], folder, settings, context)
+    trainer.open_batches()
+    if args.compile:
+        compile_networks(objective.model)
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
+        raise cli.UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
+    import torch
+
+    from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+    from utils.training.trainer import PRECISIONS
+
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, Path(folder))
+        batch, device = trainer.next_batch(), trainer.device
+        x = batch.patches.float() / 255
+        noise = trainer.noise(batch.seeds, x.shape[2:])
+
+        def forward() -> dict[str, torch.Tensor]:
+            return trainer.objective(x, batch.rate_uniform, noise)
+
+        macs = count_macs(lambda: forward()["total"].backward())
+        product = matrix_product(device, PRECISIONS.get(args.amp, torch.float32))
+        product_macs, works = count_macs(product), (product, forward, trainer.step, trainer.next_batch)
+        product_seconds, forward_seconds, step, data = median_seconds(works, device, args.runs)
+    rate, precision = product_macs / product_seconds, args.amp or "float32"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
+    print(f"{args.preset}, {args.batch_size} patches of {args.patch_size}×{args.patch_size}")
+    print(f"{'patches per second':<36} {args.batch_size / step:9.2f}")
+    print(f"{'step (s)':<36} {step:9.3f}")
+    print(f"{'step against its forward pass':<36} {step / forward_seconds:9.2f}")
+    print(f"{'data preparation, of the step':<36} {data / step:9.1%}")
+    print(f"{'GMAC per step, forward and backward':<36} {macs / 1e9:9.0f}")
+    print(f"{'of the ' + precision + ' matrix rate':<36} {macs / step / rate:9.0%}   ({rate / 1e12:.3f} TMAC/s)")
+    print(f"{'peak memory per sample (MiB)':<36} {peak_memory(device) / args.batch_size / 2**20:9.0f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

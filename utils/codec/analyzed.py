@@ -1,0 +1,68 @@
+"""One picture after analysis: its latents at any rate index, their symbols, and the file."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import TCM, TCM_VBR
+from models.slice_coders import QuantizedLatents
+from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack
+from utils.codec.rate_model import RateModel
+from utils.images import pad, to_float
+
+CODER_BITS = 96  # what the final states and whole words of both streams add to the code lengths, give or take 32
+
+
+@dataclass
+class TrialEncode:
+    """A picture's symbols at an index, and the bits of their file: by code lengths, or exactly once it is written."""
+
+    index: float | None
+    quantized: QuantizedLatents
+    bits: float
+
+
+class AnalyzedImage:
+    """A picture, uint8 `[3, H, W]` on the model's device, after `g_a`, which is the same at every rate.
+
+    Attributes:
+        height, width: of the original, in pixels.
+        x: padded picture `[1, 3, H, W]` in [0, 1].
+        rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: TCM, image: Tensor) -> None:
+        self.model = model
+        self.height, self.width = image.shape[1:]
+        self.x = pad(to_float(image))
+        self._y = model.features(self.x)
+        self.rate_model = RateModel(model, self._y) if isinstance(model, TCM_VBR) else None
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @torch.no_grad()
+    def latents(self, index: float | None) -> tuple[Tensor, Tensor]:
+        """y `[1, M, h, w]`, scaled by m for the index, and z."""
+        y = self._y if self.rate_model is None else self.rate_model.scaled(index)
+        return y, self.model.h_a(y)
+
+    def quantize(self, index: float | None) -> TrialEncode:
+        """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode."""
+        return self.quantize_latents(index, *self.latents(index))
+
+    def quantize_latents(self, index: float | None, y: Tensor, z: Tensor) -> TrialEncode:
+        """The symbols of given latents, as `latents` returns them, for a file of this index."""
+        quantized = self.model.quantize(y, z)
+        return TrialEncode(index, quantized, 8 * HEADER_BYTES + CODER_BITS + self.model.count_bits(quantized)[0])
+
+    def write(self, trial: TrialEncode) -> bytes:
+        """The file. Sets `trial.bits` to its size."""
+        coded = self.model.encode_symbols(trial.quantized)
+        (y,), (z,), (side_info,) = *coded["strings"], coded["side_info"]
+        data = pack(CodedImage(self.width, self.height, trial.index, y, z, self.model.fingerprint, side_info))
+        trial.bits = 8.0 * len(data)
+        return data

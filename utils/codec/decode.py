@@ -1,0 +1,30 @@
+"""From a file to its picture."""
+
+from torch import Tensor
+
+from models import TCM, TCM_VBR
+from utils.codec.bitstream import MAX_PIXELS, BitstreamError, CodedImage, unpack
+from utils.device import out_of_memory_as_value_error
+from utils.images import crop, to_uint8
+
+
+@out_of_memory_as_value_error()
+def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The picture in a file, uint8 `[3, H, W]` on the model's device.
+
+    Args:
+        data: the file, or what `unpack` made of it.
+
+    Raises:
+        BitstreamError: not a file of these weights, or damaged.
+        DecodingError: the arithmetic of this machine differs from the encoder's by more than the file allows for.
+        ValueError: the picture has no room on the GPU.
+    """
+    coded = data if isinstance(data, CodedImage) else unpack(data, max_pixels)
+    if coded.fingerprint != model.fingerprint:
+        theirs, ours = coded.fingerprint.hex(), model.fingerprint.hex()
+        raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")
+    if (coded.index is None) == isinstance(model, TCM_VBR):
+        raise BitstreamError("encoded with weights of another kind (fixed-rate or variable-rate)")
+    out = model.decompress([[coded.y], [coded.z]], coded.shape, coded.index, [coded.side_info])
+    return to_uint8(crop(out["x_hat"], coded.height, coded.width)[0])

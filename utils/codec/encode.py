@@ -1,0 +1,175 @@
+"""From a picture to its file: at a rate index or of a target size, with latents refined or not (DLM; TCSVT 2025)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models import TCM, TCM_VBR
+from models.lambdas import MAX_INDEX, index_to_lambda
+from utils.cli import UserError
+from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.decode import decode
+from utils.codec.rate_control import RateController, UnreachableError
+from utils.codec.refinement import RateConstraint, Step, refine
+from utils.codec.request import EncodeRequest, Target
+from utils.device import clock, out_of_memory_as_value_error
+from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
+
+TARGET_TOLERANCE = 5e-3  # relative: a file this near to its target is as good as one that meets it
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file with its rate index, and the D of the loss (not λ · D) and the PSNR in dB of its decoded picture."""
+
+    data: bytes
+    index: float
+    bpp: float
+    distortion: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What refinement did.
+
+    Attributes:
+        before, after: the file without refinement, and the one that was taken; the same where none was better.
+        steps: of the descent, the first before any change; chosen: the number of the one that was taken, or 0.
+        loss_change: relative, at the λ of the file before.
+        seconds: of the descent and of measuring the candidates.
+    """
+
+    before: MeasuredFile
+    after: MeasuredFile
+    steps: list[Step]
+    chosen: int
+    loss_change: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """A picture's file, and how it came about.
+
+    Attributes:
+        data, index: the file, and its rate index (None for a fixed-rate model).
+        trials: indexes tried besides that of the file.
+        error: relative distance of the size from the target; None without a target, and for a cap above every file.
+        note: why the target was not met; empty where it was.
+        refinement: None where none was asked for.
+        seconds: analysis, rate control and coding, without refinement.
+    """
+
+    data: bytes
+    index: float | None
+    trials: int
+    error: float | None
+    note: str
+    refinement: Refinement | None
+    seconds: float
+
+
+@out_of_memory_as_value_error()
+def encode(
+    model: TCM, image: Tensor, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
+) -> EncodeResult:
+    """Encode one picture, uint8 `[3, H, W]` on the model's device, as requested.
+
+    A refined file is taken only where, really decoded, it is better than the one before: by loss, or with a target by
+    rate first and then by distortion.
+
+    Args:
+        request: a fixed-rate TCM ignores its index.
+        on_step: called with every step of the refinement.
+
+    Raises:
+        UserError: the request needs a TCM_VBR.
+        UnreachableError: the cap is below the smallest file.
+        ValueError: the picture cannot be coded, or has no room on the GPU.
+    """
+    variable = isinstance(model, TCM_VBR)
+    if request.needs_variable_rate and not variable:
+        raise UserError("fixed-rate weights (a TCM): rate targets and refinement need variable-rate weights")
+    start = clock(image.device)
+    analyzed = AnalyzedImage(model, image)
+    target, trials = request.target(analyzed.pixels), 0
+    if target is None:
+        trial = analyzed.quantize(request.index if variable else None)
+        data = analyzed.write(trial)
+    else:
+        controller = RateController(analyzed)
+        try:
+            trial, data = controller.encode(target, request.max_trials)
+        except UnreachableError as error:
+            if not request.refinement.steps:
+                raise
+            trial = error.smallest  # refined, it may be smaller
+            data = analyzed.write(trial)
+        trials = controller.trials - 1
+    seconds = clock(image.device) - start
+    index, refinement = trial.index, None
+    if request.refinement.steps:
+        kept = Target(trial.bits) if request.keep_rate else target
+        refinement = _refine(analyzed, trial, data, image, request, kept, on_step)
+        data, index, target = refinement.after.data, refinement.after.index, kept
+    error, note = None, ""
+    if target is not None:
+        if not target.allows(8 * len(data)):
+            raise UnreachableError(trial)
+        error, note = _target_error(target, data, index, analyzed.pixels)
+    return EncodeResult(data, index, trials, error, note, refinement, seconds)
+
+
+def _refine(
+    analyzed: AnalyzedImage,
+    trial: TrialEncode,
+    data: bytes,
+    image: Tensor,
+    request: EncodeRequest,
+    target: Target | None,
+    on_step: Callable[[Step], None] | None,
+) -> Refinement:
+    """Refine a trial encode and keep the best file, each candidate really decoded and measured."""
+    model, pixels, start = analyzed.model, analyzed.pixels, clock(image.device)
+
+    def measure(data: bytes, index: float) -> MeasuredFile:
+        decoded = decode(model, data)
+        found = distortion(image, decoded, model.metric)
+        if found is None:
+            raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
+        return MeasuredFile(data, index, 8 * len(data) / pixels, found, psnr(image, decoded))
+
+    def loss(file: MeasuredFile) -> float:
+        return file.bpp + index_to_lambda(before.index, model.metric) * file.distortion
+
+    def rank(file: MeasuredFile) -> tuple[float, float]:
+        if target is None:
+            return 0.0, loss(file)
+        limit = target.bits / pixels if target.cap else None
+        return RateConstraint(target.bits / pixels, limit).rank(file.bpp, file.distortion, TARGET_TOLERANCE)
+
+    before = best = measure(data, trial.index)
+    candidates, steps = refine(analyzed, trial, request.refinement, target, on_step)
+    chosen = 0
+    for candidate, step in candidates:
+        found = measure(analyzed.write(candidate), candidate.index)
+        if rank(found) < rank(best):
+            best, chosen = found, step.number
+    change = loss(best) / loss(before) - 1
+    return Refinement(before, best, steps, chosen, change, clock(image.device) - start)
+
+
+def _target_error(target: Target, data: bytes, index: float, pixels: int) -> tuple[float | None, str]:
+    """Relative error of a size against its target, and why it was not met."""
+    count = 8 * len(data)
+    error = count / target.bits - 1
+    size = f"{len(data)} bytes, {count / pixels:.4f} bpp"
+    if abs(error) > TARGET_TOLERANCE and index == MAX_INDEX and error < 0:
+        if target.cap:
+            return None, f"above the largest file ({size})"
+        return error, f"out of reach: the largest has {size}"
+    if abs(error) > TARGET_TOLERANCE and index == 0 and error > 0:
+        return error, f"out of reach: the smallest has {size}"
+    return error, ""

@@ -1,0 +1,161 @@
+"""The R-λ model: bits at any rate index from the bits at one, and the index that meets a target (TCSVT 2025).
+
+Scaling a continuous latent by m adds log m to its entropy, so R(λ) = Σ log2 m(λ) + C, with C depending on the image
+alone. Quantized latents depart from that: one that is almost surely zero stays zero whatever its scale. The entropy of
+a rounded Gaussian of scale σ grows by s(σ) = dH/dlog2 σ bits for each doubling of σ: one bit where σ is several steps,
+and nothing where it is far below one. Rate control therefore uses
+
+    R(λ) = Σ s(σ) · log2 m(λ) + C
+
+with the σ that the entropy model gave at a trial encode. With s = 1 it is the paper's model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from compressai.entropy_models import GaussianConditional
+from torch import Tensor
+
+from models import TCM_VBR
+from models.lambdas import MAX_INDEX
+from models.portable import table_index
+
+GRID = np.linspace(0, MAX_INDEX, 51)
+_MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
+_SLOPES = 1 / 3, 3.0  # limits of the slope beyond two measurements that these suggest
+_NEGLIGIBLE = 0.01  # latents whose bits hardly follow their scale are left out, to save time
+
+
+def entropy(sigma: float) -> float:
+    """Entropy in bits of a rounded zero-mean Gaussian of scale σ, in quantization steps."""
+    edges = torch.arange(0.5, 12 * sigma + 2, dtype=torch.float64)
+    above = 0.5 * torch.erfc(edges / sigma / math.sqrt(2))  # P(x > edge); the lower half is the same mirrored
+    p = torch.cat([1 - 2 * above[:1], above[:-1] - above[1:], above[:-1] - above[1:]])
+    return float(-torch.special.xlogy(p, p).sum() / math.log(2))
+
+
+def sensitivity(gaussian: GaussianConditional) -> Tensor:
+    """s = dH/dlog2 σ at every level of the scale table, float32 on its device, between 0 and 1."""
+    levels = gaussian.scale_table.double().cpu()
+    step = 1.01
+    change = [entropy(s * step) - entropy(s / step) for s in levels.tolist()]
+    return (torch.tensor(change) / (2 * math.log2(step))).clamp(0, 1).to(gaussian.scale_table)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An index for a target and the bits of the curve there; not `reachable` where the curve never has the target."""
+
+    index: float
+    bits: float
+    reachable: bool
+
+
+class RateCurve:
+    """Bits of one image against the index: a known shape, calibrated by measurements.
+
+    With one measurement the shape is shifted to meet it. Between two measurements it is stretched to meet both;
+    beyond them it has the slope that the two nearest give, within limits, unless they are too near to tell.
+
+    Args:
+        shape: Σ log2 m (or Σ s · log2 m) at the indexes of GRID, up to a constant.
+    """
+
+    def __init__(self, shape: Sequence[float]) -> None:
+        self.shape = np.asarray(shape, np.float64)
+        self.measured: dict[float, float] = {}
+
+    def calibrate(self, index: float, bits: float) -> None:
+        """Take in the bits measured at an index; they replace an earlier measurement there."""
+        self.measured[index] = bits
+
+    def shape_at(self, index: float | np.ndarray) -> np.ndarray:
+        """The shape between the points of GRID."""
+        return np.interp(index, GRID, self.shape)
+
+    def predict(self, index: float | np.ndarray) -> np.ndarray:
+        """Bits at some indexes. ValueError before the first `calibrate`."""
+        if not self.measured:
+            raise ValueError("calibrate the curve with the bits at one index first")
+        at = np.array(sorted(self.measured))
+        measured = np.array([self.measured[i] for i in at])
+        x = np.atleast_1d(np.asarray(index, np.float64))
+        if len(at) == 1:
+            return measured + self.shape_at(x) - self.shape_at(at)
+        # Interpolate along the shape where it rises, which stretches its slope of one; else along the index.
+        along, unit = self.shape, 1.0
+        if not self.rises:
+            along, unit = GRID, (measured[-1] - measured[0]) / (at[-1] - at[0])
+        known, here = np.interp(at, GRID, along), np.interp(x, GRID, along)
+        result = np.interp(here, known, measured)
+        for end, inner, beyond in ((0, 1, x < at[0]), (-1, -2, x > at[-1])):
+            run = unit * (known[end] - known[inner])
+            apart = abs(at[end] - at[inner]) >= _MIN_DISTANCE and run != 0
+            slope = np.clip((measured[end] - measured[inner]) / run, *_SLOPES) if apart else 1.0
+            result[beyond] = measured[end] + slope * unit * (here[beyond] - known[end])
+        return result
+
+    @property
+    def rises(self) -> bool:
+        """Whether the shape is strictly monotone."""
+        return bool((np.diff(self.shape) > 0).all())
+
+    def solve(self, bits: float) -> Solution:
+        """The highest index where the curve has this many bits; where it never has, the index with the nearest."""
+        grid = np.unique(np.concatenate([GRID, list(self.measured)]))
+        predicted = self.predict(grid)
+        over = predicted - bits
+        crossed = np.flatnonzero(over[:-1] * over[1:] <= 0)
+        if not len(crossed):
+            nearest = int(np.abs(over).argmin())
+            return Solution(float(grid[nearest]), float(predicted[nearest]), False)
+        left = int(crossed[-1])
+        rise = predicted[left + 1] - predicted[left]
+        share = -over[left] / rise if rise else 1.0
+        return Solution(float(grid[left] + share * (grid[left + 1] - grid[left])), float(bits), True)
+
+
+class RateModel:
+    """R(index) of one image, from its latent before the LAE. attn(y) is computed once.
+
+    Args:
+        model: TCM_VBR.
+        y: `[1, M, h, w]`, g_a of the image.
+    """
+
+    def __init__(self, model: TCM_VBR, y: Tensor) -> None:
+        self.mask, self.y = model.modnet_ga.mask, y
+        self.gaussian = model.gaussian_conditional
+        with torch.no_grad():
+            self.content = self.mask.content(y)
+
+    @torch.no_grad()
+    def log_m(self, index: float) -> Tensor:
+        """ln m `[1, M, h, w]`."""
+        return self.mask.log_m(self.mask.rate(torch.tensor([float(index)])), self.content)
+
+    def scaled(self, index: float) -> Tensor:
+        """The latent that is coded, y · m `[1, M, h, w]`."""
+        return self.y * self.log_m(index).exp()
+
+    def log2_m(self, index: float) -> float:
+        """Σ log2 m, the paper's number of bits up to C."""
+        return float(self.log_m(index).double().sum()) / math.log(2)
+
+    @torch.no_grad()
+    def curve(self, sigma: Tensor) -> RateCurve:
+        """Σ s(σ) · log2 m + C, not calibrated.
+
+        Args:
+            sigma: of every latent, `[1, M, h, w]`, at a trial encode.
+        """
+        weights = sensitivity(self.gaussian)[table_index(self.gaussian, sigma).long()].flatten()
+        chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
+        weights, content = weights[chosen] / math.log(2), self.content.flatten()[chosen]
+        channels = chosen // math.prod(self.y.shape[2:])
+        rates = self.mask.rate(torch.from_numpy(GRID).float()).flatten(1)  # [51, M]
+        log_m = (self.mask.log_m(rate[channels], content) for rate in rates)
+        return RateCurve([float((values * weights).double().sum()) for values in log_m])

@@ -1,0 +1,259 @@
+"""DLM: encoder-side online training of one picture's latents (TCSVT 2025). The decoder stays as it is.
+
+y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
+σ, are always those of rounded latents, so that bits and distortion are known at every step. Rounding has no gradient;
+in the rate the method's surrogate replaces it.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import TCM
+from models.lambdas import MAX_INDEX, index_to_lambda
+from models.slice_coders import ste_round
+from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.rate_control import CLOSE, CLOSE_TO_CAP
+from utils.codec.request import METHODS, RefinementSettings, Target
+from utils.images import crop
+from utils.metrics import bits, rate_distortion
+
+TOLERANCE = 3e-3  # relative distance from a target's rate that refined latents may have
+# A PI controller keeps the rate. ln of the rate's weight grows by these gains times the relative excess of the rate and
+# times its rise, at most by MAX_CHANGE a step, and stays within ±MAX_LOG_WEIGHT.
+GAINS, MAX_CHANGE, MAX_LOG_WEIGHT = (20.0, 80.0), 1.0, 6.0
+# Latents under that control must respond to it: less momentum, and shorter steps that do not end at zero.
+BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
+CONTROLLED_STEP, CONTROLLED_LAST_STEP = 0.6, 0.25  # in units of the learning rate, and of the first step
+PAPER_PIXELS = 768 * 512  # of Kodak's pictures, which the paper's learning rate is for
+MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
+CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
+FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
+MAX_MOVES = 5  # of refined latents to another index
+
+
+def straight_through(x: Tensor, _: float) -> Tensor:
+    """round(x), with the gradient of x."""
+    return ste_round(x)
+
+
+def noise(x: Tensor, _: float) -> Tensor:
+    """x plus uniform noise in ±½, as in training."""
+    return x + torch.rand_like(x) - 0.5
+
+
+def gumbel_round(x: Tensor, temperature: float) -> Tensor:
+    """A random mixture of floor and ceiling, the nearer one the likelier (Yang, Bamler & Mandt, NeurIPS 2020)."""
+    low = x.detach().floor()
+    up = (x - low).clamp(1e-4, 1 - 1e-4)
+    logits = torch.stack([-torch.atanh(up), -torch.atanh(1 - up)], -1) / temperature
+    return low + F.gumbel_softmax(logits, tau=temperature)[..., 1]
+
+
+# Of rounding, at a temperature, by method.
+SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "noise": noise,
+    "sga": gumbel_round,
+    "sgd": straight_through,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the latents would cost as a file: bits per pixel, MSE (0–255 scale), D of the loss, and bpp + λ · D."""
+
+    number: int
+    bpp: float
+    mse: float
+    distortion: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class RateConstraint:
+    """A rate to keep, in bits per pixel. With a limit, which must not be exceeded, it is to be met from below.
+
+    Not `controlled`, nothing acts on the rate: every file is far below the limit.
+    """
+
+    bpp: float
+    limit: float | None = None
+    controlled: bool = True
+
+    @classmethod
+    def of_target(cls, target: Target, start: TrialEncode, pixels: int) -> "RateConstraint":
+        """For a target. Under a cap the rate is just below it, as files differ from the estimates by some bytes."""
+        if not target.cap:
+            return cls(target.bits / pixels)
+        far_below = start.index == MAX_INDEX and start.bits < target.bits * (1 - 3 * CLOSE_TO_CAP)
+        return cls(target.bits * (1 - 1.5 * TOLERANCE) / pixels, target.bits / pixels, not far_below)
+
+    def rank(self, bpp: float, distortion: float, tolerance: float = TOLERANCE) -> tuple[float, float]:
+        """Smaller is better: first the distance of the rate from what is allowed, then the distortion."""
+        if self.limit is None:
+            return max(0.0, abs(bpp / self.bpp - 1) - tolerance), distortion
+        return (math.inf, bpp) if bpp > self.limit else (0.0, distortion)
+
+    def correction(self, steps: list[Step]) -> float:
+        """The change of ln of the rate's weight: a PI controller, in the form of differences."""
+        if not self.controlled:
+            return 0.0
+        excess = steps[-1].bpp / self.bpp - 1
+        rise = (steps[-1].bpp - steps[-2].bpp) / self.bpp if len(steps) > 1 else 0.0
+        return max(-MAX_CHANGE, min(MAX_CHANGE, GAINS[0] * excess + GAINS[1] * rise))
+
+
+@dataclass(frozen=True)
+class RefinedLatents:
+    """The best latents, (y `[1, M, h, w]`, z), and the last ones; and every step, the first before any change."""
+
+    latents: tuple[Tensor, Tensor]
+    best: Step
+    last: tuple[Tensor, Tensor]
+    steps: list[Step]
+
+
+class _PaperSGD(torch.optim.SGD):
+    """SGD whose learning rate falls by 1 % per step, and by half where the loss has risen (TCSVT 2025)."""
+
+    def anneal(self, steps: list[Step]) -> None:
+        if len(steps) > 1:
+            for group in self.param_groups:
+                group["lr"] *= 0.99 * (0.5 if steps[-1].loss > steps[-2].loss else 1)
+
+
+def refine(
+    image: AnalyzedImage,
+    start: TrialEncode,
+    settings: RefinementSettings,
+    target: Target | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> tuple[list[tuple[TrialEncode, Step]], list[Step]]:
+    """Refine the latents of a trial encode; with a target, at its rate.
+
+    Returns:
+        Candidates that may be better than `start`, each with the step it comes from; and every step.
+    """
+    constraint = None if target is None else RateConstraint.of_target(target, start, image.pixels)
+    refined = descend(image, start, settings, constraint, on_step)
+    candidates = []
+    with contextlib.suppress(ValueError):  # latents that cannot be coded
+        if refined.best.number:
+            candidates.append((image.quantize_latents(start.index, *refined.latents), refined.best))
+        last = refined.steps[-1]
+        if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > TOLERANCE:
+            candidates.append((_move_to_rate(image, start.index, refined.last, constraint.bpp * image.pixels), last))
+    return candidates, refined.steps
+
+
+def descend(
+    image: AnalyzedImage,
+    start: TrialEncode,
+    settings: RefinementSettings,
+    constraint: RateConstraint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> RefinedLatents:
+    """Gradient descent from the latents of a trial encode towards less bpp + λ · D, which the start may win.
+
+    Args:
+        constraint: keep this rate and lower the distortion: the weight of the rate is adjusted until it is met.
+        on_step: called with every step.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    model, size = image.model, (image.height, image.width)
+    surrogate, original = SURROGATES[settings.method], crop(image.x, *size)
+    lmbda = index_to_lambda(start.index, model.metric)
+    y, z = (latent.clone().requires_grad_() for latent in image.latents(start.index))
+    step_size = settings.learning_rate or METHODS[settings.method].learning_rate
+    step_size *= CONTROLLED_STEP if constraint else 1
+    # The loss is a mean over the pixels, so a learning rate of SGD fits pictures of one size.
+    paper = _PaperSGD([y, z], step_size * image.pixels / PAPER_PIXELS) if settings.method == "sgd" else None
+    optimizer = paper or torch.optim.Adam([y, z], step_size, betas=CONTROLLED_BETAS if constraint else BETAS)
+    steps: list[Step] = []
+    best, kept, overhead, log_weight = None, (y, z), 0.0, 0.0
+    with _training_latents(model, image.x, settings.seed):
+        for number in range(settings.steps + 1):
+            progress = number / max(1, settings.steps)
+            temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
+            with torch.set_grad_enabled(number < settings.steps):
+                out = model.forward_fromlatent(
+                    y, z, start.index, use_scale_table=True, surrogate=lambda r, t=temperature: surrogate(r, t)
+                )
+                out["x_hat"] = crop(out["x_hat"], *size).clamp(0, 1)
+                losses = rate_distortion(out, original, torch.tensor([lmbda], device=y.device), model.metric)
+            coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))
+            overhead = overhead if steps else start.bits - coded  # of the file: header, side information, whole words
+            bpp, distortion = (coded + overhead) / image.pixels, float(losses["distortion"].detach())
+            step = Step(number, bpp, float(losses["mse"].detach()), distortion, bpp + lmbda * distortion)
+            if not math.isfinite(step.loss):
+                if not steps:
+                    raise ValueError("the loss of this picture is not finite")
+                break
+            steps.append(step)
+            if best is None or _rank(step, constraint) < _rank(best, constraint):
+                best, kept = step, (y.detach().clone(), z.detach().clone())
+            if on_step:
+                on_step(step)
+            if number == settings.steps or (paper and _has_converged(steps)):
+                break
+            if paper:
+                paper.anneal(steps)
+            else:
+                fall = (1 - math.cos(math.pi * progress)) / 2
+                last = CONTROLLED_LAST_STEP if constraint else 0
+                optimizer.param_groups[0]["lr"] = step_size * (1 - (1 - last) * fall)
+            optimizer.zero_grad()
+            (losses["loss"] + (math.exp(log_weight) - 1) * losses["bpp"].sum()).backward()
+            optimizer.step()
+            if constraint:
+                log_weight += constraint.correction(steps)
+                log_weight = max(-MAX_LOG_WEIGHT, min(MAX_LOG_WEIGHT, log_weight))
+    return RefinedLatents(kept, best, (y.detach(), z.detach()), steps)
+
+
+def _rank(step: Step, constraint: RateConstraint | None) -> tuple[float, float]:
+    return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
+
+
+def _has_converged(steps: list[Step]) -> bool:
+    return len(steps) > 1 and abs(steps[-1].loss - steps[-2].loss) < MIN_CHANGE * steps[-1].loss
+
+
+def _move_to_rate(image: AnalyzedImage, index: float, latents: tuple[Tensor, Tensor], bits: float) -> TrialEncode:
+    """Move refined latents to a nearby index at which they have this many bits: y is scaled by the change of m."""
+    y, z = latents
+    best = image.quantize_latents(index, y, z)
+    curve = image.rate_model.curve(best.quantized.sigma)
+    curve.calibrate(index, best.bits)
+    log_m = image.rate_model.log_m(index)
+    for _ in range(MAX_MOVES):
+        moved = curve.solve(bits).index
+        if moved in curve.measured or abs(best.bits / bits - 1) < CLOSE:
+            break
+        trial = image.quantize_latents(moved, y * (image.rate_model.log_m(moved) - log_m).exp(), z)
+        curve.calibrate(moved, trial.bits)
+        best = min(best, trial, key=lambda trial: abs(trial.bits - bits))
+    return best
+
+
+@contextlib.contextmanager
+def _training_latents(model: TCM, x: Tensor, seed: int) -> Iterator[None]:
+    """Gradients of latents alone, in bounded memory, with random numbers of a seed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    before, model.checkpointing = model.checkpointing, x.shape[-2] * x.shape[-1] >= CHECKPOINTING_PIXELS
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.checkpointing = before
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,150 @@
+"""What is asked of the encoder, a rate index or a target size, and a refinement; and the arguments that say so.
+
+Plain data: reading the arguments needs no PyTorch, whose import takes seconds.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field
+
+from models.lambdas import MAX_INDEX
+
+CAP_MARGIN = 3e-3  # how far under a cap is aimed, relatively
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to refine latents (utils/codec/refinement.py): the learning rate of its first step, and a description."""
+
+    learning_rate: float
+    text: str
+
+
+METHODS = {
+    "noise": Method(0.005, "Adam, noise in the rate"),
+    "sga": Method(0.03, "Adam, stochastic Gumbel annealing in the rate"),
+    "sgd": Method(800.0, "the paper's SGD, straight-through rounding; scaled with the pixels"),
+}
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """Steps of one of METHODS, at the learning rate of the method where none is given."""
+
+    steps: int = 20
+    method: str = "noise"
+    learning_rate: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Bits of a file, header counted. With cap, the file must not have more."""
+
+    bits: float
+    cap: bool = False
+
+    @property
+    def aim(self) -> float:
+        """Bits to aim at: a little below a cap."""
+        return self.bits * (1 - CAP_MARGIN) if self.cap else self.bits
+
+    def allows(self, bits: float) -> bool:
+        """Whether a file may have this many bits."""
+        return not self.cap or bits <= self.bits
+
+    def distance(self, bits: float) -> float:
+        """Distance of a file's bits from the aim, relatively."""
+        return abs(bits / self.aim - 1)
+
+
+@dataclass(frozen=True)
+class EncodeRequest:
+    """A rate index, or one of the three targets; and a refinement.
+
+    Attributes:
+        index: rate index; None with a target, and for a fixed-rate model.
+        bpp, bytes, max_bytes: the target, in bits per pixel or bytes of the file, header counted.
+        max_trials: with a target, indexes to try before the one to encode at.
+        refinement: of the latents (DLM); zero steps for none.
+        keep_rate: refine towards less distortion at the size of the index's file, not towards the least loss.
+    """
+
+    index: float | None = None
+    bpp: float | None = None
+    bytes: int | None = None
+    max_bytes: int | None = None
+    max_trials: int = 3
+    refinement: RefinementSettings = field(default_factory=lambda: RefinementSettings(0))
+    keep_rate: bool = False
+
+    def target(self, pixels: int) -> Target | None:
+        """The target for a picture of this many pixels."""
+        if self.bpp is not None:
+            return Target(self.bpp * pixels)
+        if self.bytes is not None:
+            return Target(8.0 * self.bytes)
+        return None if self.max_bytes is None else Target(8.0 * self.max_bytes, cap=True)
+
+    @property
+    def has_target(self) -> bool:
+        return self.target(1) is not None
+
+    @property
+    def needs_variable_rate(self) -> bool:
+        return self.has_target or self.refinement.steps > 0
+
+
+# The arguments that make a request ------------------------------------------------------------
+
+
+def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: str) -> None:
+    """Add -l, by its published name and a readable one."""
+    text = f"rate {'indexes' if several else 'index'} in [0, {MAX_INDEX:g}], fractions allowed: larger is better and larger (default: {default})"
+    parser.add_argument("-l", "--lmd", "--index", nargs="+" if several else None, type=float, metavar="INDEX", help=text)
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --target-bpp, --target-bytes, --max-bytes, of which one may be given, and --trials."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
+    group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
+    group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
+    parser.add_argument("--trials", "--probes", type=int, default=3, metavar="N", help="with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass")
+
+
+def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """Add -t, --method, --keep-rate and --step-size."""
+    add = parser.add_argument
+    methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())
+    add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")
+    add("--method", choices=METHODS, default=RefinementSettings.method, help=methods)
+    add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
+    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target (default: the method's, in brackets)")
+
+
+def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, index: float | None) -> EncodeRequest:
+    """The request that arguments make, at index 2.5 where they name neither index nor target.
+
+    Exits with the parser's error where the arguments contradict each other.
+    """
+    for name in ("target_bpp", "target_bytes", "max_bytes", "step_size"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: must be positive, not {value:g}")
+    if args.steps < 0 or args.trials < 1:
+        parser.error("-t must be 0 or more, --trials 1 or more")
+    if args.step_size is not None and not args.steps:
+        parser.error("--step-size needs -t: no steps, no refinement")
+    targets = args.target_bpp, args.target_bytes, args.max_bytes
+    has_target = any(target is not None for target in targets)
+    if has_target and index is not None:
+        parser.error("-l and a target exclude each other: a target is met by the index that it needs")
+    if index is None and not has_target:
+        index = 2.5
+    if args.keep_rate and (not args.steps or has_target):
+        parser.error("--keep-rate needs -t, and no target, which is a rate to keep itself")
+    if index is not None and not 0 <= index <= MAX_INDEX:
+        parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
+    refinement = RefinementSettings(args.steps, args.method, args.step_size)
+    return EncodeRequest(index, *targets, args.trials, refinement, args.keep_rate)

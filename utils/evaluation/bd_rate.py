@@ -1,0 +1,106 @@
+"""BD-rate of one codec against another, from the JSON files of eval_vbr.py (or any in CompressAI's format).
+
+    python -m utils.evaluation.bd_rate --anchor tcm_*.json --test vbr.json
+
+Several files make one curve: six fixed-rate models are six files of one point.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from utils import cli
+
+MIN_POINTS = 4  # that the interpolation of a curve needs
+METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}  # their keys in the files
+Curve = list[tuple[float, float]]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--anchor", nargs="+", required=True, metavar="JSON", help="what is compared with")
+    add("--test", nargs="+", required=True, metavar="JSON", help="what is compared")
+    add("--metric", choices=sorted(METRICS), default="psnr", help="quality")
+    add("--method", choices=("akima", "pchip", "cubic"), default="akima", help="interpolation between the points")
+    return parser.parse_args(argv)
+
+
+def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
+    """Points (bpp, quality in dB), as `rising` returns them.
+
+    Raises:
+        UserError: names the file that holds no such curve.
+    """
+    convert: Callable[[float], float] = float
+    if metric == "ms-ssim":  # CompressAI's files have the plain value
+        from utils.metrics import decibels  # here: it imports PyTorch, which takes seconds
+
+        convert = decibels
+    points = []
+    for file in files:
+        try:
+            results = json.loads(Path(file).read_text())["results"]
+            quality = next(results[name] for name in METRICS[metric] if name in results)
+            points += zip(map(float, results["bpp"]), map(convert, quality), strict=True)
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            cause = f"no {metric}" if isinstance(error, StopIteration) else error
+            raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+    return rising(points)
+
+
+def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:
+    """Points by rising rate, and those left out: another one has more quality for no more bits."""
+    kept: Curve = []
+    beaten: Curve = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        (beaten if kept and point[1] <= kept[-1][1] else kept).append(point)
+    return kept, beaten
+
+
+def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float | None, float | None]:
+    """BD-rate in percent (negative: the tested codec needs fewer bits) and BD-quality in dB at equal rate.
+
+    BD-rate is None where the curves have no quality in common, BD-quality where they have no rate in common.
+
+    Raises:
+        UserError: a curve has fewer than four points.
+    """
+    if min(len(anchor), len(test)) < MIN_POINTS:
+        raise cli.UserError(f"BD-rate needs four rising points per curve, not {len(anchor)} and {len(test)}")
+    import bjontegaard  # here: it takes a second
+
+    def delta(function: Callable, axis: int) -> float | None:
+        if min(anchor[-1][axis], test[-1][axis]) <= max(anchor[0][axis], test[0][axis]):
+            return None
+        curves = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of little overlap: the ranges are printed
+            return float(function(*curves, method=method, require_matching_points=False, min_overlap=0))
+
+    return delta(bjontegaard.bd_rate, 1), delta(bjontegaard.bd_psnr, 0)
+
+
+def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
+    """`compare` in two lines."""
+    rate, quality = compare(anchor, test, method)
+    lines = "BD-rate: " + ("none, no quality in common" if rate is None else f"{rate:+.2f} %")
+    return f"{lines}\nBD-{metric}: " + ("none, no rate in common" if quality is None else f"{quality:+.2f} dB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    curves = []
+    for name, files in (("anchor", args.anchor), ("test", args.test)):
+        curve, beaten = read_curve(files, args.metric)
+        curves.append(curve)
+        print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
+        for bpp, quality in beaten:
+            print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
+    print(summary(*curves, args.metric, args.method))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,145 @@
+"""Does R = Σ log2 m + C hold? Bits at 21 indexes against the R-λ model (TCSVT 2025), image by image."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models import TCM_VBR
+from models.lambdas import MAX_INDEX, index_to_lambda
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.rate_control import FIRST_INDEX
+from utils.device import out_of_memory_as_value_error
+from utils.evaluation.results import Column, Table, finite
+from utils.files import atomic_write
+
+INDEXES = np.linspace(0, MAX_INDEX, 21)
+FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
+MODELS = {"paper": "Σ log2 m", "sensitivity": "Σ s(σ) · log2 m"}
+
+
+@dataclass
+class Study:
+    """One image: bits of its file at INDEXES, and what each of MODELS predicts, up to a constant."""
+
+    image: str
+    metric: str
+    pixels: int
+    bits: np.ndarray
+    models: dict[str, np.ndarray]
+
+    def fit(self, name: str) -> tuple[float, float]:
+        """Least squares of bits against a model: slope (one, if it holds) and R²; NaN where either is constant."""
+        x, y = self.models[name], self.bits
+        if np.ptp(x) < 1 or np.ptp(y) < 1:  # bits
+            return math.nan, math.nan
+        slope, offset = np.polyfit(x, y, 1)
+        return float(slope), float(1 - ((y - slope * x - offset) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+    def predict(self, name: str) -> np.ndarray:
+        """Bits at INDEXES by slope one from one trial, at FIRST."""
+        x = self.models[name]
+        return self.bits[FIRST] + x - x[FIRST]
+
+    def one_trial_error(self, name: str) -> float:
+        """Mean relative error of `predict`."""
+        return float(np.abs(self.predict(name) / self.bits - 1).mean())
+
+    def local_slopes(self, name: str) -> np.ndarray:
+        """Bits measured per bit predicted between whole indexes, `[5]`."""
+        rise, run = np.diff(self.bits[::4]), np.diff(self.models[name][::4])
+        return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
+
+    @property
+    def monotone(self) -> bool:
+        """Whether more quality always costs more bits."""
+        return bool((np.diff(self.bits) > 0).all())
+
+
+@out_of_memory_as_value_error()
+def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
+    """Measure one picture, uint8 `[3, H, W]` on the model's device."""
+    analyzed = AnalyzedImage(model, image)
+    curve = analyzed.rate_model.curve(analyzed.quantize(FIRST_INDEX).quantized.sigma)
+    models = {
+        "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
+        "sensitivity": curve.shape_at(INDEXES),
+    }
+    bits = np.array([analyzed.quantize(index).bits for index in INDEXES])
+    return Study(name, model.metric, analyzed.pixels, bits, models)
+
+
+def summary(studies: list[Study]) -> dict:
+    """For JSON: fits of every image, their means, and the median slope between whole indexes."""
+    images = [
+        {
+            "image": s.image,
+            "pixels": s.pixels,
+            "index": INDEXES.tolist(),
+            "bits": s.bits.round().tolist(),
+            "models": {name: values.round(1).tolist() for name, values in s.models.items()},
+            "monotone": s.monotone,
+            "fits": {name: dict(zip(("slope", "r2"), map(finite, s.fit(name)), strict=True)) for name in MODELS},
+            "one_probe_error": {name: s.one_trial_error(name) for name in MODELS},
+        }
+        for s in studies
+    ]
+    means = {
+        name: {
+            "slope": finite(float(np.mean([s.fit(name)[0] for s in studies]))),
+            "r2": finite(float(np.mean([s.fit(name)[1] for s in studies]))),
+            "one_probe_error": float(np.mean([s.one_trial_error(name) for s in studies])),
+            "slope_between_indices": [finite(float(v)) for v in np.median([s.local_slopes(name) for s in studies], 0)],
+        }
+        for name in MODELS
+    }
+    return {"models": MODELS, "means": means, "images": images}
+
+
+def table(means: dict) -> str:
+    """The means of `summary` in lines."""
+    columns = [
+        Column("slope", 6, 2, lambda mean: mean["slope"]),
+        Column("R²", 6, 3, lambda mean: mean["r2"]),
+        Column("one-trial error %", 17, 2, lambda mean: 100 * mean["one_probe_error"]),
+    ]
+    columns += [
+        Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indices"][i]) for i in range(5)
+    ]
+    lines = Table("R = … + C", 18, columns)
+    rows = [lines.row(text, [means[name]]) for name, text in MODELS.items()]
+    return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])
+
+
+def plot(studies: list[Study], path: Path) -> None:
+    """Scatter and fit of both models, and R(λ) as measured and as predicted from one trial, as a PNG."""
+    figure = Figure(figsize=(16, 5))
+    *scatters, curves = figure.subplots(1, 3)
+    for axes, (name, text) in zip(scatters, MODELS.items(), strict=True):
+        for s in studies:
+            x, y = s.predict(name) - s.bits[FIRST], s.bits - s.bits[FIRST]
+            axes.plot(x / s.pixels, y / s.pixels, ".", markersize=4, alpha=0.7)
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], "k--", linewidth=1, label="slope 1")
+        slope, r2 = np.mean([s.fit(name) for s in studies], 0)
+        axes.plot([low, high], [slope * low, slope * high], "r-", linewidth=1, label=f"mean slope {slope:.2f}")
+        axes.set(xlabel=f"{text}, bits per pixel, from index {FIRST_INDEX:g}", ylabel="bits per pixel, from the same")
+        axes.set_title(f"{text}: mean R² {r2:.3f}")
+    lambdas = [index_to_lambda(float(index), studies[0].metric) for index in INDEXES]
+    for number, s in enumerate(studies):
+        labels = (None, None) if number else ("measured", "predicted from one trial")
+        (line,) = curves.plot(lambdas, s.bits / s.pixels, "-", linewidth=1, label=labels[0])
+        predicted = s.predict("sensitivity") / s.pixels
+        curves.plot(lambdas, predicted, ":", color=line.get_color(), linewidth=1.5, label=labels[1])
+    curves.set(xscale="log", xlabel="λ", ylabel="bits per pixel", title="R(λ) of every image")
+    curves.set_xticks(lambdas[::4], [f"{lmbda:g}" for lmbda in lambdas[::4]], rotation=30)
+    curves.minorticks_off()
+    for axes in (*scatters, curves):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=90)

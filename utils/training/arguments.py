@@ -1,0 +1,90 @@
+"""Arguments that the training scripts share. Reading them needs no PyTorch, whose import takes seconds."""
+
+import argparse
+import math
+from dataclasses import fields
+from pathlib import Path
+
+from models import STRIDE
+from utils import cli
+from utils.training.schedule import Settings
+
+MAX_VALIDATION = 24  # photographs, where none are named
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
+    """Add the arguments of a run; those of `Settings` have its names and defaults."""
+    data = parser.add_argument_group("photographs")
+    add = data.add_argument
+    add("-d", "--dataset", nargs="+", required=True, metavar="DIR", help="folders of training photographs, searched recursively")
+    add("--val", nargs="+", metavar="DIR", help=f"photographs to validate on (default: every 20th training photograph, at most {MAX_VALIDATION})")
+    add("--val-size", type=int, default=256, metavar="N", help="center crop of the validation photographs; a multiple of 128")
+    add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
+    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process")
+    add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this, and read again and again by workers otherwise")
+    add("-n", "--num-workers", type=int, default=4, metavar="W", help="processes that read photographs which are not kept")
+
+    budget = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none")
+    add = budget.add_argument
+    add("-e", "--epochs", type=int, default=0, metavar="E", help="passes over the photographs")
+    add("--max-steps", type=int, default=0, metavar="S", help="steps")
+    add("--max-minutes", type=float, default=0, metavar="T", help="minutes of training steps (validation comes on top)")
+
+    learning = parser.add_argument_group("optimization")
+    add = learning.add_argument
+    add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
+    add("--transform-lr-factor", dest="transform_factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s, in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
+    add("--balance", type=float, default=Settings.balance, metavar="P", help="multiply each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not dominate the gradient; 0 is the published loss")
+    add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
+    add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
+    add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
+    add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at; 0 is no clipping")
+    add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
+    add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value); the entropy models stay in float32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--seed", type=int, default=Settings.seed, help="of weights, order, crops, rates and noise")
+
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--save_path", default=save_path, metavar="DIR", help="folder of the run")
+    add("--resume", action="store_true", help="continue the run in --save_path, exactly")
+    add("--validate-minutes", type=float, default=Settings.validate_minutes, metavar="T", help="minutes of training between validations")
+    add("--save-minutes", type=float, default=Settings.save_minutes, metavar="T", help="minutes of training between saves of what --resume needs")
+    cli.add_device_argument(run, published=True)
+
+
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """UserError naming the flag that is wrong."""
+    if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
+        raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
+    if not (args.max_minutes or args.max_steps or args.epochs):
+        raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
+    numbers = ("learning_rate", "transform_factor", "balance", "aux_learning_rate", "clip_max_norm", "validate_minutes")
+    for name in (*numbers, "max_minutes", "save_minutes"):
+        if not 0 <= getattr(args, name) < math.inf:  # written so that a NaN is refused too
+            flag = {"transform_factor": "transform-lr-factor", "clip_max_norm": "clip_max_norm"}.get(name, name.replace("_", "-"))
+            raise cli.UserError(f"--{flag} must be a number that is not negative")
+    if not 0 <= args.ema < 1:
+        raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
+    if len(args.patch_size) > 2:
+        raise cli.UserError("--patch-size takes one number or two")
+    for flag, sides in (("--patch-size", args.patch_size), ("--val-size", [args.val_size])):
+        for side in sides:
+            if side <= 0 or side % STRIDE:
+                raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
+    if args.seed < 0 or args.num_workers < 0:
+        raise cli.UserError("--seed and --num-workers must not be negative")
+    last = Path(args.save_path) / "last.pth.tar"
+    if args.resume and not last.is_file():
+        raise cli.UserError(f"{last}: nothing to resume")
+    if not args.resume and last.exists():
+        raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
+
+
+def make_settings(
+    args: argparse.Namespace, photographs: int, world_size: int, milestones: tuple[float, ...] = Settings.milestones
+) -> Settings:
+    """The settings of a run on this many photographs, in this many processes."""
+    known = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    known |= {"patch_size": (args.patch_size[0], args.patch_size[-1]), "batch_size": args.batch_size * world_size}
+    return Settings(**known, max_patches=args.epochs * photographs, milestones=milestones)

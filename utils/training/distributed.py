@@ -1,0 +1,80 @@
+"""One training process, or several that torchrun started."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils import cli
+
+# How long a process waits for another one that hangs. gloo notices at once when one dies; with NCCL torchrun ends the
+# others half a minute later.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass
+class DistContext:
+    """The processes of a run: each has a part of every batch, and only the main one writes files."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, device: str) -> "DistContext":
+        """Join the processes that torchrun started; without torchrun there is one process.
+
+        With CUDA each process takes the GPU of its local rank. UserError where there is none.
+        """
+        found = cli.pick_device(device)
+        if "WORLD_SIZE" not in os.environ:
+            return cls(found)
+        if found.type == "cuda":
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= (count := torch.cuda.device_count()):
+                raise cli.UserError(f"process {local} of this machine has no GPU: there are {count}")
+            found = torch.device("cuda", local)
+            torch.cuda.set_device(found)
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return cls(found, dist.get_rank(), dist.get_world_size())
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, in place."""
+        return self.sum(values).div_(self.world_size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, *values: float) -> list[float]:
+        """The maximum of each number over the processes, the same in all of them."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list:
+        """The value of every process, by rank: a list that is the same in all of them. Values must be picklable."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error means that another process has ended."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -1,0 +1,61 @@
+"""The loss of the latent toy experiment (TCSVT 2025)."""
+
+import torch
+from torch import Tensor
+
+from models import TCM
+from models.latent_map import TCM_Mapped
+from utils.training.objectives import FixedRateObjective
+
+
+class LatentMapObjective(FixedRateObjective):
+    """MSE(g_s(g_a(y_high)), y_high) + MSE(g_a(y_high), y_low): a map from a high rate's latent to a low one's.
+
+    Only the map learns. Besides what every objective measures (here of the high-rate codec with the map around its
+    entropy model, at the λ of the low rate) it measures both terms as −10·log10 MSE in dB, `back_db` and
+    `to_low_db`, and for comparison `unmapped_db`, that of y_high against y_low.
+
+    Args:
+        model: the high-rate codec with the map.
+        low: the low-rate codec, for its analysis.
+        lmbda: λ of the low rate.
+    """
+
+    stage = "latent map"
+
+    def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float) -> None:
+        super().__init__(model, lmbda)
+        self.model.requires_grad_(False)
+        self.model.map.requires_grad_(True)
+        self.low = low.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        with self.autocasting(x):
+            back, there, _ = self._errors(self.model, x)
+        return {"total": back + there, "loss": (back + there).detach(), "MSE back": back, "MSE to low": there}
+
+    def _errors(self, model: TCM_Mapped, x: Tensor) -> list[Tensor]:
+        """MSE of the round trip against y_high, of the map against y_low, and of y_high against y_low."""
+        with torch.no_grad():
+            y_high, y_low = model.g_a(x), self.low.g_a(x)
+        mapped, _ = model.map.g_a(y_high)
+        back, _ = model.map.g_s(mapped)
+        pairs = ((back, y_high), (mapped, y_low), (y_high, y_low))
+        return [(a.float() - b.float()).square().mean() for a, b in pairs]
+
+    @torch.no_grad()
+    def measure(self, model: TCM_Mapped, x: Tensor, index: None) -> tuple[dict[str, float], Tensor]:
+        values, x_hat = super().measure(model, x, index)
+        decibels = (float(-10 * error.log10()) for error in self._errors(model, x))
+        return values | dict(zip(("back_db", "to_low_db", "unmapped_db"), decibels, strict=True)), x_hat
+
+    def describe(self) -> dict:
+        return super().describe() | {"contextual": self.model.arguments["contextual"]}
+
+    def train(self, mode: bool = True) -> "LatentMapObjective":
+        """The frozen codecs stay in evaluation mode, without drop-path in the latents to match."""
+        super().train(mode)
+        self.model.eval()
+        self.model.map.train(mode)
+        self.low.eval()
+        return self

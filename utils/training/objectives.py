@@ -1,0 +1,238 @@
+"""The losses of the training stages: everything jointly, a fixed-rate TCM, the entropy model alone, the LAEs alone."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models import TCM, TCM_VBR
+from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from utils.metrics import bits, psnr_of_mse, rate_distortion
+
+
+class Objective(nn.Module):
+    """The joint stage: a model and its rate-distortion loss at all rates. The base class of the other stages.
+
+    Model and loss are one module, as DistributedDataParallel needs. Parameters that a stage does not train have
+    `requires_grad` off.
+
+    Args:
+        model: to be trained, in place.
+        metric: "mse" or "ms-ssim".
+    """
+
+    stage = "joint"
+    repeat = 0  # number of patches to train on again and again; 0 for always new ones
+    indexes: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
+
+    def __init__(self, model: TCM, metric: str = "mse") -> None:
+        super().__init__()
+        self.model, self.metric = model, metric
+        self.autocast: torch.dtype | None = None
+        self.balance = 0.0
+
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            x: patches `[B, 3, H, W]` in [0, 1].
+            rate_uniform: a number in [0, 1) per sample, `[B]`, which `index` turns into its rate.
+            noise: uniform in ±½, for y and for z.
+
+        Returns:
+            `total`, which has the gradients, and scalars to log: `loss` and others.
+        """
+        index = self.index(rate_uniform)
+        with self.autocasting(x):
+            out = self.model(x, index, noise=noise)
+        losses = self.losses(out, x, index)
+        aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
+        return {"total": self.weighted(losses, index) + aux, "aux": aux, **_means(losses)}
+
+    def weighted(self, losses: dict[str, Tensor], index: Tensor | float | None) -> Tensor:
+        """The loss to minimize: that of each sample times (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
+        bpp = losses["bpp"]
+        lmbda = self.lambdas(index, len(bpp)).to(bpp.device)
+        weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
+        return (weights * (lmbda * losses["distortion"] + bpp)).mean()
+
+    def autocasting(self, x: Tensor) -> torch.autocast:
+        """A context of the run's precision, on the device of x."""
+        return torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def losses(self, out: dict, x: Tensor, index: Tensor | float | None) -> dict[str, Tensor]:
+        """`rate_distortion` of a model's output, at the λ of the index."""
+        return rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
+
+    def index(self, rate_uniform: Tensor) -> Tensor | None:
+        """Rate index of each sample, `[B]`: uniform over [0, 5]."""
+        return rate_uniform * MAX_INDEX
+
+    def lambdas(self, index: Tensor | float | None, batch: int) -> Tensor:
+        """λ of each sample, `[B]`."""
+        index = torch.as_tensor(index, dtype=torch.float32).expand(batch)
+        return index_to_lambda(index, self.metric)
+
+    @torch.no_grad()
+    def measure(self, model: TCM, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
+        """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
+        with recorded_log_m(model) as log_m:
+            out = model(x, index)
+        out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
+        losses = self.losses(out, x, index)
+        values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"], **log_m}
+        return {name: float(value) for name, value in values.items()}, out["x_hat"]
+
+    def describe(self) -> dict:
+        """For the training record."""
+        return {"stage": self.stage, "metric": self.metric}
+
+
+class FixedRateObjective(Objective):
+    """A plain TCM at one λ: the base of the variable-rate model, and the teachers of the static stage."""
+
+    stage = "base"
+    indexes = (None,)
+
+    def __init__(self, model: TCM, lmbda: float, metric: str = "mse") -> None:
+        super().__init__(model, metric)
+        self.lmbda = lmbda
+
+    def index(self, rate_uniform: Tensor) -> None:
+        return None
+
+    def lambdas(self, index: None, batch: int) -> Tensor:
+        return torch.full((batch,), self.lmbda)
+
+    def describe(self) -> dict:
+        return super().describe() | {"lmd": self.lmbda}
+
+
+class EntropyObjective(Objective):
+    """The entropy model alone learns to spend fewer bits on latents that do not change.
+
+    Analysis, LAEs and synthesis are frozen, and so are the latent residuals, which would learn to bend ŷ to what is
+    cheap. The latents are computed once and kept, in float16, so a step costs a third of a joint one.
+
+    Args:
+        rates: the objective that gives the model and the rates.
+        kept: number of patches whose latents are kept, of all processes together, at least.
+        batch: patches per step, of all processes. `repeat` is a multiple of it, so that each process meets the patches
+            again whose latents it has kept.
+    """
+
+    stage = "entropy"
+
+    def __init__(self, rates: Objective, kept: int, batch: int = 1) -> None:
+        super().__init__(rates.model, rates.metric)
+        self.repeat, self.indexes = -(-kept // batch) * batch, rates.indexes
+        self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
+        self.index, self.lambdas = rates.index, rates.lambdas
+        self.model.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("g_a.", "g_s.", "modnet_", "lrp_transforms.")))
+        self._kept: dict[int, Tensor] = {}
+
+    def forward(
+        self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor], keys: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """As `Objective.forward`; equal keys are equal patches."""
+        index = self.index(rate_uniform)
+        with torch.no_grad():  # in float32, which costs little, as analysis is done once
+            y, _ = self.model.modulate(self._latents(x, keys), index)
+        with self.autocasting(x):
+            _, out = self.model.estimate_rate(y, self.model.h_a(y), noise=noise)
+        pixels = x.shape[-2] * x.shape[-1]
+        bpp_z = bits(out["likelihoods"]["z"]) / pixels
+        bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
+        total = self.weighted({"bpp": bpp, "distortion": torch.zeros_like(bpp)}, index)
+        aux = self.model.aux_loss()
+        means = {"bpp": bpp.detach().mean(), "bpp of z": bpp_z.detach().mean()}
+        return {"total": total + aux, "aux": aux, **means}
+
+    def _latents(self, x: Tensor, keys: Sequence[int]) -> Tensor:
+        """The output of `g_a`, computed for patches whose latents are not kept yet."""
+        if new := [i for i, key in enumerate(keys) if key not in self._kept]:
+            for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
+                self._kept[keys[i]] = latent
+        return torch.stack([self._kept[key] for key in keys]).float()
+
+    def train(self, mode: bool = True) -> "EntropyObjective":
+        super().train(mode)
+        self.model.g_a.eval()  # without drop-path in the kept latents
+        return self
+
+    def describe(self) -> dict:
+        return self._described
+
+
+class StaticObjective(Objective):
+    """The static stage (TCSVT 2025): the LAEs alone learn, towards the latents of six fixed-rate teachers.
+
+    loss = R-D loss + 0.03 · MSE(LAE(g_a(x)), g_a of the teacher of the sample's λ(x)) + 1e-4 · Σ‖p‖₂ over the
+    parameters of both LAEs. The rates are the six that have a teacher.
+    """
+
+    stage = "static"
+    latent_weight, norm_weight = 0.03, 1e-4
+
+    def __init__(self, model: TCM_VBR, teachers: Sequence[TCM], metric: str = "mse") -> None:
+        super().__init__(model, metric)
+        model.requires_grad_(False)
+        self.laes = [model.modnet_ga, model.modnet_gs]
+        for lae in self.laes:
+            lae.requires_grad_(True)
+        self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False).eval()
+
+    def index(self, rate_uniform: Tensor) -> Tensor:
+        return (rate_uniform * len(self.teachers)).floor()
+
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        index = self.index(rate_uniform)
+        with self.autocasting(x):
+            out = self.model(x, index, noise=noise)
+            target = self._teacher_latents(x, index)
+        losses = self.losses(out, x, index)
+        latent = (out["latent"].float() - target.float()).square().mean()
+        norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
+        total = self.weighted(losses, index) + self.latent_weight * latent + self.norm_weight * norms
+        return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
+
+    def _teacher_latents(self, x: Tensor, index: Tensor) -> Tensor:
+        """The latent of each sample by the teacher of its λ."""
+        latents: list[Tensor] = [x] * len(x)
+        for number in index.unique().long().tolist():
+            chosen = (index == number).nonzero().flatten()
+            for place, latent in zip(chosen.tolist(), self.teachers[number](x[chosen]), strict=True):
+                latents[place] = latent
+        return torch.stack(latents)
+
+    def train(self, mode: bool = True) -> "StaticObjective":
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = {"loss": losses["loss"], "bpp": losses["bpp"], "bpp of z": losses["bpp_z"]}
+    values["psnr"] = psnr_of_mse(losses["mse"])
+    return {name: value.detach().mean() for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def recorded_log_m(model: TCM) -> Iterator[dict[str, Tensor]]:
+    """Records the mean ln m of both LAEs in a forward pass: `log_m_ga` and `log_m_gs`; nothing for a TCM."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        getattr(model, f"modnet_{name}").mask.register_forward_hook(
+            lambda module, inputs, log_m, name=name: found.__setitem__(f"log_m_{name}", log_m.mean())
+        )
+        for name in ("ga", "gs")
+        if hasattr(model, f"modnet_{name}")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,219 @@
+"""Training patches: cut on the device from photographs in its memory, or read by worker processes.
+
+Everything random about a sample is a function of the seed and of the sample's position in the run: the
+photograph, the crop, the rate, the noise. So a run can be resumed anywhere, and shared by any number of
+processes or workers, without a change in the samples.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils.images import read_image
+from utils.pictures import ImageError
+
+GOLDEN = (5**0.5 - 1) / 2
+MAX_UNREADABLE = 1000  # photographs in a row that cannot be used
+
+
+@dataclass
+class Batch:
+    """Training patches.
+
+    Attributes:
+        patches: uint8 `[B, 3, h, w]`.
+        rate_uniform: a number in [0, 1) per patch, which an objective turns into its rate, `[B]`.
+        seeds: of the noise of each patch.
+        keys: equal for equal patches.
+        unusable: photographs that were passed over, each with the cause.
+    """
+
+    patches: Tensor
+    rate_uniform: Tensor
+    seeds: list[int]
+    keys: list[int]
+    unusable: list[str]
+
+    def pin_memory(self) -> "Batch":
+        self.patches = self.patches.pin_memory()
+        return self
+
+
+class PatchDataset(Dataset):
+    """Patches of photographs, by position in the run. Each pass has every photograph once, in a new order.
+
+    A patch is flipped and (where it is square) transposed at random, and with probability `scaled` it is cut up to
+    twice as large and scaled down. A photograph that cannot be read, or is smaller than a patch, is replaced by
+    another one, drawn at random.
+
+    Args:
+        size: height and width of a patch.
+        repeat: number of patches after which they come again, with other rates and noise; 0 for always new ones.
+        cache: decoded photographs by number, or why one cannot be used. The others are read when needed.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        seed: int,
+        scaled: float = 0.25,
+        repeat: int = 0,
+        cache: dict | None = None,
+    ) -> None:
+        self.paths, self.size, self.seed, self.scaled, self.repeat = list(paths), size, seed, scaled, repeat
+        self.cache: dict[int, Tensor | str] = cache or {}
+        self._pass = (-1, np.empty(0, np.int64))
+
+    def __getitem__(self, position: int) -> Batch:
+        """The sample at a position, as a batch of one.
+
+        Raises:
+            ImageError: MAX_UNREADABLE photographs in a row cannot be used.
+        """
+        key = position % self.repeat if self.repeat else position
+        random = np.random.default_rng((self.seed, key))
+        number, unusable = self._number(key), []
+        for _ in range(MAX_UNREADABLE):
+            image = self._photograph(number)
+            if isinstance(image, Tensor):
+                patch = random_crop(image, self.size, self.scaled, random)
+                if key != position:
+                    random = np.random.default_rng((self.seed, position))
+                # Multiples of the golden ratio spread the rates of every batch evenly. The loss differs fourfold
+                # between rates, so rates drawn at random would be noise in the gradient.
+                epoch = position // self.repeat if self.repeat else 0
+                spread = (position + 1) * GOLDEN + epoch * 2**0.5  # a patch that comes again has another rate
+                uniform = torch.tensor([min(spread % 1, 1 - 2**-24)])  # float32 would round up to 1
+                return Batch(patch[None], uniform, [int(random.integers(2**62))], [key], unusable)
+            unusable.append(image)
+            number = int(random.integers(len(self.paths)))
+        raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
+
+    def _number(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.paths))
+        if self._pass[0] != epoch:
+            self._pass = epoch, np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.paths))
+        return int(self._pass[1][place])
+
+    def _photograph(self, number: int) -> Tensor | str:
+        return self.cache[number] if number in self.cache else usable(self.paths[number], self.size)
+
+
+def usable(path: Path, size: tuple[int, int]) -> Tensor | str:
+    """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be used."""
+    try:
+        image = read_image(path)
+    except ImageError as error:
+        return str(error)
+    if image.shape[1] < size[0] or image.shape[2] < size[1]:
+        return f"{path}: {image.shape[2]}×{image.shape[1]} is smaller than a patch of {size[1]}×{size[0]}"
+    return image
+
+
+def random_crop(image: Tensor, size: tuple[int, int], scaled: float, random: np.random.Generator) -> Tensor:
+    """One random patch, uint8 `[3, *size]`, of a photograph that is at least as large."""
+    factor = 1.0
+    if random.random() < scaled:
+        largest = min(2.0, image.shape[1] / size[0], image.shape[2] / size[1])
+        factor = random.uniform(1.0, largest)
+    height, width = (int(side * factor) for side in size)
+    top = random.integers(image.shape[1] - height + 1)
+    left = random.integers(image.shape[2] - width + 1)
+    patch = image[:, top : top + height, left : left + width]
+    if (height, width) != tuple(size):
+        patch = F.interpolate(patch[None].float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    turn = int(random.integers(8))
+    if turn & 1:
+        patch = patch.flip(1)
+    if turn & 2:
+        patch = patch.flip(2)
+    if turn & 4 and size[0] == size[1]:
+        patch = patch.transpose(1, 2)
+    return patch.contiguous()
+
+
+def read_all(
+    paths: Sequence[Path], size: tuple[int, int], device: torch.device, purpose: str = "train on", quiet: bool = False
+) -> dict:
+    """All photographs on a device, by number, or the reason why one cannot be used, which is printed too."""
+    cache: dict[int, Tensor | str] = {}
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(lambda path: usable(path, size), paths)
+        bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=quiet)
+        for number, image in enumerate(bar):
+            if isinstance(image, str) and not quiet:
+                tqdm.write(f"skipped: {image}", file=sys.stderr)
+            cache[number] = image if isinstance(image, str) else image.to(device)
+    if not any(isinstance(image, Tensor) for image in cache.values()):
+        raise ImageError(f"no photograph is left to {purpose}; the last one tried: {cache[len(paths) - 1]}")
+    return cache
+
+
+def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
+    """Memory in GB that the photographs take once decoded, by the headers of at most `most` of them."""
+    some = paths[:: -(-len(paths) // most)]
+    total = 0
+    for path in some:
+        try:
+            with Image.open(path) as image:
+                total += 3 * image.width * image.height
+        except Exception:  # reported when it is read
+            continue
+    return total * len(paths) / len(some) / 1e9
+
+
+def batches(
+    dataset: PatchDataset, batch: int, rank: int, world_size: int, start: int, workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """Endless batches of one process from a position on: the rank-th part of every global batch.
+
+    With everything cached, patches are cut in this process, on the device; otherwise by worker processes, each of which
+    holds a few batches and one decoded photograph at a time, however many photographs there are.
+    """
+
+    def positions() -> Iterator[list[int]]:
+        first = start + rank * batch
+        while True:
+            yield list(range(first, first + batch))
+            first += world_size * batch
+
+    if len(dataset.cache) == len(dataset.paths):
+        for place in positions():
+            yield collate([dataset[position] for position in place])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=positions(),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_run,
+    )
+    yield from loader
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    return Batch(
+        torch.cat([sample.patches for sample in samples]),
+        torch.cat([sample.rate_uniform for sample in samples]),
+        [seed for sample in samples for seed in sample.seeds],
+        [key for sample in samples for key in sample.keys],
+        [text for sample in samples for text in sample.unusable],
+    )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    os.setsid()  # Ctrl-C, torchrun and batch systems signal whole process groups; a worker that dies would end the run
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,69 @@
+"""Budget, progress, and the learning rate as a function of both."""
+
+import math
+from dataclasses import dataclass
+
+FACTORS = (0.5, 0.1, 0.05)  # the published steps of the learning rate, one for each milestone
+
+
+@dataclass
+class Settings:
+    """How to train. The checkpoint's training record holds all of it."""
+
+    max_minutes: float = 0  # the budget is whichever of the three ends first; 0 is none
+    max_steps: int = 0
+    max_patches: int = 0
+    batch_size: int = 8  # patches per step, of all processes together
+    patch_size: tuple[int, int] = (256, 256)
+    learning_rate: float = 2e-4
+    aux_learning_rate: float = 1e-3
+    density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
+    transform_factor: float = 1.0  # learning rate of g_a and g_s, in the same units
+    balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # of "step", as shares of the budget: epochs 50, 100, 150 of 200
+    warmup: int = 200  # steps
+    clip_max_norm: float = 1.0
+    ema: float = 0.999
+    validate_minutes: float = 15
+    save_minutes: float = 5
+    amp: str | None = None  # "bf16" or "fp16" autocast; the entropy models stay in float32
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a run is. `--resume` restores it."""
+
+    step: int = 0
+    patches: int = 0
+    seconds: float = 0  # of training steps, without validation and saving
+    waiting: float = 0  # seconds of these spent waiting for patches
+    skipped: int = 0  # steps with a loss or gradient that was not finite
+    skipped_in_a_row: int = 0
+
+
+def budget_used(progress: Progress, settings: Settings) -> float:
+    """Share of the budget that is spent, from 0 to 1 and beyond."""
+    shares = [0.0]
+    if settings.max_minutes:
+        shares.append(progress.seconds / 60 / settings.max_minutes)
+    if settings.max_steps:
+        shares.append(progress.step / settings.max_steps)
+    if settings.max_patches:
+        shares.append(progress.patches / settings.max_patches)
+    return max(shares)
+
+
+def learning_rate(progress: Progress, settings: Settings) -> float:
+    """Linear warm-up in steps, times the schedule, which ends with the budget in minutes, steps or patches.
+
+    "cosine" falls to zero, "step" by the published factors. PyTorch's schedulers do not fit: they count steps, and a
+    run with a time limit does not know how many it will make.
+    """
+    used = min(1.0, budget_used(progress, settings))
+    warm = min(1.0, (progress.step + 1) / max(1, settings.warmup))
+    if settings.schedule == "cosine":
+        return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * used))
+    passed = sum(used >= milestone for milestone in settings.milestones)
+    return settings.learning_rate * warm * (1.0, *FACTORS)[passed]

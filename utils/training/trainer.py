@@ -1,0 +1,450 @@
+"""The training loop: one step, the run, saving and resuming.
+
+The folder of a run has `last.pth.tar` to resume from, `model.pth.tar` to use (EMA weights, float16,
+coding tables), `validation.jsonl`, and TensorBoard's events.
+"""
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models import TCM
+from utils import cli
+from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
+from utils.files import atomic_write, remove_left_over
+from utils.pictures import ImageError
+from utils.training.distributed import DistContext, is_lost_peer
+from utils.training.objectives import Objective
+from utils.training.patches import Batch, PatchDataset, batches
+from utils.training.schedule import Progress, Settings, budget_used, learning_rate
+from utils.training.validation import log_validation, validate
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
+MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
+
+
+def make_optimizers(model: TCM, settings: Settings) -> dict[str, torch.optim.Adam]:
+    """Adam "net" for the networks and Adam "aux" for the bottleneck's quantiles, of parameters that are trained.
+
+    CompressAI's net_aux_optimizer does not fit, as it has no groups: the density of z starts 10 wide, and Adam moves
+    a weight by the learning rate per step, so that at the networks' rate z would cost 3 bits per symbol for long.
+    """
+    networks, transforms, density, quantiles = [], [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith("entropy_bottleneck."):
+            (quantiles if name.endswith(".quantiles") else density).append(p)
+        else:
+            (transforms if name.startswith(("g_a.", "g_s.")) else networks).append(p)
+    factors = (1.0, settings.transform_factor, settings.density_factor)
+    groups = [{"params": p, "factor": f} for p, f in zip((networks, transforms, density), factors, strict=True) if p]
+    optimizers = {"net": torch.optim.Adam(groups, settings.learning_rate, fused=True)}
+    if quantiles:
+        optimizers["aux"] = torch.optim.Adam(quantiles, settings.aux_learning_rate, fused=True)
+    return optimizers
+
+
+class Trainer:
+    """Trains the model of an objective.
+
+    Args:
+        objective: on its device.
+        dataset: training patches.
+        workers: processes that read photographs which are not cached.
+        validation: photographs uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
+        folder: of the run.
+        history: training records of the weights that the run starts from.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        dataset: PatchDataset,
+        workers: int,
+        validation: Sequence[Tensor],
+        folder: Path,
+        settings: Settings,
+        context: DistContext,
+        history: Sequence[dict] = (),
+    ) -> None:
+        self.objective, self.model = objective, objective.model
+        self.dataset, self.workers, self.validation = dataset, workers, validation
+        self.folder, self.settings, self.context, self.history = folder, settings, context, list(history)
+        self.device = context.device
+        self.progress = Progress()
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
+        self.optimizers = make_optimizers(self.model, settings)
+        precision = PRECISIONS.get(settings.amp)
+        objective.autocast, objective.balance = precision, settings.balance
+        # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
+        self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
+        self.batches: Generator[Batch, None, None] | None = None
+        self.prefetched: Batch | None = None
+        self.data_seconds = 0.0
+        self.unusable = {told for told in dataset.cache.values() if isinstance(told, str)}
+        self.stop = False
+        self.writer: SummaryWriter | None = None
+
+    def _average(self, ema: list[Tensor], new: list[Tensor], _: Tensor) -> None:
+        # The decay warms up, as a constant one would keep the first weights for long.
+        decay = min(self.settings.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        torch._foreach_lerp_(ema, new, 1 - decay)  # as torch's get_ema_multi_avg_fn does
+
+    # One step ---------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """One step of the optimizers, unless a loss or gradient is not finite; returns values to log."""
+        rate = self._set_learning_rates()
+        self.objective.train()
+        batch = self.prefetched or self.next_batch()
+        # Drop-path draws from PyTorch's generator, whose seed depends on the step and the process.
+        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.context.rank))
+        x = batch.patches.to(self.device, non_blocking=True).float() / 255
+        # Seeds of the noise and rates come with the samples, so they do not depend on the number of processes.
+        keys = [batch.keys] if self.objective.repeat else []
+        out = self.ddp_objective(x, batch.rate_uniform, self.noise(batch.seeds, x.shape[2:]), *keys)
+        self.scaler.scale(out.pop("total")).backward()
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        parameters = [p for group in self.optimizers["net"].param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm or math.inf)
+        self.prefetched = self.next_batch()  # while a GPU is still busy with the step
+        means = self.context.mean(torch.stack([value.detach().float() for value in out.values()]))
+        numbers = torch.cat([means, norm.detach().view(1)]).tolist()
+        finite = bool(np.isfinite(numbers).all())
+        for optimizer in self.optimizers.values():
+            if finite:
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if finite:
+            self.ema.update_parameters(self.model)
+        self.progress.skipped += not finite
+        self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
+        self.progress.step += 1
+        self.progress.patches += self.settings.batch_size
+        return dict(zip([*out, "gradient norm"], numbers, strict=True)) | {"learning rate": rate}
+
+    def _set_learning_rates(self) -> float:
+        """Set the learning rates of all groups for this step; returns that of the networks."""
+        rate = learning_rate(self.progress, self.settings)
+        for group in self.optimizers["net"].param_groups:
+            group["lr"] = rate * group["factor"]
+        if "aux" in self.optimizers:
+            for group in self.optimizers["aux"].param_groups:
+                group["lr"] = self.settings.aux_learning_rate
+        return rate
+
+    def open_batches(self) -> None:
+        """Start reading batches for `next_batch`, from the position of the run."""
+        self.batches = batches(
+            self.dataset,
+            self.settings.batch_size // self.context.world_size,
+            self.context.rank,
+            self.context.world_size,
+            self.progress.patches,
+            self.workers,
+            self.device,
+        )
+
+    def next_batch(self) -> Batch:
+        """The next batch of this process, after `open_batches`. Prints photographs that could not be used."""
+        start = time.monotonic()
+        try:
+            batch = next(self.batches)
+        except ImageError as error:  # PyTorch puts the traceback of a worker into the text
+            raise ImageError(str(error).splitlines()[-1].split("ImageError: ")[-1]) from None
+        self.data_seconds = time.monotonic() - start
+        for text in batch.unusable:
+            if text not in self.unusable:
+                self.unusable.add(text)
+                tqdm.write(f"skipped: {text}", file=sys.stderr)
+        return batch
+
+    def noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Uniform noise in ±½ for y and z of each sample."""
+        generator = torch.Generator(self.device)
+        noises: tuple[list[Tensor], list[Tensor]] = [], []
+        for seed in seeds:
+            generator.manual_seed(seed)
+            for noise, shape in zip(noises, self.model.noise_shapes(*size), strict=True):
+                noise.append(torch.rand(shape, generator=generator, device=self.device) - 0.5)
+        return torch.stack(noises[0]), torch.stack(noises[1])
+
+    # The run ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train until the budget is spent or a signal comes; validate and save in between and at the end.
+
+        Raises:
+            UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
+        """
+        self.open_batches()
+        if self.context.is_main:
+            remove_left_over(self.folder, "*.pth.tar")
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
+        try:
+            with self._signals():
+                self._run()
+        except RuntimeError as error:
+            if self.context.world_size > 1 and is_lost_peer(error):
+                cause = str(error).strip().splitlines()[0]
+                raise cli.UserError(
+                    f"another process of this run has ended, or cannot be reached ({cause}); {self._how_to_continue()}"
+                ) from None
+            raise
+        finally:
+            self.batches.close()  # ends its workers
+            self._log(lambda writer: writer.close())
+
+    def _run(self) -> None:
+        bar = tqdm(
+            total=100,
+            initial=round(100 * min(1, budget_used(self.progress, self.settings)), 1),
+            desc="training",
+            unit="%",
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+            disable=not self.context.is_main,
+        )
+        minutes = self.progress.seconds / 60
+        next_save = minutes + self.settings.save_minutes
+        next_validation = minutes + self.settings.validate_minutes
+        with contextlib.closing(bar):
+            while budget_used(self.progress, self.settings) < 1:
+                stop = self._timed_step(bar)
+                minutes = self.progress.seconds / 60
+                if stop:
+                    self.save()
+                    self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
+                    return
+                if minutes >= next_validation:
+                    next_validation = minutes + self.settings.validate_minutes
+                    self.save()
+                    self.validate()
+                elif minutes >= next_save:
+                    next_save = minutes + self.settings.save_minutes
+                    self.save()
+        self.save()  # first: what follows may be interrupted
+        self.validate()
+
+    def _timed_step(self, bar: tqdm) -> bool:
+        """A step with its time and its log; returns whether any process was asked to stop."""
+        start = time.monotonic()
+        values = self.step()
+        seconds, waiting, stop = self.context.max(time.monotonic() - start, self.data_seconds, float(self.stop))
+        self.progress.seconds += seconds
+        self.progress.waiting += waiting
+        if self.progress.skipped_in_a_row:
+            self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise cli.UserError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite: "
+                f"a lower learning rate may help; {self._how_to_continue()}"
+            )
+        bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
+        bar.set_postfix({"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}})
+        if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
+            values["patches a second"] = self.settings.batch_size / seconds
+            values["share of the time waiting for patches"] = waiting / seconds
+            values["skipped steps"] = self.progress.skipped
+
+            def write(writer: SummaryWriter) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(f"training/{name}", value, self.progress.step)
+
+            self._log(write)
+        return bool(stop)
+
+    def validate(self) -> None:
+        """Measure the EMA weights, write them for use, and log."""
+        # Several processes must do the same, and a signal reaches them at different moments.
+        canceled = None if self.context.world_size > 1 else lambda: self.stop
+        found = validate(self.objective, self.ema.module, self.validation, self.context, canceled)
+        if found is None:
+            self._print("stopped while validating; go on with --resume")
+            return
+        means, pictures = found
+        result = {
+            "step": self.progress.step,
+            "patches": self.progress.patches,
+            "minutes": round(self.progress.seconds / 60, 2),
+            **means,
+        }
+        if self.context.is_main:
+            self._print(json.dumps(result))
+            self._log(lambda writer: log_validation(writer, result, pictures, self.progress.step))
+            with (self.folder / "validation.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
+
+    def _log(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Write to TensorBoard, as long as that works: a run goes on without its curves."""
+        if self.writer:
+            try:
+                write(self.writer)
+            except OSError as error:
+                self.writer = None  # not closed, as closing would wait for its thread, which has ended
+                self._print(f"note: TensorBoard's events cannot be written any more ({error})")
+
+    def _how_to_continue(self) -> str:
+        last = self.folder / "last.pth.tar"
+        return f"the last good checkpoint is {last}: go on with --resume" if last.exists() else "nothing was saved yet"
+
+    def _print(self, text: str) -> None:
+        if self.context.is_main:
+            tqdm.write(text)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGINT and SIGTERM end the run after the step; a second SIGINT at once."""
+
+        def handle(number: int, frame: object) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    # Saving and resuming -----------------------------------------------------------------------
+
+    def record(self, result: dict) -> dict:
+        """The training record of this run, in plain values."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
+        seconds = max(1e-9, self.progress.seconds)
+        return {
+            **self.objective.describe(),
+            "settings": asdict(self.settings),
+            "photographs": len(self.dataset.paths),
+            "machine": name,
+            "processes": self.context.world_size,
+            "patches_per_second": round(self.progress.patches / seconds, 2),
+            "waiting_for_patches": round(self.progress.waiting / seconds, 4),
+            "skipped_steps": self.progress.skipped,
+            **result,
+        }
+
+    def save(self) -> None:
+        """Write `last.pth.tar`: everything that the next step depends on."""
+        if not self.context.is_main:
+            return
+        state = describe(self.model) | {
+            "state_dict": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "settings": asdict(self.settings),
+            "objective": self.objective.describe(),
+            "training": self.history,
+        }
+        write_checkpoint(self.folder / "last.pth.tar", state)
+
+    def resume(self, state: dict) -> None:
+        """Continue from a state (`read_run` of this folder) as if the run had not been interrupted.
+
+        Raises:
+            UserError: it is of another stage.
+        """
+        if state["objective"] != self.objective.describe():
+            theirs, ours = state["objective"], self.objective.describe()
+            raise cli.UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
+        for name, value in asdict(self.settings).items():
+            if (before := state["settings"].get(name)) != value:
+                self._print(f"note: {name} was {before} in this run and is {value} from here on")
+        self.model.load_state_dict(state["state_dict"])
+        self.ema.module.load_state_dict(state["ema"])
+        for name, optimizer in self.optimizers.items():
+            factors = [group.get("factor") for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state["optimizers"][name])
+            except ValueError:
+                cause = "its optimizers do not fit this version of the code"
+                raise cli.UserError(f"{self.folder}: {cause}; start from it with --checkpoint") from None
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["factor"] = factor  # of the settings now, not of those then
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.ema.n_averaged.fill_(self.progress.step - self.progress.skipped)
+        self.history = state["training"]
+        if self.context.is_main:
+            self._forget_later_validations()
+
+    def _forget_later_validations(self) -> None:
+        path = self.folder / "validation.jsonl"
+        if path.exists():
+            done = budget_used(self.progress, self.settings) >= 1  # then the last one is made again
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
+            with atomic_write(path) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def compile_networks(model: TCM) -> None:
+    """`torch.compile` the sub-networks in place; the slice loop between them is not compiled."""
+    networks: list[nn.Module] = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
+    for parts in (model.atten_mean, model.atten_scale, model.cc_mean_transforms, model.cc_scale_transforms):
+        networks += parts
+    networks += model.lrp_transforms
+    # Dynamo counts the graphs of all networks together, as they are calls of one nn.Module method: its limit of 8 would
+    # leave g_s out.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(networks))
+    torch._dynamo.config.optimize_ddp = False  # would split graphs where gradients are sent, and each is small already
+    for network in networks:
+        network.compile()
+
+
+def _distributed(objective: Objective) -> nn.Module:
+    """An objective whose gradients are means over the processes. Its buffers are constants, equal in all of them."""
+    with warnings.catch_warnings():  # PyTorch 2.14 renames the flag; 2.6 knows the old name only
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        return DistributedDataParallel(objective, broadcast_buffers=False)
+
+
+def read_run(folder: Path) -> dict:
+    """The state of a run in its `last.pth.tar`. UserError where that is something else."""
+    path = folder / "last.pth.tar"
+    state = read_checkpoint(path)
+    if not {"arguments", "ema", "optimizers", "progress", "settings", "objective"} <= state.keys():
+        raise cli.UserError(f"{path}: not the state of a run; start one from it with --checkpoint")
+    return state
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of validation.jsonl; infinite for a line that a full disk or a power cut has torn."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+        return f"{name}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
