@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.tcm import TCM_VBR
+from models import TCM_VBR
 from tests.conftest import TINY
 from tests.training.test_trainer import ROOT, arguments, recorded_losses, train, wait_for
 from utils.checkpoint import export_model, read_checkpoint

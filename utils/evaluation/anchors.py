@@ -73,9 +73,6 @@ def measure(name: str, image: "Tensor", codec: Codec, quality: int) -> "Result":
         index=float(quality),
         bpp=8 * len(data) / (width * height),
         psnr=psnr(image, to_tensor(decoded)),
-        ms_ssim=None,
-        ms_ssim_db=None,
-        loss=None,
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )

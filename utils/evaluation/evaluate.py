@@ -32,11 +32,11 @@ class Result:
     index: float | None
     bpp: float
     psnr: float
-    ms_ssim: float | None
-    ms_ssim_db: float | None
-    loss: float | None
-    encode_seconds: float | None
-    decode_seconds: float | None
+    ms_ssim: float | None = None
+    ms_ssim_db: float | None = None
+    loss: float | None = None
+    encode_seconds: float | None = None
+    decode_seconds: float | None = None
 
     as_dict = asdict
 
@@ -94,8 +94,6 @@ def _result(
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
         loss=None if index is None or error is None else bpp + index_to_lambda(index, model.metric) * error,
-        encode_seconds=None,
-        decode_seconds=None,
     )
 
 
