@@ -15,7 +15,6 @@ or not at all. What cannot be coded is named, the others go on, and the exit sta
 
 import argparse
 import functools
-import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from models.side_info import DecodingError
 from utils import cli
-from utils.codec.bitstream import MAX_PIXELS, unpack
+from utils.codec.bitstream import unpack
 from utils.codec.request import add_index_argument, add_refinement_arguments, add_target_arguments, make_request
-from utils.files import BUNDLED, atomic_write, find_files
-from utils.pictures import ImageError, find_images, png_bytes, read_pixels
+from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files
+from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels
 
 if TYPE_CHECKING:
     from models import TCM
@@ -52,16 +51,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     encoder = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
     add = encoder.add_argument
-    add("output", metavar="OUT", help="file, - for standard output, or folder")
     add_index_argument(encoder, several=False, default="2.5 without a target")
     add_target_arguments(encoder)
     add_refinement_arguments(encoder, steps=0)
+    add("--background", default="white", metavar="COLOR", help="color under transparent pixels, by name or as #rrggbb")
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
     _add_common(encoder)
     decoder = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -")
-    add = decoder.add_argument
-    add("output", metavar="OUT", help="file, - for standard output, or folder")
-    add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse files that claim more")
     _add_common(decoder)
     command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
     args = parser.parse_args(argv)
@@ -69,16 +65,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.request = make_request(encoder, args, args.lmd)
     if args.command != "info" and args.threads is not None and args.threads < 1:
         parser.error("--threads must be 1 or more")
-    if args.command == "decode" and not 0 < args.max_megapixels < 2**32:
+    if args.command != "info" and not 0 < args.max_megapixels < 2**32:
         parser.error("--max-megapixels must be positive, and not without bounds")
+    if args.command == "encode" and not is_color(args.background):
+        parser.error(f"--background: {args.background} is no color that Pillow knows")
     return args
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("output", metavar="OUT", help="file, - for standard output, or folder")
     add("--force", action="store_true", help="overwrite")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights, the same for encoding and decoding")
     cli.add_device_argument(parser)
+    add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse larger pictures, as they may be an attack")
     add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
 
 
@@ -144,7 +144,12 @@ def info(source: Path) -> str:
 
 def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
     """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
-    pixels = read_pixels(io.BytesIO(read_bytes(source)) if str(source) == "-" else source)
+    pixels = read_pixels(
+        read_bytes(source) if str(source) == "-" else source,
+        args.background,
+        int(args.max_megapixels * 1e6),
+        note=functools.partial(cli.print_note, source),
+    )
     model = load()
     from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
     from utils.images import to_tensor

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
 from utils.codec.request import add_index_argument
+from utils.evaluation.results import RESULTS_TABLE, Result, file_stem, mean, report, stem
 from utils.files import BUNDLED, write_json
-from utils.pictures import ImageError, find_images_or_samples
+from utils.pictures import find_images_or_samples
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
-    from models import TCM, TCM_VBR
-    from utils.evaluation.evaluate import Result
+    from models import TCM
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,64 +49,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(
     model: "TCM", paths: list[Path], indexes: list[float | None], args: argparse.Namespace
-) -> tuple[list["Result"], int]:
+) -> tuple[list[Result], int]:
     """Every picture at every index; returns the results and how many pictures failed."""
-    from utils.evaluation.evaluate import evaluate
-    from utils.evaluation.results import short_names
-    from utils.images import read_images, save_image
+    from utils.evaluation.evaluate import evaluate, for_each
+    from utils.images import save_image
 
-    results, failed, names = [], set(), short_names(paths)
-    bar = tqdm(total=len(paths) * len(indexes), desc="evaluating", unit="image", disable=None)
-    for path, image in read_images(paths):
-        for index in indexes:
-            try:
-                if isinstance(image, ImageError):
-                    raise image
-                result, decoded = evaluate(model, names[path], image.to(model.medians.device), index, args.real)
-            except (ImageError, ValueError) as error:  # ValueError: sides or latents that the format cannot hold
-                if path not in failed:
-                    cli.print_error(path, error)
-                failed.add(path)
-            else:
-                results.append(result)
-                if args.save:
-                    suffix = "" if index is None else f"_index{index:g}"
-                    save_image(Path(args.save) / f"{names[path].strip('/').replace('/', '_')}{suffix}.png", decoded)
-            bar.update()
-    bar.close()
+    results, failed = [], set()
+    jobs = for_each(paths, indexes, model.medians.device, lambda *job: evaluate(model, *job, args.real))
+    bar = tqdm(jobs, total=len(paths) * len(indexes), desc="evaluating", unit="image", disable=None)
+    for path, index, found in bar:
+        if found is None:
+            failed.add(path)
+            continue
+        result, decoded = found
+        results.append(result)
+        if args.save:
+            save_image(Path(args.save) / f"{file_stem(result.image, index)}.png", decoded)
     return results, len(failed)
-
-
-def study_rate_model(model: "TCM_VBR", paths: list[Path], args: argparse.Namespace) -> int:
-    """--rate-model: plot, table and JSON; returns the exit status."""
-    from utils.evaluation import rate_study
-    from utils.evaluation.results import short_names
-    from utils.images import read_images
-
-    studies, names = [], short_names(paths)
-    for path, image in tqdm(read_images(paths), total=len(paths), desc="21 rates of each", unit="image", disable=None):
-        try:
-            if isinstance(image, ImageError):
-                raise image
-            studies.append(rate_study.study(model, names[path], image.to(model.medians.device)))
-        except (ImageError, ValueError) as error:
-            cli.print_error(path, error)
-    if not studies:
-        raise cli.UserError("none of the pictures could be measured")
-    found = rate_study.summary(studies)
-    print(rate_study.table(found["means"]))
-    rate_study.plot(studies, Path(args.rate_model))
-    if args.json:
-        write_json(args.json, found)
-    return 0 if len(studies) == len(paths) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from models import TCM_VBR
     from utils.checkpoint import load_model
-    from utils.evaluation.evaluate import mean
-    from utils.evaluation.results import RESULTS_TABLE, report, stem
 
     device, paths = cli.pick_device(args.device), find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=bool(args.rate_model))
@@ -116,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.lmd and not variable:
         raise cli.UserError(f"{args.checkpoint}: a fixed-rate TCM has no rate index; leave out -l")
     if args.rate_model:
-        return study_rate_model(model, paths, args)
+        from utils.evaluation import rate_study
+
+        return rate_study.run(model, paths, Path(args.rate_model), args.json)
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
     results, failed = measure(model, paths, indexes, args)
     if not results:
@@ -129,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
         print(RESULTS_TABLE.rule)
     for group in groups:
         print(RESULTS_TABLE.row(f"mean of {len(paths) - failed}", group))
-    if variable and not args.lmd and (loss := mean(results, "loss")) is not None:
+    if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
         print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     if args.json:
         how = "real files" if args.real else "estimated from likelihoods"
-        write_json(args.json, report(groups, results, stem(args.checkpoint), how))
+        write_json(args.json, report(groups, stem(args.checkpoint), how, results))
     return 1 if failed else 0
 
 

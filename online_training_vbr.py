@@ -9,6 +9,7 @@ Every figure is of a real file, encoded and decoded. The decoder does not change
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from utils.codec.request import (
     add_target_arguments,
     make_request,
 )
+from utils.evaluation.results import Column, Result, Table, file_stem, mean, report, stem
 from utils.files import BUNDLED, atomic_write, write_json
-from utils.pictures import ImageError, find_images_or_samples
+from utils.pictures import find_images_or_samples
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
     from torch import Tensor
@@ -34,7 +36,6 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so th
     from models import TCM_VBR
     from utils.codec.encode import EncodeResult
     from utils.codec.refinement import Step
-    from utils.evaluation.evaluate import Result
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeRequest]]:
@@ -58,9 +59,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
 class Row:
     """A picture by one request: its file, what it measures, and the same without refinement."""
 
+    name: str  # of what is written for it, without a suffix
     encoded: "EncodeResult"
-    result: "Result"
-    plain: "Result"
+    result: Result
+    plain: Result
     error: float | None  # of the size against the target, in percent
 
     @property
@@ -72,38 +74,37 @@ class Row:
         return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
 
 
-def make_table():
-    from utils.evaluation.results import Column, Table
-
-    columns = [
-        Column("index", 5, 2, lambda row: row.result.index),
-        Column("bpp", 7, 4, lambda row: row.result.bpp),
-        Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
-        Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim_db),
-        Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-        Column("ΔPSNR", 6, 3, lambda row: row.result.psnr - row.plain.psnr),
-        Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
-        Column("error %", 8, 3, lambda row: row.error),
-        Column("trials", 6, 1, lambda row: row.encoded.trials),
-        Column("encode s", 8, 2, lambda row: row.encoded.seconds),
-        Column("refine s", 8, 2, lambda row: row.refine_seconds),
-    ]
-    return Table("image", 22, columns)
+TABLE = Table(
+    "image", 22,
+    Column("index", 5, 2, lambda row: row.result.index),
+    Column("bpp", 7, 4, lambda row: row.result.bpp),
+    Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
+    Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim_db),
+    Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
+    Column("ΔPSNR", 6, 3, lambda row: row.result.psnr - row.plain.psnr),
+    Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
+    Column("error %", 8, 3, lambda row: row.error),
+    Column("trials", 6, 1, lambda row: row.encoded.trials),
+    Column("encode s", 8, 2, lambda row: row.encoded.seconds),
+    Column("refine s", 8, 2, lambda row: row.refine_seconds),
+)
 
 
-def encode(model: "TCM_VBR", name: str, image: "Tensor", request: EncodeRequest, on_step: Callable) -> tuple[Row, "Tensor"]:
+def encode(model: "TCM_VBR", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
     """Encode one picture, uint8 `[3, H, W]`, measure its file, and return the decoded picture too."""
     from utils.codec import encode
     from utils.evaluation.evaluate import evaluate_file
 
-    encoded = encode.encode(model, image, request, on_step)
+    name = file_stem(image_name, request.index)
+    encoded = encode.encode(model, image, request, watch(bar, writer, name))
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
-    result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, seconds)
+    result, decoded = evaluate_file(model, image_name, image, encoded.index, encoded.data, seconds)
     plain = result
     if refinement and refinement.chosen:
-        plain, _ = evaluate_file(model, name, image, refinement.before.index, refinement.before.data, encoded.seconds)
-    return Row(encoded, result, plain, None if encoded.error is None else 100 * encoded.error), decoded
+        before = refinement.before
+        plain, _ = evaluate_file(model, image_name, image, before.index, before.data, encoded.seconds)
+    return Row(name, encoded, result, plain, None if encoded.error is None else 100 * encoded.error), decoded
 
 
 def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
@@ -125,60 +126,59 @@ def encode_all(
     model: "TCM_VBR", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace
 ) -> tuple[list[list[Row]], int]:
     """Every picture by every request; returns the rows of each request, and how many pictures failed."""
-    from utils.evaluation.results import short_names
-    from utils.images import read_images, save_image
+    from utils.evaluation.evaluate import for_each
+    from utils.images import save_image
 
     rows: list[list[Row]] = [[] for _ in requests]
-    table, names, failed, writer = make_table(), short_names(paths), set(), None
+    failed, writer, steps = set(), None, max(1, args.steps)
     if args.log:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.log)
-    steps = max(1, args.steps)
     bar = tqdm(total=len(paths) * len(requests) * steps, desc="refining" if args.steps else "encoding", unit="step", disable=None)
-    print(table.header)
-    for path, image in read_images(paths):
-        for number, request in enumerate(requests):
-            end = bar.n + steps
-            name = names[path].strip("/").replace("/", "_") + ("" if request.index is None else f"_index{request.index:g}")
-            try:
-                if isinstance(image, ImageError):
-                    raise image
-                row, decoded = encode(model, names[path], image.to(model.medians.device), request, watch(bar, writer, name))
-            except (ImageError, ValueError) as error:
-                if path not in failed:
-                    cli.print_error(path, error)
-                failed.add(path)
-            else:
-                rows[number].append(row)
-                tqdm.write(table.row(names[path], [row]))
-                if row.encoded.note:
-                    tqdm.write(f"{path}: the target is {row.encoded.note}", file=sys.stderr)
-                if args.out:
-                    with atomic_write(Path(args.out) / f"{name}.tvbr") as file:
-                        file.write(row.encoded.data)
-                if args.save:
-                    save_image(Path(args.save) / f"{name}.png", decoded)
-            bar.update(end - bar.n)  # steps that the method did not need
+
+    def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
+        return encode(model, name, image, requests[number], bar, writer)
+
+    print(TABLE.header)
+    jobs = for_each(paths, range(len(requests)), model.medians.device, work)
+    for count, (path, number, found) in enumerate(jobs, 1):
+        if found is None:
+            failed.add(path)
+        else:
+            row, decoded = found
+            rows[number].append(row)
+            tqdm.write(TABLE.row(row.result.image, [row]))
+            if row.encoded.note:
+                tqdm.write(f"{path}: the target is {row.encoded.note}", file=sys.stderr)
+            if args.out:
+                with atomic_write(Path(args.out) / f"{row.name}.tvbr") as file:
+                    file.write(row.encoded.data)
+            if args.save:
+                save_image(Path(args.save) / f"{row.name}.png", decoded)
+        bar.update(count * steps - bar.n)  # steps that the method did not need
     bar.close()
     if writer:
         writer.close()
-    print(table.rule)
-    for group in rows:
-        if group:
-            sizes = [replace(row, error=None if row.error is None else abs(row.error)) for row in group]
-            print(table.row(f"mean of {len(group)}", sizes))
+    print(TABLE.rule)
+    for group in filter(None, rows):
+        sizes = [replace(row, error=None if row.error is None else abs(row.error)) for row in group]
+        print(TABLE.row(f"mean of {len(group)}", sizes))
     return rows, len(failed)
+
+
+def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
+    """The results with refinement ("result") or without ("plain"), of each request."""
+    return [[getattr(row, kind) for row in group] for group in rows]
 
 
 def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
     """BD-rate of the curve of mean rates and qualities with refinement against that without."""
     from utils.evaluation.bd_rate import MIN_POINTS, rising, summary
-    from utils.evaluation.evaluate import mean
 
     def curve(kind: str) -> list[tuple[float, float]]:
-        groups = [[getattr(row, kind) for row in group] for group in rows]
-        return rising((mean(group, "bpp"), mean(group, "psnr")) for group in groups)[0]
+        groups = results_of(rows, kind)
+        return rising((mean(r.bpp for r in group), mean(r.psnr for r in group)) for group in groups)[0]
 
     curves = curve("plain"), curve("result")
     if min(map(len, curves)) < MIN_POINTS:
@@ -188,23 +188,16 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
 
 def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
-    from utils.evaluation.results import report, stem
-
-    name, flat = stem(args.checkpoint), [row for group in rows for row in group]
-
-    def report_of(kind: str, name: str, how: str) -> dict:
-        groups = [[getattr(row, kind) for row in group] for group in rows]
-        return report(groups, [getattr(row, kind) for row in flat], name, how)
-
-    whole = report_of("result", name, f"real files, {args.steps} steps of {args.method}" if args.steps else "real files")
-    for image, row in zip(whole["images"], flat, strict=True):
+    name, how = stem(args.checkpoint), f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
+    whole = report(results_of(rows, "result"), name, how)
+    for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded, refinement = row.encoded, row.encoded.refinement
         image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
         image |= {"chosen_step": refinement.chosen if refinement else 0, "loss_change": row.loss_change}
         image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}
         image["steps"] = [[step.bpp, step.mse, step.loss] for step in (refinement.steps if refinement else ())]
     if args.steps:
-        whole["unrefined"] = report_of("plain", f"{name}, unrefined", "real files")
+        whole["unrefined"] = report(results_of(rows, "plain"), f"{name}, unrefined", "real files")
     return whole
 
 
@@ -220,10 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = encode_all(model, paths, requests, args)
     if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
-    if requests[0].has_target:
-        errors = [abs(row.error) for row in rows[0] if row.error is not None]
-        if errors:
-            print(f"size against target: mean |error| {sum(errors) / len(errors):.3f} %, worst {max(errors):.3f} %")
+    errors = [abs(row.error) for row in rows[0] if row.error is not None]
+    if errors and requests[0].has_target:
+        print(f"size against target: mean |error| {mean(errors):.3f} %, worst {max(errors):.3f} %")
     if args.steps and len(requests) >= MIN_POINTS:
         print(bd_rate_of_refinement(rows))
     if args.json:

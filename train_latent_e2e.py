@@ -11,15 +11,9 @@ map around its entropy model. The weights can be measured with eval_vbr.py, as t
 
 import argparse
 import math
-from typing import TYPE_CHECKING
 
-from models.lambdas import LADDER
 from utils import cli
 from utils.training.arguments import add_run_arguments, check_run_arguments
-
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
-    from models import TCM
-    from utils.training.objectives import Objective
 
 MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # epochs 50, 100 and 200 of 300
 
@@ -33,34 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--map", choices=("channel", "contextual"), default="channel", help="a gain for every channel, or one that sees the latent too")
     add("--lmd", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
     add_run_arguments(parser, save_path="runs/latent_e2e")
-    parser.set_defaults(learning_rate=1e-4, schedule="step")
+    parser.set_defaults(learning_rate=1e-4, schedule="step", milestones=MILESTONES)
     return parser.parse_args(argv)
-
-
-def read_tcm(path: str) -> tuple["TCM", dict]:
-    """A fixed-rate codec, and the description of its training."""
-    from models import TCM
-    from utils.checkpoint import CheckpointError, build_model, read_checkpoint
-
-    checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path)
-    if type(model) is not TCM:
-        raise CheckpointError(f"{path}: holds a {type(model).__name__}; the experiment is between two fixed-rate TCMs")
-    return model, checkpoint.get("objective") or (checkpoint.get("training") or [{}])[-1]
-
-
-def make_objective(args: argparse.Namespace) -> tuple["Objective", list[dict]]:
-    """The objective of the map between both codecs, whose weights have no training record."""
-    from models.latent_map import TCM_Mapped
-    from utils.training.latent_objective import LatentMapObjective
-
-    high, _ = read_tcm(args.high)
-    low, record = read_tcm(args.low)
-    if high.M != low.M:
-        raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
-    mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
-    mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentMapObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,13 +38,10 @@ def main(argv: list[str] | None = None) -> None:
         raise cli.UserError("--lmd is a λ, a positive number")
     if args.transform_factor != 1 or args.balance:
         raise cli.UserError("--transform-lr-factor and --balance are for the codec's weights and rates; only the map learns here")
-    from utils.training.distributed import DistContext
+    from utils.training.latent_objective import make_objective  # these import PyTorch, which takes seconds
     from utils.training.run import train
 
-    context = DistContext.from_environment(args.device)
-    trainer = train(args, context, lambda state: make_objective(args), milestones=MILESTONES)
-    if context.is_main and (weights := trainer.folder / "model.pth.tar").exists():
-        print(f"high-rate codec with the map, for eval_vbr.py: {weights}")
+    train(args, make_objective, result="high-rate codec with the map, for eval_vbr.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sizes of a TCM: the arguments of its published constructor, checked, and the presets."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TCMConfig:
         object.__setattr__(self, "drop_path_rate", float(self.drop_path_rate))
         N, M, S, supports = self.N, self.M, self.num_slices, self.max_support_slices
         _need(len(self.config) == 6 and min(self.config) >= 0, f"config must be six counts >= 0, not {self.config}")
-        heads, widths = self.head_dim, self.slice_widths
+        heads, widths, inter = self.head_dim, self.slice_widths, self.inter_dim
         _need(len(heads) == 6 and min(heads) > 0, f"head_dim must be six widths > 0, not {heads}")
         _need(0 <= self.drop_path_rate < 1, f"drop_path_rate must lie in [0, 1), not {self.drop_path_rate}")
         _need(N > 0 and N % 32 == 0, f"N must be a positive multiple of 32, not {N}")
@@ -51,16 +51,11 @@ class TCMConfig:
         _need(0 <= supports <= S, f"max_support_slices must lie in [0, num_slices = {S}], not {supports}")
         _need(self.hyper_channels > 0, f"hyper_channels must be positive, not {self.hyper_channels}")
         _need(len(widths) == 2 and min(widths) > 0, f"slice_widths must be two widths > 0, not {widths}")
-        if self.inter_dim is None:
+        if inter is None:
             step = M // S if supports and S > 1 else 0
             _need(step % 16 == 0, f"without inter_dim, M/num_slices must be a multiple of 16, not {step}")
         else:
-            inter = self.inter_dim
             _need(inter > 0 and inter % 16 == 0, f"inter_dim must be a positive multiple of 16, not {inter}")
-
-    def as_dict(self) -> dict:
-        """Plain values, as a checkpoint stores them: `TCMConfig(**config.as_dict()) == config`."""
-        return asdict(self)
 
 
 def _need(condition: bool, text: str) -> None:

@@ -50,10 +50,3 @@ def check_index(index: "Tensor | float", batch: int) -> "Tensor":
     if not ((index >= 0) & (index <= MAX_INDEX)).all():  # written so that a NaN is refused too
         raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.tolist()}")
     return index.expand(batch)
-
-
-def random_index(batch: int) -> "Tensor":
-    """Indices of a training batch, uniform over [0, 5]: `[batch]`, on the CPU."""
-    import torch
-
-    return torch.rand(batch) * MAX_INDEX

@@ -38,13 +38,12 @@ def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
     if torch.is_grad_enabled() or x.numel() <= chunk:
         return work(x)
-    pieces = x.split(max(1, chunk * len(x) // x.numel()))
-    out = torch.empty(0)
-    for i, piece in enumerate(pieces):
-        part = work(piece)
-        if i == 0:
-            out = part.new_empty((len(x), *part.shape[1:]))
-        out[i * len(pieces[0]) : i * len(pieces[0]) + len(piece)] = part
+    size = max(1, chunk * len(x) // x.numel())
+    first = work(x[:size])
+    out = first.new_empty((len(x), *first.shape[1:]))
+    out[:size] = first
+    for start in range(size, len(x), size):
+        out[start : start + size] = work(x[start : start + size])
     return out
 
 
@@ -120,24 +119,21 @@ class WMSA(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on `[B, H, W, C]`: x + msa(ln1(x)), then x + mlp(ln2(x))."""
+    """Pre-norm transformer block on `[B, H, W, dim]`: x + msa(ln1(x)), then x + mlp(ln2(x))."""
 
-    def __init__(
-        self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float, type: str = "W"
-    ) -> None:
+    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float, type: str) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(input_dim)
-        self.msa = WMSA(input_dim, input_dim, head_dim, window_size, type)
+        self.ln1 = nn.LayerNorm(dim)
+        self.msa = WMSA(dim, dim, head_dim, window_size, type)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.ln2 = nn.LayerNorm(input_dim)
-        self.mlp = nn.Sequential(nn.Linear(input_dim, 4 * input_dim), nn.GELU(), nn.Linear(4 * input_dim, output_dim))
+        self.ln2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.drop_path(self.msa(self.ln1(x)))
-        out += x  # in place, which saves memory
-        x = out
-        out = self.drop_path(_in_chunks(self.mlp, self.ln2(x).flatten(0, 2)).view_as(x))
-        out += x
+        attended = self.drop_path(self.msa(self.ln1(x)))
+        attended += x  # in place, which saves memory
+        out = self.drop_path(_in_chunks(self.mlp, self.ln2(attended).flatten(0, 2)).view_as(x))
+        out += attended
         return out
 
 
@@ -152,7 +148,7 @@ class ConvTransBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dims = conv_dim, trans_dim
-        self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
+        self.trans_block = Block(trans_dim, head_dim, window_size, drop_path, type)
         self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
@@ -170,12 +166,12 @@ class ConvTransBlock(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Two transformer blocks, windows aligned and then shifted, on `[B, C, H, W]`."""
+    """Two transformer blocks, windows aligned and then shifted, on `[B, dim, H, W]`."""
 
-    def __init__(self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
+    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
         super().__init__()
-        self.block_1 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "W")
-        self.block_2 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "SW")
+        self.block_1 = Block(dim, head_dim, window_size, drop_path, "W")
+        self.block_2 = Block(dim, head_dim, window_size, drop_path, "SW")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.block_1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -189,19 +185,14 @@ class SWAtten(AttentionBlock):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        head_dim: int,
-        window_size: int,
-        drop_path: float,
+        self, in_channels: int, out_channels: int, head_dim: int, window_size: int, drop_path: float,
         inter_dim: int | None = 192,
     ) -> None:
         if inter_dim is None and in_channels != out_channels:
             raise ValueError(f"without inter_dim, in and out channels must agree ({in_channels}, {out_channels})")
         width = in_channels if inter_dim is None else inter_dim
         super().__init__(width)
-        self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
+        self.non_local_block = SwinBlock(width, head_dim, window_size, drop_path)
         self.in_conv = nn.Identity() if inter_dim is None else conv1x1(in_channels, inter_dim)
         self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, out_channels)
 

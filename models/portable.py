@@ -28,7 +28,7 @@ BLOCK = 2**14  # positions that share a shift
 SHIFTS_PER_ROW = 128  # shifts from one boundary of the table to the next; a byte holds two rows of them
 BLOCKS_AT_ONCE = 64  # blocks whose shifts are chosen together, which bounds the memory
 _BITS_PER_LISTED = 16  # what a listed position costs, about
-_BELOW = 0.95  # neighboring boundaries are 13 % apart, so a little below one is surely above the one before
+BELOW = 0.95  # of a σ close to a boundary is below it, and above the one before: they are 13 % apart
 
 # Bits of int32 symbols `[n]` with int32 indexes `[n]`.
 CodeLengths = Callable[[Tensor, Tensor], Tensor]
@@ -119,11 +119,6 @@ def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
     return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 
 
-def index_below(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
-    """For a σ close to a boundary, on either side of it: the index of the row below the boundary."""
-    return table_index(gaussian, sigma * _BELOW)
-
-
 def pack_positions(positions: np.ndarray, above: np.ndarray) -> bytes:
     """Rising positions, each with the side that was taken: Rice codes of the gaps, each followed by one bit.
 
@@ -143,20 +138,16 @@ def pack_positions(positions: np.ndarray, above: np.ndarray) -> bytes:
 
 def unpack_positions(data: bytes, count: int) -> tuple[np.ndarray, np.ndarray]:
     """What `pack_positions` was given, of `count` positions in all. ValueError where it is damaged."""
-    positions, above = [], []
-    if data:
-        low = data[0]
-        bits = f"{int.from_bytes(data[1:], 'big'):0{8 * (len(data) - 1)}b}"
-        at, position = 0, -1
-        while (end := bits.find("0", at)) >= 0:
-            high, at = end - at, end + 2 + low
-            if at > len(bits):
-                raise ValueError("the list of sensitive positions is damaged")
-            position += 1 + (high << low) + int(bits[end + 1 : at - 1] or "0", 2)
-            if position >= count:
-                raise ValueError("the list of sensitive positions is damaged")
-            positions.append(position)
-            above.append(bits[at - 1] == "1")
+    low, positions, above = data[0] if data else 0, [], []
+    bits = f"{int.from_bytes(data[1:], 'big'):0{8 * (len(data) - 1)}b}" if data else ""
+    at, position = 0, -1
+    while (end := bits.find("0", at)) >= 0:
+        high, at = end - at, end + 2 + low
+        position += 1 + (high << low) + int(bits[end + 1 : at - 1] or "0", 2)
+        if at > len(bits) or position >= count:
+            raise ValueError("the list of sensitive positions is damaged")
+        positions.append(position)
+        above.append(bits[at - 1] == "1")
     return np.array(positions, np.int64), np.array(above, bool)
 
 

@@ -5,8 +5,7 @@ slice round(y − μ) + μ. All symbols of one image form one rANS stream (Compr
 slice, each in C, H, W order.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
 from models.coding_tables import CodingTables, open_stream, to_symbols
-from models.portable import crc_of, index_below, scale_factors, table_index, unpack_scales
+from models.portable import BELOW, crc_of, scale_factors, table_index, unpack_scales
 from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
@@ -53,25 +52,23 @@ class SliceEstimator:
             used itself, as papers report; files are then some percent larger where most symbols are nearly certain.
         noise: of y's shape, added in place of training's random noise.
         surrogate: replaces rounding of y − μ in the likelihoods; those of the rounded values are collected as well.
+
+    Attributes:
+        likelihoods: of each slice, `[B, M/S, h, w]`.
+        rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
     def __init__(
-        self,
-        gaussian: GaussianConditional,
-        y: Tensor,
-        num_slices: int,
-        use_scale_table: bool = False,
-        noise: Tensor | None = None,
-        surrogate: Surrogate | None = None,
+        self, gaussian: GaussianConditional, y: Tensor, num_slices: int, use_scale_table: bool,
+        noise: Tensor | None, surrogate: Surrogate | None,
     ) -> None:
         self.gaussian, self.slices, self.use_scale_table = gaussian, y.float().chunk(num_slices, 1), use_scale_table
-        self.surrogate = surrogate
-        self.noise = None if noise is None else noise.chunk(num_slices, 1)
-        self._likelihoods: list[Tensor] = []
-        self._rounded_likelihoods: list[Tensor] = []
+        self.noise, self.surrogate = None if noise is None else noise.chunk(num_slices, 1), surrogate
+        self.likelihoods: list[Tensor] = []
+        self.rounded_likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        number = len(self._likelihoods)
+        number = len(self.likelihoods)
         y = self.slices[number]
         if self.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
@@ -80,46 +77,29 @@ class SliceEstimator:
         if self.surrogate is not None:
             likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
             with torch.no_grad():
-                self._rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
+                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
         elif self.noise is not None:
             likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
         else:
             _, likelihood = self.gaussian(y, sigma, mu)
-        self._likelihoods.append(likelihood)
+        self.likelihoods.append(likelihood)
         return y_hat
-
-    def likelihoods(self) -> Tensor:
-        """`[B, M, h, w]`."""
-        return torch.cat(self._likelihoods, 1)
-
-    def rounded_likelihoods(self) -> Tensor:
-        """`[B, M, h, w]`, without gradients: likelihoods of the symbols, where there was a surrogate."""
-        return torch.cat(self._rounded_likelihoods, 1)
 
 
 class SliceEncoder:
-    """Collects the symbols of y `[B, M, h, w]`, and the σ that select their rows of the scale table."""
+    """Collects of y `[B, M, h, w]`, slice by slice, the `symbols`, int32 on the CPU, and the `sigma` that select their
+    rows of the scale table, on the model's device."""
 
     def __init__(self, y: Tensor, num_slices: int) -> None:
         self.slices = y.float().chunk(num_slices, 1)
-        self._symbols: list[Tensor] = []
-        self._sigma: list[Tensor] = []
+        self.symbols: list[Tensor] = []
+        self.sigma: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = torch.round(self.slices[len(self._symbols)] - mu)
-        self._symbols.append(to_symbols(symbols))
-        self._sigma.append(sigma)
+        symbols = torch.round(self.slices[len(self.symbols)] - mu)
+        self.symbols.append(to_symbols(symbols))
+        self.sigma.append(sigma)
         return symbols + mu
-
-    @property
-    def symbols(self) -> Tensor:
-        """int32 `[B, M, h, w]`, on the CPU."""
-        return torch.cat(self._symbols, 1)
-
-    @property
-    def sigma(self) -> Tensor:
-        """`[B, M, h, w]`, on the model's device."""
-        return torch.cat(self._sigma, 1)
 
 
 @dataclass(frozen=True)
@@ -145,37 +125,28 @@ class SliceDecoder:
     """Reads the symbols of y from one stream per image.
 
     Args:
-        shape: (M, h, w) of y.
+        count: elements of y of one image.
         side_info: of each image; None for streams whose indexes follow the published rule.
         crcs: CRC-32 of each image's z; that of y is added slice by slice.
     """
 
     def __init__(
-        self,
-        gaussian: GaussianConditional,
-        tables: CodingTables,
-        streams: list[bytes],
-        shape: Sequence[int],
-        side_info: list[SideInfo] | None,
-        crcs: list[int],
+        self, gaussian: GaussianConditional, tables: CodingTables, streams: list[bytes], count: int,
+        side_info: list[SideInfo] | None, crcs: list[int],
     ) -> None:
-        self.gaussian, self.tables, self.crcs = gaussian, tables, list(crcs)
-        count = math.prod(shape)
+        self.gaussian, self.tables, self.crcs, self.position = gaussian, tables, crcs, 0
         self.decoders = [open_stream(stream, count) for stream in streams]
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
-        self.factors = (
-            torch.stack([scale_factors(gaussian, shifts, count) for shifts, _, _ in unpacked]) if unpacked else None
-        )
+        self.factors = [scale_factors(gaussian, shifts, count) for shifts, _, _ in unpacked]
         self.listed = [(positions, above) for _, positions, above in unpacked]
-        self.position = 0
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         first, self.position = self.position, self.position + sigma[0].numel()
-        if self.factors is not None:
-            sigma = sigma * self.factors[:, first : self.position].view(sigma.shape)
+        if self.factors:
+            sigma = sigma * torch.stack([factor[first : self.position] for factor in self.factors]).view(sigma.shape)
         indexes = table_index(self.gaussian, sigma).cpu()
         if self.listed:
-            self._correct(first, indexes.flatten(1), index_below(self.gaussian, sigma).cpu().flatten(1))
+            self._correct(first, indexes.flatten(1), table_index(self.gaussian, sigma * BELOW).cpu().flatten(1))
         decoded = []
         for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
             decoded.append(self.tables.decode(decoder, index))

@@ -37,19 +37,17 @@ def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
         if isinstance(module, EntropyModel):
             tables = [name + table for table in _TABLES if name + table in own]
             found = [state_dict[table] for table in tables if table in state_dict]
-            usable = len(found) == len(tables) and all(t.numel() and t.dtype != torch.float16 for t in found)
-            if not usable:
+            if len(found) < len(tables) or any(t.numel() == 0 or t.dtype == torch.float16 for t in found):
                 state_dict |= {table: own[table].new_empty(0) for table in tables}
     return state_dict
 
 
 def empty_tables(model: nn.Module) -> None:
     """Empty the coding tables of a model, so that those of a file fit whatever their sizes."""
-    for module in model.modules():
-        if isinstance(module, EntropyModel):
-            for table in _TABLES:
-                if hasattr(module, table[1:]):
-                    setattr(module, table[1:], getattr(module, table[1:]).new_empty(0))
+    for name, buffer in list(model.named_buffers()):
+        if name.endswith(_TABLES):
+            module, _, table = name.rpartition(".")
+            setattr(model.get_submodule(module), table, buffer.new_empty(0))
 
 
 def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
@@ -61,13 +59,12 @@ def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
         for name in own.keys() & given.keys()
         if given[name] != own[name]
     ]
-    found = (("missing", own.keys() - given.keys()), ("unknown", given.keys() - own.keys()), ("shape", shapes))
-    return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names)
-
-
-def _some(names: set | list, most: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    found = {"missing": own.keys() - given.keys(), "unknown": given.keys() - own.keys(), "shape": shapes}
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in found.items()
+        if names
+    )
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> TCMConfig:
@@ -112,14 +109,13 @@ def _numbers(state_dict: dict[str, Tensor], pattern: str) -> list[int]:
 
 def _stages(state_dict: dict[str, Tensor], network: str) -> list[tuple[int, int]]:
     """Blocks and attention heads of the three stages between the strided layers of `g_a` or `g_s`."""
-    bias = "{}.{}.trans_block.msa.relative_position_params"
     stages: list[tuple[int, int]] = []
     for i in _numbers(state_dict, rf"{network}\.(\d+)\.")[:-1]:  # the last one is the outer convolution
-        name = bias.format(network, i)
-        if name not in state_dict:
+        bias = state_dict.get(f"{network}.{i}.trans_block.msa.relative_position_params")
+        if bias is None:
             stages.append((0, 1))
         else:
-            stages[-1] = (stages[-1][0] + 1, state_dict[name].shape[0])
+            stages[-1] = (stages[-1][0] + 1, len(bias))
     if len(stages) != 3:
         raise KeyError(f"{network} of three stages")
     return stages

@@ -2,12 +2,13 @@
 
 Data has one way through: image → `analyze` → latent y → `h_a` → z → `run_slices` → ŷ → `synthesize`. The slice loop
 exists once; a slice coder (models/slice_coders.py) estimates the bits of each slice, writes its symbols, or reads
-them. TCM_VBR overrides analysis and synthesis alone.
+them. TCM_VBR overrides what happens to the latent after `g_a` and before `g_s`.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from models import STRIDE
 from models.coding_tables import CodingTables, open_stream, to_symbols
 from models.config import PRESETS, TCMConfig
-from models.lambdas import check_index, random_index
+from models.lambdas import MAX_INDEX, check_index
 from models.layers import ConvTransBlock, SWAtten
 from models.portable import EPSILON, crc_of, portable_indexes, table_index
 from models.side_info import DecodingError, SideInfo
@@ -37,13 +38,14 @@ from models.state_dict import empty_tables, explain_mismatch, infer_config, norm
 
 __all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "TCMConfig", "fcn", "mask"]
 
+RateIndex = Tensor | float | None  # in [0, 5], one for all images or one per image, `[B]`
+Noise = tuple[Tensor, Tensor] | None  # added to y and to z
+
 
 def _slice_transforms(in_ch: int, widths: Sequence[int], out_ch: int) -> nn.Sequential:
     """The 3×3 convolutions that predict μ, σ or the residual of a slice: in → widths[0] → widths[1] → out."""
     first, second = widths
-    return nn.Sequential(
-        conv3x3(in_ch, first), nn.GELU(), conv3x3(first, second), nn.GELU(), conv3x3(second, out_ch)
-    )
+    return nn.Sequential(conv3x3(in_ch, first), nn.GELU(), conv3x3(first, second), nn.GELU(), conv3x3(second, out_ch))
 
 
 class TCM(CompressionModel):
@@ -70,40 +72,29 @@ class TCM(CompressionModel):
         rates = torch.linspace(0, c.drop_path_rate, sum(config)).tolist()
         drops = [[rates.pop(0) for _ in range(count)] for count in config]
 
-        def blocks(drop: Sequence[float], d: int, p: int) -> list[nn.Module]:
-            return [ConvTransBlock(N, N, d, p, rate, ("W", "SW")[i % 2]) for i, rate in enumerate(drop)]
-
-        def stage(i: int) -> list[nn.Module]:
-            return blocks(drops[i], head_dim[i], 8)
-
-        def hyper_stage(i: int) -> list[nn.Module]:
-            return blocks([0.0] * config[i], 32, 4)
+        def stage(i: int, hyper: bool = False) -> list[nn.Module]:
+            d, p, drop = (32, 4, [0.0] * config[i]) if hyper else (head_dim[i], 8, drops[i])
+            return [ConvTransBlock(N, N, d, p, rate, ("W", "SW")[n % 2]) for n, rate in enumerate(drop)]
 
         def hyper_synthesis() -> nn.Sequential:
             up = ResidualBlockUpsample(c.hyper_channels, 2 * N, 2)
-            return nn.Sequential(up, *hyper_stage(3), subpel_conv3x3(2 * N, M, 2))
+            return nn.Sequential(up, *stage(3, hyper=True), subpel_conv3x3(2 * N, M, 2))
 
         self.g_a = nn.Sequential(
-            ResidualBlockWithStride(3, 2 * N, 2),
-            *stage(0),
-            ResidualBlockWithStride(2 * N, 2 * N, 2),
-            *stage(1),
-            ResidualBlockWithStride(2 * N, 2 * N, 2),
-            *stage(2),
+            ResidualBlockWithStride(3, 2 * N, 2), *stage(0),
+            ResidualBlockWithStride(2 * N, 2 * N, 2), *stage(1),
+            ResidualBlockWithStride(2 * N, 2 * N, 2), *stage(2),
             _Float32Conv(2 * N, M, kernel_size=3, stride=2, padding=1),
         )
         self.g_a[0].skip = _SubsampledConv(3, 2 * N, kernel_size=1)
         self.g_s = nn.Sequential(
-            ResidualBlockUpsample(M, 2 * N, 2),
-            *stage(3),
-            ResidualBlockUpsample(2 * N, 2 * N, 2),
-            *stage(4),
-            ResidualBlockUpsample(2 * N, 2 * N, 2),
-            *stage(5),
+            ResidualBlockUpsample(M, 2 * N, 2), *stage(3),
+            ResidualBlockUpsample(2 * N, 2 * N, 2), *stage(4),
+            ResidualBlockUpsample(2 * N, 2 * N, 2), *stage(5),
             subpel_conv3x3(2 * N, 3, 2),
         )
         self.h_a = nn.Sequential(
-            ResidualBlockWithStride(M, 2 * N, 2), *hyper_stage(0), conv3x3(2 * N, c.hyper_channels, stride=2)
+            ResidualBlockWithStride(M, 2 * N, 2), *stage(0, hyper=True), conv3x3(2 * N, c.hyper_channels, stride=2)
         )
         self.h_mean_s, self.h_scale_s = hyper_synthesis(), hyper_synthesis()
 
@@ -128,11 +119,11 @@ class TCM(CompressionModel):
     @property
     def arguments(self) -> dict:
         """Plain values that rebuild the model, `type(model)(**model.arguments)`; a checkpoint stores them."""
-        return self.config.as_dict()
+        return asdict(self.config)
 
     # What TCM_VBR overrides ------------------------------------------------------------------
 
-    def resolve_index(self, index: Tensor | float | None, batch: int) -> Tensor | None:
+    def resolve_index(self, index: RateIndex, batch: int) -> Tensor | None:
         """The rate index of each image, `[batch]`; None stays None, as a fixed-rate model needs no index."""
         return None if index is None else check_index(index, batch)
 
@@ -184,18 +175,12 @@ class TCM(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor | float | None = None,
-        use_scale_table: bool = False,
-        noise: tuple[Tensor, Tensor] | None = None,
-    ) -> dict:
+    def forward(self, x: Tensor, index: RateIndex = None, use_scale_table: bool = False, noise: Noise = None) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
-            index: rate index in [0, 5], one for all images or one per image. TCM_VBR draws it at random when it is
-                omitted in training, and requires it in evaluation. TCM ignores it.
+            index: TCM_VBR draws it at random when it is omitted in training, and requires it in evaluation. TCM
+                ignores it.
             use_scale_table: estimate the likelihoods of y with the coder's table of σ instead of σ (`SliceEstimator`).
             noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
 
@@ -206,48 +191,31 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._estimate(y, self.h_a(y), index, use_scale_table, noise)
+        return self.forward_fromlatent(y, self.h_a(y), index, use_scale_table, noise=noise)
 
     def forward_fromlatent(
-        self,
-        y: Tensor,
-        z: Tensor,
-        index: Tensor | float | None = None,
-        use_scale_table: bool = False,
-        surrogate: Surrogate | None = None,
+        self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
+        surrogate: Surrogate | None = None, noise: Noise = None,
     ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
-        rounded values, and the rates of z and of the last slice have no gradient, unless a surrogate replaces the
-        rounding. The likelihoods of the rounded values are then in `coded_likelihoods`, without gradients.
+        rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
+        the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
+        of the rounded values.
         """
-        return self._estimate(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate=surrogate)
+        index = self.resolve_index(index, len(y))
+        y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise)
+        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y and z of one image."""
         channels = self.config.hyper_channels
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
-    def _estimate(
-        self,
-        y: Tensor,
-        z: Tensor,
-        index: Tensor | None,
-        use_scale_table: bool = False,
-        noise: tuple[Tensor, Tensor] | None = None,
-        surrogate: Surrogate | None = None,
-    ) -> dict:
-        y_hat, rates = self.estimate_rate(y, z, use_scale_table, noise, surrogate)
-        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
-
     def estimate_rate(
-        self,
-        y: Tensor,
-        z: Tensor,
-        use_scale_table: bool = False,
-        noise: tuple[Tensor, Tensor] | None = None,
-        surrogate: Surrogate | None = None,
+        self, y: Tensor, z: Tensor, use_scale_table: bool = False,
+        surrogate: Surrogate | None = None, noise: Noise = None,
     ) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         noise_y, noise_z = noise or (None, None)
@@ -264,17 +232,17 @@ class TCM(CompressionModel):
         # Evaluation uses the arithmetic of coding, so that the estimate is of what a file holds.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)
-        out = {"likelihoods": {"y": coder.likelihoods(), "z": z_likelihoods}}
+        out = {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
         if surrogate is not None:
             with torch.no_grad():
                 rounded_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
-            out["coded_likelihoods"] = {"y": coder.rounded_likelihoods(), "z": rounded_z}
+            out["coded_likelihoods"] = {"y": torch.cat(coder.rounded_likelihoods, 1), "z": rounded_z}
         return y_hat, out
 
     # Coding ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compress(self, x: Tensor, index: Tensor | float | None = None, portable: bool = False) -> dict:
+    def compress(self, x: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
         """Code images `[B, 3, H, W]`.
 
         Args:
@@ -291,9 +259,7 @@ class TCM(CompressionModel):
         return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
 
     @torch.no_grad()
-    def test_fromlatent(
-        self, y: Tensor, z: Tensor, index: Tensor | float | None = None, portable: bool = False
-    ) -> dict:
+    def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
         """Code a latent, as `compress`, and return the `x_hat` of `decompress` as well."""
         index = self.resolve_index(index, len(y))
         quantized = self.quantize(y, z, portable)
@@ -301,10 +267,7 @@ class TCM(CompressionModel):
 
     @torch.no_grad()
     def decompress(
-        self,
-        strings: list[list[bytes]],
-        shape: Sequence[int],
-        index: Tensor | float | None = None,
+        self, strings: list[list[bytes]], shape: Sequence[int], index: RateIndex = None,
         side_info: list[SideInfo] | None = None,
     ) -> dict:
         """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
@@ -324,9 +287,9 @@ class TCM(CompressionModel):
             raise DecodingError("the streams are too short for a picture of this size")
         z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
-        latent = (self.M, 4 * shape[0], 4 * shape[1])
         crcs = [crc_of(symbols) for symbols in z]
-        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, latent, side_info, crcs)
+        y_count = self.M * 4 * shape[0] * 4 * shape[1]
+        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, y_count, side_info, crcs)
         with deterministic():
             y_hat = self.run_slices(z_hat, coder)
         if side_info and [info.crc for info in side_info] != coder.crcs:
@@ -340,7 +303,7 @@ class TCM(CompressionModel):
         coder = SliceEncoder(y, self.num_slices)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder)
-        z_symbols, symbols, sigma = to_symbols(rounded), coder.symbols, coder.sigma
+        z_symbols, symbols, sigma = to_symbols(rounded), torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
         if not portable:
             indexes = table_index(self.gaussian_conditional, sigma).cpu()
             return QuantizedLatents(symbols, indexes, z_symbols, sigma, y_hat, None)
@@ -362,9 +325,8 @@ class TCM(CompressionModel):
         y_tables, z_tables = self.coding_tables
         z_indexes = self._z_indexes(quantized.z.shape[-2:])
         counts = [z_tables.count_bits(symbols, z_indexes) for symbols in quantized.z]
-        for i, info in enumerate(quantized.side_info or ()):
-            counts[i] += 8 * len(info.scales)
         for i, (symbols, indexes) in enumerate(zip(quantized.y, quantized.indexes, strict=True)):
+            counts[i] += 8 * len(quantized.side_info[i].scales) if quantized.side_info else 0
             counts[i] += y_tables.count_bits(symbols, indexes)
         return counts
 
@@ -448,8 +410,7 @@ class TCM(CompressionModel):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Compute in full float32 (TF32 or bfloat16 would steer the decoder), and on a GPU with kernels that are not
-    chosen by how fast they ran."""
+    """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -510,7 +471,8 @@ class mask(nn.Module):
     def rate(self, index: Tensor) -> Tensor:
         """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`.
 
-        It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, half a step of a latent of 128.
+        It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step
+        where the latent is 128.
         """
         with torch.autocast(self.alpha.device.type, enabled=False):
             return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
@@ -547,12 +509,12 @@ class TCM_VBR(TCM):
         super().__init__(*args, **kwargs)
         self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
 
-    def resolve_index(self, index: Tensor | float | None, batch: int) -> Tensor:
-        """As `check_index`; omitted, it is drawn per sample in training and a ValueError in evaluation."""
+    def resolve_index(self, index: RateIndex, batch: int) -> Tensor:
+        """As `check_index`; omitted, it is drawn uniformly per sample in training, a ValueError in evaluation."""
         if index is None:
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
-            index = random_index(batch)
+            index = torch.rand(batch) * MAX_INDEX
         return check_index(index, batch)
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

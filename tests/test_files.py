@@ -7,82 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.conftest import TINY
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.files import atomic_write, remove_left_over
 from utils.images import crop, pad, read_image, save_image, to_uint8
 from utils.metrics import decibels, ms_ssim_value, psnr
-from utils.pictures import ImageError, find_images
 
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
 
 
 # Pictures ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "1", "LA"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    image = Image.fromarray(COLORS)
-    image = image.quantize(8) if mode == "P" else image.convert(mode)
-    image.save(path)
-    pixels = read_image(path)
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 2, 3)
-    if mode in ("RGB", "RGBA", "P", "CMYK"):
-        assert torch.equal(pixels, torch.from_numpy(COLORS).permute(2, 0, 1))
-    else:
-        gray = np.asarray(Image.fromarray(COLORS).convert(mode).convert("L")).copy()
-        assert all(torch.equal(channel, torch.from_numpy(gray)) for channel in pixels)
-
-
-@pytest.mark.parametrize("kind", ["png16", "tif16", "float"])
-def test_deep_samples_are_scaled(tmp_path, kind):
-    values = np.array([[0, 257 * 100], [257 * 200 + 100, 65535]])
-    if kind == "float":
-        Image.fromarray((values / 65535).astype(np.float32)).save(path := tmp_path / "x.tif")
-    else:
-        Image.fromarray(values.astype(np.uint16)).save(path := tmp_path / f"x.{kind[:3]}")
-    assert read_image(path)[0].tolist() == [[0, 100], [200, 255]]
-
-
-def test_exif_rotation(tmp_path):
-    image = Image.fromarray(COLORS)
-    exif = image.getexif()
-    exif[0x0112] = 6  # turn right to see it upright
-    image.save(tmp_path / "x.png", exif=exif)
-    upright = torch.from_numpy(np.rot90(COLORS, -1).copy()).permute(2, 0, 1)
-    assert torch.equal(read_image(tmp_path / "x.png"), upright)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
-def test_broken_pictures_are_named_in_one_line(tmp_path, content):
-    path = tmp_path / "bad.png"
-    path.write_bytes(content)
-    with pytest.raises(ImageError) as error:
-        read_image(path)
-    assert "bad.png" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_truncated_picture(tmp_path):
-    path = tmp_path / "cut.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ImageError, match="cut.png"):
-        read_image(path)
-
-
-def test_search_is_sorted_and_ignores_case(tmp_path):
-    for name in ("b.PNG", "A.jpg", "c.JpEg", "notes.txt", "sub/d.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [p.name for p in find_images([tmp_path])] == ["A.jpg", "b.PNG", "c.JpEg", "d.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match="empty: no pictures"):
-        find_images([tmp_path / "empty"])
-    with pytest.raises(ImageError, match="missing: no such"):
-        find_images([tmp_path / "missing"])
 
 
 @pytest.mark.parametrize("height", [1, 127, 128, 129, 300])

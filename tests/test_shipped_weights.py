@@ -1,13 +1,16 @@
 """The shipped weights: size and training record of the file, and more bits at every higher index."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from models import TCM_VBR
 from models.config import PRESETS
 from models.lambdas import LADDER
-from utils.checkpoint import BUNDLED, load_model, read_checkpoint
+from utils.checkpoint import load_model, read_checkpoint
 from utils.evaluation.evaluate import evaluate
+from utils.files import BUNDLED
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
 
@@ -30,7 +33,7 @@ def test_the_file(bundled):
     assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
     assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
     assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(checkpoint["training"][-1])
-    assert bundled.arguments == PRESETS["small"].as_dict()
+    assert bundled.arguments == asdict(PRESETS["small"])
 
 
 def test_more_bits_at_every_higher_index(bundled, photo):

@@ -10,9 +10,7 @@ from models import TCM, TCM_VBR
 from models.lambdas import LADDERS
 from models.latent_map import TCM_Mapped
 from utils.cli import UserError
-from utils.files import BUNDLED, atomic_write
-
-__all__ = ["BUNDLED", "build_model", "describe", "export_model", "load_model", "read_checkpoint", "write_checkpoint"]
+from utils.files import atomic_write
 
 FORMAT = "tcm-vbr/1"
 

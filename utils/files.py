@@ -4,38 +4,65 @@ import contextlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from utils import cli
+
+MAX_PIXELS = 2**28  # pictures and files of more pixels are refused, as they may be an attack, unless a user allows more
 BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"  # the weights that ship
 
 
 def find_files(
     paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]
 ) -> list[Path]:
-    """Paths that are files, whatever their suffix, and the files with one of the suffixes (in any case) in folders.
+    """Paths that are files or pipes, whatever their suffix, and the files with one of the suffixes in folders.
 
-    Folders are searched recursively, and the files of each are sorted regardless of case.
+    Folders are searched recursively, through links too, and the files of each are sorted regardless of case. Hidden
+    files are left out; of the others that are left out the number is printed. Broken links and folders that cannot be
+    read are in the list, so that they are reported where they are read.
 
     Args:
         suffixes: in lower case, with their dot.
         what: the kind of file in words ("pictures"), for the message.
         error: raised where a path is missing, or a folder holds none.
-
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+            inside, others = _search(path, suffixes)
+            if others:
+                kinds = Counter(other.suffix.lower() or "without suffix" for other in others).most_common(3)
+                told = ", ".join(f"{count} {kind}" for kind, count in kinds)
+                cli.print_note(path, f"{len(others)} files that are no {what} are passed over ({told})")
             if not inside:
                 raise error(f"{path}: no {what} in this folder")
             found += sorted(inside, key=lambda p: (str(p).lower(), str(p)))
-        elif path.is_file():
+        elif path.exists():
             found.append(path)
         else:
-            raise error(f"{path}: no such file or folder")
+            raise error(f"{path}: {'a broken link' if path.is_symlink() else 'no such file or folder'}")
     return found
+
+
+def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[Path]]:
+    """The files of a folder, with what cannot be read, and files with other suffixes."""
+    inside, others, visited = [], [], {folder.resolve()}
+    walk = os.walk(folder, onerror=lambda error: inside.append(Path(error.filename)), followlinks=True)
+    for place, folders, names in walk:
+        for name in sorted(folders):
+            real = (Path(place) / name).resolve()
+            if name.startswith(".") or real in visited:
+                folders.remove(name)
+                if real in visited:
+                    cli.print_note(Path(place) / name, "a link to a folder that is searched already")
+            visited.add(real)
+        for path in (Path(place) / name for name in names if not name.startswith(".")):
+            if path.is_file() or path.is_symlink():
+                (inside if path.suffix.lower() in suffixes else others).append(path)
+    return inside, others
 
 
 @contextlib.contextmanager

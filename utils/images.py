@@ -1,5 +1,6 @@
 """Pictures as tensors: reading, padding, cropping, saving."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import STRIDE
+from utils import cli
 from utils.files import atomic_write
 from utils.pictures import ImageError, png_bytes, read_pixels
 
 
-def read_image(path: str | Path) -> Tensor:
-    """A picture as `read_pixels` reads it, uint8 `[3, H, W]`. ImageError where it cannot be read."""
-    return to_tensor(read_pixels(path))
+def read_image(path: str | Path, **options) -> Tensor:
+    """A picture as `read_pixels` reads it, with its options: uint8 `[3, H, W]`. ImageError where it cannot be read."""
+    return to_tensor(read_pixels(path, **options))
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -30,10 +32,10 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 
 def read_images(paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | ImageError]]:
-    """Each path with its picture, or with the error that reading it gave."""
+    """Each path with its picture, or with the error that reading it gave; prints notes on pictures."""
     for path in paths:
         try:
-            yield path, read_image(path)
+            yield path, read_image(path, note=functools.partial(cli.print_note, path))
         except ImageError as error:
             yield path, error
 

@@ -102,7 +102,7 @@ def test_an_index_beyond_the_table_is_not_used(tiny):
     shape, count = (tiny.M, 1, 1), tiny.M
     listed = bytes(portable.count_blocks(count)) + pack_positions(np.arange(count), np.ones(count, bool))
     parts = tiny.gaussian_conditional, tiny.coding_tables[0], [b"\x55" * 400]
-    coder = SliceDecoder(*parts, shape, [SideInfo(listed, 0)], [0])
+    coder = SliceDecoder(*parts, count, [SideInfo(listed, 0)], [0])
     sigma = torch.full((1, *shape), 300.0)  # beyond the largest level
     assert coder(torch.zeros_like(sigma), sigma).isfinite().all()
 

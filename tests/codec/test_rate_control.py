@@ -149,3 +149,43 @@ def test_latents_are_moved_to_a_rate_by_the_index(varied, picture):
     moved = _move_to_rate(picture, 2.0, (y, z), bits)
     assert abs(moved.bits / bits - 1) < 2e-3 < abs(start.bits / bits - 1)
     assert moved.index != 2.0
+
+
+class FormulaImage:
+    """A picture whose files have the sizes of a formula."""
+
+    def __init__(self, bits) -> None:
+        self.bits, self.rate_model = bits, self
+
+    def quantize(self, index):
+        return TrialEncode(index, self, self.bits(index))
+
+    def curve(self, sigma):
+        return RateCurve(100 * GRID)
+
+    def write(self, trial):
+        return bytes(int(trial.bits / 8))
+
+    sigma = None
+
+
+def test_the_smallest_file_is_looked_for_where_rates_are_not_monotone():
+    """As on flat pictures: a file of 91 bytes at index 5, and 99 at index 0."""
+
+    def bits(index):
+        return 8 * (99 + 4 * index - 1.12 * index**2)
+
+    controller = RateController(FormulaImage(bits))
+    trial, data = controller.encode(Target(8 * 95, cap=True))
+    assert len(data) <= 95 and trial.index >= 4.5
+    trial, _ = RateController(FormulaImage(bits)).encode(Target(8.0))
+    assert trial.index == 5.0
+    with pytest.raises(UnreachableError, match="smallest file of this picture has 91 bytes"):
+        RateController(FormulaImage(bits)).encode(Target(8 * 80, cap=True))
+
+
+def test_a_search_everywhere_is_spared_where_rates_lie_far_apart():
+    controller = RateController(FormulaImage(lambda index: 8000 * 1.4**index))
+    with pytest.raises(UnreachableError):
+        controller.encode(Target(4000, cap=True))
+    assert controller.trials <= 3 and controller.reach is None

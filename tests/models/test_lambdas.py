@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.lambdas import LADDER, check_index, index_to_lambda, random_index
+from models.lambdas import LADDER, check_index, index_to_lambda
 
 
 def test_whole_indexes_are_the_published_ladder():
@@ -30,8 +30,8 @@ def test_forms_of_an_index():
         check_index(torch.tensor([1, 2, 3]), 2)
 
 
-def test_drawn_indexes_fill_the_range():
+def test_drawn_indexes_fill_the_range(tiny):
     torch.manual_seed(0)
-    index = random_index(2000)
+    index = tiny.train().resolve_index(None, 2000)
     assert 0 <= index.min() < 0.02 and 4.98 < index.max() <= 5
     assert len(index.unique()) > 1900

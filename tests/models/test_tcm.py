@@ -1,5 +1,7 @@
 """The networks: their forms of call, the latent's way through them, coding, and weights."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_forms_of_the_constructor():
     """The published call by name and by position, and a TCMConfig."""
     published = TCM_VBR(config=[2, 2, 2, 2, 2, 2], head_dim=[8, 16, 32, 32, 16, 8], drop_path_rate=0.0, N=64, M=320)
     assert published.config == TCMConfig() == TCM([2] * 6, [8, 16, 32, 32, 16, 8], 0, 64, 320).config
-    assert TCM(TCMConfig(**TINY)).arguments == TCM(**TINY).arguments == TCMConfig(**TINY).as_dict()
+    assert TCM(TCMConfig(**TINY)).arguments == TCM(**TINY).arguments == asdict(TCMConfig(**TINY))
     assert isinstance(published.modnet_ga, LAE)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from utils.images import read_image, save_image
 from utils.pictures import ImageError, find_images
+from utils.training.distributed import DistContext
 from utils.training.patches import PatchDataset, batches, decoded_gigabytes, random_crop, read_all
 
 CPU = torch.device("cpu")
@@ -15,7 +16,7 @@ SIZE = (128, 128)
 
 
 def first(photographs, count, batch=4, rank=0, size=1, start=0, workers=0):
-    found = batches(photographs, batch, rank, size, start, workers, CPU)
+    found = batches(photographs, batch, start, workers, DistContext(CPU, rank, size))
     return list(itertools.islice(found, count))
 
 

@@ -28,6 +28,7 @@ from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
 from utils.training.objectives import Objective, StaticObjective
 from utils.training.schedule import Progress, Settings, learning_rate
+from utils.training.stages import read_teachers
 from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,7 +161,7 @@ def test_static_loss_is_the_published_one(six_teachers):
     folder, teachers = six_teachers
     torch.manual_seed(0)
     student = shake(TCM_VBR(**TINY))
-    found = train_vbr.read_teachers(str(folder), LADDERS["mse"], student)
+    found = read_teachers(str(folder), LADDERS["mse"], student)
     assert len(found) == 6
     objective = StaticObjective(student, found).eval()
     x, rate_uniform = torch.rand(3, 3, 128, 128), torch.tensor([0.99, 0.05, 0.5])  # λ index 5, 0, 3

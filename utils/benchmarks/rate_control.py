@@ -5,21 +5,24 @@
 
 import argparse
 import statistics
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from models import TCM_VBR
 from models.lambdas import MAX_INDEX
 from utils import cli
+from utils.checkpoint import load_model
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.encode import encode
+from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, Target
 from utils.device import clock, timed
+from utils.evaluation.results import short_names
 from utils.files import BUNDLED, write_json
+from utils.images import read_image
 from utils.pictures import find_images_or_samples
-
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
-    from torch import Tensor
-
-    from models import TCM_VBR
 
 MODES = {"one trial": (1, False), "at most three": (3, False), "not above": (3, True)}  # trials; whether it is a cap
 
@@ -35,12 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(model: "TCM_VBR", name: str, image: "Tensor", targets: int) -> list[dict]:
+def measure(model: TCM_VBR, name: str, image: Tensor, targets: int) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
-    from utils.codec.analyzed import AnalyzedImage
-    from utils.codec.encode import encode
-    from utils.codec.rate_control import RateController
-
     analyzed = AnalyzedImage(model, image)
     smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))
     _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
@@ -73,12 +72,6 @@ def measure(model: "TCM_VBR", name: str, image: "Tensor", targets: int) -> list[
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    import torch
-
-    from utils.checkpoint import load_model
-    from utils.evaluation.results import short_names
-    from utils.images import read_image
-
     device, paths = cli.pick_device(args.device), find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
     cli.print_weights(args.checkpoint)
@@ -86,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     names, rows = short_names(paths), []
     for path in tqdm(paths, unit="image", disable=None):
         rows += measure(model, names[path], read_image(path).to(device), args.targets)
-    head = f"{'mode':<15} {'mean |error| %':>14} {'worst %':>8} {'highest %':>9} {'trials':>6} {'seconds':>7} "
-    print(head + "trial/encode")
+    print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]
         errors = [100 * row["error"] for row in chosen]

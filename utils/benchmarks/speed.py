@@ -10,8 +10,16 @@ by PyTorch's FLOP counter; the rate to compare with is that of a float32 matrix 
 
 import argparse
 
+import torch
+
+from models import TCM_VBR
+from models.coding_tables import open_stream
 from models.config import PRESETS
+from models.portable import portable_indexes
 from utils import cli
+from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+from utils.checkpoint import load_model
+from utils.images import pad
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -31,25 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.runs < 1:
         raise cli.UserError("--runs must be at least 1")
-    import torch  # here: it takes seconds, and --help does without
-
     if args.threads:
         torch.set_num_threads(args.threads)
-    with torch.no_grad():
-        measure(args)
+    measure(args)
 
 
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> None:
     """Print the times of the networks, of coding y, and the peak memory."""
-    import torch
-
-    from models import TCM_VBR
-    from models.coding_tables import open_stream
-    from models.portable import portable_indexes
-    from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
-    from utils.checkpoint import load_model
-    from utils.images import pad
-
     torch.manual_seed(0)
     device = cli.pick_device(args.device)
     if args.checkpoint:

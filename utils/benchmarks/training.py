@@ -10,13 +10,18 @@ counter, forward and backward; the rate to compare with is that of a matrix prod
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from models import TCM_VBR
 from models.config import PRESETS
 from utils import cli
-
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
-    from utils.training.trainer import Trainer
+from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+from utils.training.distributed import DistContext
+from utils.training.objectives import Objective
+from utils.training.patches import PatchDataset
+from utils.training.schedule import Settings
+from utils.training.trainer import PRECISIONS, Trainer, compile_networks
 
 PHOTOGRAPHS = 16
 
@@ -34,17 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_trainer(args: argparse.Namespace, folder: Path) -> "Trainer":
+def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     """A trainer of random weights on random photographs."""
-    import torch
-
-    from models import TCM_VBR
-    from utils.training.distributed import DistContext
-    from utils.training.objectives import Objective
-    from utils.training.patches import PatchDataset
-    from utils.training.schedule import Settings
-    from utils.training.trainer import Trainer, compile_networks
-
     context = DistContext(cli.pick_device(args.device))
     objective = Objective(TCM_VBR(PRESETS[args.preset]))
     objective.to(context.device, memory_format=torch.channels_last)
@@ -53,7 +49,6 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> "Trainer":
     settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
     trainer = Trainer(objective, dataset, 0, [], folder, settings, context)
-    trainer.open_batches()
     if args.compile:
         compile_networks(objective.model)
     return trainer
@@ -63,11 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
         raise cli.UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
-    import torch
-
-    from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
-    from utils.training.trainer import PRECISIONS
-
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ CODER_BITS = 96  # what the final states and whole words of both streams add to 
 
 @dataclass
 class TrialEncode:
-    """A picture's symbols at an index, and the bits of their file: by code lengths, or exactly once it is written."""
+    """A picture's symbols at an index, and the bits of their file: an estimate, until `write` sets the exact number."""
 
     index: float | None
     quantized: QuantizedLatents
@@ -27,7 +27,7 @@ class AnalyzedImage:
     """A picture, uint8 `[3, H, W]` on the model's device, after `g_a`, which is the same at every rate.
 
     Attributes:
-        height, width: of the original, in pixels.
+        height, width, pixels: of the original.
         x: padded picture `[1, 3, H, W]` in [0, 1].
         rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
     """
@@ -36,18 +36,15 @@ class AnalyzedImage:
     def __init__(self, model: TCM, image: Tensor) -> None:
         self.model = model
         self.height, self.width = image.shape[1:]
+        self.pixels = self.height * self.width
         self.x = pad(to_float(image))
-        self._y = model.features(self.x)
-        self.rate_model = RateModel(model, self._y) if isinstance(model, TCM_VBR) else None
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
+        self.y_before_lae = model.features(self.x)
+        self.rate_model = RateModel(model, self.y_before_lae) if isinstance(model, TCM_VBR) else None
 
     @torch.no_grad()
     def latents(self, index: float | None) -> tuple[Tensor, Tensor]:
         """y `[1, M, h, w]`, scaled by m for the index, and z."""
-        y = self._y if self.rate_model is None else self.rate_model.scaled(index)
+        y = self.y_before_lae if self.rate_model is None else self.rate_model.scaled(index)
         return y, self.model.h_a(y)
 
     def quantize(self, index: float | None) -> TrialEncode:

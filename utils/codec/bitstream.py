@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from models import STRIDE
 from models.lambdas import MAX_INDEX
 from models.side_info import SideInfo
+from utils.files import MAX_PIXELS
 
 MAGIC, VERSION = b"TVBR", 3
 FIXED_RATE = 1  # flag: made by a fixed-rate TCM, the index means nothing
-MAX_PIXELS = 2**28  # a decoder would run out of memory long before 65535²; the caller may allow more
 
 # Magic, version, flags, width, height, index, fingerprint, lengths of z and of the side information, CRC of symbols.
 _HEADER = struct.Struct("<4sBBHHf8sIII")
@@ -48,18 +48,10 @@ def pack(coded: CodedImage) -> bytes:
     """The file of a coded picture. ValueError if a side is over 65535 pixels."""
     if not (0 < coded.width < 2**16 and 0 < coded.height < 2**16):
         raise ValueError(f"sides must lie in 1 … 65535 pixels, not {coded.width}×{coded.height}")
-    scales = coded.side_info.scales
+    scales, flags = coded.side_info.scales, FIXED_RATE if coded.index is None else 0
     header = _HEADER.pack(
-        MAGIC,
-        VERSION,
-        FIXED_RATE if coded.index is None else 0,
-        coded.width,
-        coded.height,
-        coded.index or 0.0,
-        coded.fingerprint,
-        len(coded.z),
-        len(scales),
-        coded.side_info.crc,
+        MAGIC, VERSION, flags, coded.width, coded.height, coded.index or 0.0, coded.fingerprint,
+        len(coded.z), len(scales), coded.side_info.crc,
     )
     payload = coded.z + scales + coded.y
     return header + _CRC.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
@@ -94,12 +86,6 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
     if width * height > max_pixels:
         most = f"{max_pixels / 1e6:.0f} megapixels"
         raise BitstreamError(f"{width}×{height} is more than {most}: refused, as it may be an attack")
-    return CodedImage(
-        width,
-        height,
-        None if flags & FIXED_RATE else index,
-        y=payload[start:],
-        z=payload[:z_length],
-        fingerprint=fingerprint,
-        side_info=SideInfo(payload[z_length:start], symbols_crc),
-    )
+    index = None if flags & FIXED_RATE else index
+    side_info = SideInfo(payload[z_length:start], symbols_crc)
+    return CodedImage(width, height, index, payload[start:], payload[:z_length], fingerprint, side_info)

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from models import TCM, TCM_VBR
-from utils.codec.bitstream import MAX_PIXELS, BitstreamError, CodedImage, unpack
+from utils.codec.bitstream import BitstreamError, CodedImage, unpack
 from utils.device import out_of_memory_as_value_error
+from utils.files import MAX_PIXELS
 from utils.images import crop, to_uint8
 
 

@@ -12,7 +12,7 @@ from utils.codec.analyzed import AnalyzedImage, TrialEncode
 from utils.codec.decode import decode
 from utils.codec.rate_control import RateController, UnreachableError
 from utils.codec.refinement import RateConstraint, Step, refine
-from utils.codec.request import EncodeRequest, Target
+from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.device import clock, out_of_memory_as_value_error
 from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
 
@@ -94,12 +94,11 @@ def encode(
         raise UserError("fixed-rate weights (a TCM): rate targets and refinement need variable-rate weights")
     start = clock(image.device)
     analyzed = AnalyzedImage(model, image)
-    target, trials = request.target(analyzed.pixels), 0
+    target, controller = request.target(analyzed.pixels), RateController(analyzed)
     if target is None:
         trial = analyzed.quantize(request.index if variable else None)
         data = analyzed.write(trial)
     else:
-        controller = RateController(analyzed)
         try:
             trial, data = controller.encode(target, request.max_trials)
         except UnreachableError as error:
@@ -107,29 +106,23 @@ def encode(
                 raise
             trial = error.smallest  # refined, it may be smaller
             data = analyzed.write(trial)
-        trials = controller.trials - 1
     seconds = clock(image.device) - start
     index, refinement = trial.index, None
     if request.refinement.steps:
         kept = Target(trial.bits) if request.keep_rate else target
-        refinement = _refine(analyzed, trial, data, image, request, kept, on_step)
+        refinement = _refine(analyzed, trial, data, image, request.refinement, kept, on_step)
         data, index, target = refinement.after.data, refinement.after.index, kept
     error, note = None, ""
     if target is not None:
         if not target.allows(8 * len(data)):
             raise UnreachableError(trial)
-        error, note = _target_error(target, data, index, analyzed.pixels)
-    return EncodeResult(data, index, trials, error, note, refinement, seconds)
+        error, note = _target_error(target, data, index, analyzed.pixels, controller.reach)
+    return EncodeResult(data, index, max(0, controller.trials - 1), error, note, refinement, seconds)
 
 
 def _refine(
-    analyzed: AnalyzedImage,
-    trial: TrialEncode,
-    data: bytes,
-    image: Tensor,
-    request: EncodeRequest,
-    target: Target | None,
-    on_step: Callable[[Step], None] | None,
+    analyzed: AnalyzedImage, trial: TrialEncode, data: bytes, image: Tensor, settings: RefinementSettings,
+    target: Target | None, on_step: Callable[[Step], None] | None,
 ) -> Refinement:
     """Refine a trial encode and keep the best file, each candidate really decoded and measured."""
     model, pixels, start = analyzed.model, analyzed.pixels, clock(image.device)
@@ -151,7 +144,7 @@ def _refine(
         return RateConstraint(target.bits / pixels, limit).rank(file.bpp, file.distortion, TARGET_TOLERANCE)
 
     before = best = measure(data, trial.index)
-    candidates, steps = refine(analyzed, trial, request.refinement, target, on_step)
+    candidates, steps = refine(analyzed, trial, settings, target, on_step)
     chosen = 0
     for candidate, step in candidates:
         found = measure(analyzed.write(candidate), candidate.index)
@@ -161,15 +154,21 @@ def _refine(
     return Refinement(before, best, steps, chosen, change, clock(image.device) - start)
 
 
-def _target_error(target: Target, data: bytes, index: float, pixels: int) -> tuple[float | None, str]:
-    """Relative error of a size against its target, and why it was not met."""
-    count = 8 * len(data)
-    error = count / target.bits - 1
-    size = f"{len(data)} bytes, {count / pixels:.4f} bpp"
-    if abs(error) > TARGET_TOLERANCE and index == MAX_INDEX and error < 0:
+def _target_error(
+    target: Target, data: bytes, index: float, pixels: int, reach: tuple[float, float] | None
+) -> tuple[float | None, str]:
+    """Relative error of a size against its target, and why it was not met; reach as in `RateController`."""
+    bits = 8 * len(data)
+    error = bits / target.bits - 1
+    size = f"{len(data)} bytes, {bits / pixels:.4f} bpp"
+    largest = bits >= reach[1] if reach else index == MAX_INDEX
+    smallest = bits <= reach[0] if reach else index == 0
+    if error < -TARGET_TOLERANCE and largest:
         if target.cap:
             return None, f"above the largest file ({size})"
         return error, f"out of reach: the largest has {size}"
-    if abs(error) > TARGET_TOLERANCE and index == 0 and error > 0:
+    if error > TARGET_TOLERANCE and smallest:
         return error, f"out of reach: the smallest has {size}"
+    if abs(error) > TARGET_TOLERANCE and reach and not target.cap:
+        return error, f"between two files: the nearest has {size}"
     return error, ""

@@ -3,7 +3,10 @@
 A trial encode is `h_a`, the slices, and the code lengths of the symbols: no analysis, synthesis or entropy coding.
 """
 
+import math
 from dataclasses import replace
+
+import numpy as np
 
 from models.lambdas import MAX_INDEX
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
@@ -13,6 +16,9 @@ from utils.codec.request import CAP_MARGIN, Target
 FIRST_INDEX = MAX_INDEX / 2  # of the first trial
 CLOSE = 1e-3  # a trial this near to the target, relatively, is the last
 CLOSE_TO_CAP = 7e-3  # how near to the aim under a cap is good enough, relatively, when the trials are used up
+MISSED = 5e-3  # how far off a target, relatively, a better file is looked for at other indexes
+CLEARLY_APART = 0.2  # relative difference of bits at an end of the range from all others: there, R(index) is monotone
+SEARCHED = 21  # indexes all over the range
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
 
 
@@ -30,12 +36,14 @@ class RateController:
     Attributes:
         curve: bits against the index, calibrated by every trial; None before the first.
         trials: number of trial encodes so far.
+        reach: bits of the smallest and the largest file, where all of the range was searched for them; else None.
     """
 
     def __init__(self, image: AnalyzedImage) -> None:
         self.image = image
         self.curve: RateCurve | None = None
         self.trials = 0
+        self.reach: tuple[float, float] | None = None
 
     def encode(self, target: Target, max_trials: int = 3) -> tuple[TrialEncode, bytes]:
         """The trial whose file is nearest to a target, or to a little below a cap, and that file.
@@ -43,45 +51,78 @@ class RateController:
         Raises:
             UnreachableError: the cap is below the smallest file.
         """
-        trial = self.search(target, max_trials)
-        data = self.image.write(trial)
-        if not target.allows(trial.bits):  # the code lengths were some bytes too few
-            self.curve.calibrate(trial.index, trial.bits)
-            return self.encode(replace(target, bits=target.bits - (trial.bits - target.bits)), max_trials)
-        return trial, data
+        aimed = target
+        while True:
+            trial = self.search(aimed, max_trials)
+            data = self.image.write(trial)
+            if self._may_have_missed(target, trial):
+                return self._search_everywhere(target, trial)
+            if target.allows(trial.bits):
+                return trial, data
+            if trial.index == 0:
+                raise UnreachableError(trial)
+            self.curve.calibrate(trial.index, trial.bits)  # the code lengths were some bytes too few
+            aimed = replace(aimed, bits=aimed.bits - (trial.bits - target.bits))
+
+    def _may_have_missed(self, target: Target, trial: TrialEncode) -> bool:
+        """Whether a better file may exist than the best of the search, which missed the target.
+
+        On flat and tiny pictures R(index) is not monotone: then, or where the bits hardly differ, the ends of the range
+        need not have the smallest and the largest file.
+        """
+        if target.allows(trial.bits) and target.distance(trial.bits) < MISSED:
+            return False
+        bits = [bits for _, bits in sorted(self.curve.measured.items())]
+        others = [value for index, value in self.curve.measured.items() if index != trial.index]
+        at_an_end = trial.index in (0, MAX_INDEX)
+        apart = all(abs(value / trial.bits - 1) > CLEARLY_APART for value in others)
+        return sorted(bits) != bits or (at_an_end and not apart)
+
+    def _search_everywhere(self, target: Target, best: TrialEncode) -> tuple[TrialEncode, bytes]:
+        """The best of files at indexes all over the range, by their real sizes. Raises UnreachableError as `encode`."""
+
+        def rank(trial: TrialEncode) -> tuple[bool, float]:
+            allowed = target.allows(trial.bits)
+            return not allowed, target.distance(trial.bits) if allowed else trial.bits
+
+        sizes = [best.bits]
+        for index in np.linspace(0, MAX_INDEX, SEARCHED).tolist():
+            trial = self.try_index(index)
+            self.image.write(trial)
+            sizes.append(trial.bits)
+            best = min(best, trial, key=rank)
+        self.reach = min(sizes), max(sizes)
+        if not target.allows(best.bits):
+            raise UnreachableError(best)
+        return best, self.image.write(best)
 
     def search(self, target: Target, max_trials: int = 3) -> TrialEncode:
-        """As `encode`, by code lengths alone.
+        """As `encode`, by code lengths alone; the smallest that was found where all exceed a cap.
 
-        Indexes are tried until one is close, or max_trials have been tried and one more, the one to encode at; for a
-        cap that is still exceeded, or far off, a few further ones. Earlier calls' measurements are used.
+        Stops when a trial is closer than CLOSE. Otherwise it tries max_trials + 1 indexes and keeps the nearest; under
+        a cap that is still exceeded or missed by far, up to EXTRA_TRIALS more. Earlier measurements are used.
         """
         if max_trials < 1:
             raise ValueError(f"rate control needs at least one trial, not {max_trials}")
         best: TrialEncode | None = None
         tried: set[float] = set()
         aim = target.aim
-        index = FIRST_INDEX if self.curve is None else self.curve.solve(aim).index
+        index = FIRST_INDEX if self.curve is None else self.curve.solve(aim)
         while index not in tried:
             tried.add(index)
             trial = self.try_index(index)
             if target.allows(trial.bits) and (best is None or target.distance(trial.bits) < target.distance(best.bits)):
                 best = trial
-            if best and target.distance(best.bits) < CLOSE:
-                break
-            if len(tried) > max_trials and (not target.cap or (best and target.distance(best.bits) < CLOSE_TO_CAP)):
+            distance = math.inf if best is None else target.distance(best.bits)
+            used_up = len(tried) > max_trials
+            if distance < CLOSE or (used_up and (not target.cap or distance < CLOSE_TO_CAP)):
                 break
             if len(tried) > max_trials + EXTRA_TRIALS:
                 break
-            if best is None and len(tried) > max_trials:
+            if best is None and used_up:
                 aim *= 1 - CAP_MARGIN
-            index = self.curve.solve(aim).index
-        if best is None:
-            best = self.try_index(self.curve.solve(0).index)
-            self.image.write(best)
-            if not target.allows(best.bits):
-                raise UnreachableError(best)
-        return best
+            index = self.curve.solve(aim)
+        return best or self.try_index(self.curve.solve(0))
 
     def try_index(self, index: float) -> TrialEncode:
         """A trial encode at an index, which calibrates the curve."""

@@ -12,7 +12,6 @@ with the σ that the entropy model gave at a trial encode. With s = 1 it is the 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from models.portable import table_index
 
 GRID = np.linspace(0, MAX_INDEX, 51)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
-_SLOPES = 1 / 3, 3.0  # limits of the slope beyond two measurements that these suggest
+_SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
 _NEGLIGIBLE = 0.01  # latents whose bits hardly follow their scale are left out, to save time
 
 
@@ -45,20 +44,12 @@ def sensitivity(gaussian: GaussianConditional) -> Tensor:
     return (torch.tensor(change) / (2 * math.log2(step))).clamp(0, 1).to(gaussian.scale_table)
 
 
-@dataclass(frozen=True)
-class Solution:
-    """An index for a target and the bits of the curve there; not `reachable` where the curve never has the target."""
-
-    index: float
-    bits: float
-    reachable: bool
-
-
 class RateCurve:
     """Bits of one image against the index: a known shape, calibrated by measurements.
 
-    With one measurement the shape is shifted to meet it. Between two measurements it is stretched to meet both;
-    beyond them it has the slope that the two nearest give, within limits, unless they are too near to tell.
+    With one measurement the shape is shifted to meet it. Between two measurements it is stretched to meet both. Outside
+    of all it continues with the slope of the two outermost ones on that side, clipped to _SLOPES, or with slope one
+    where these are less than _MIN_DISTANCE apart.
 
     Args:
         shape: Σ log2 m (or Σ s · log2 m) at the indexes of GRID, up to a constant.
@@ -87,7 +78,7 @@ class RateCurve:
             return measured + self.shape_at(x) - self.shape_at(at)
         # Interpolate along the shape where it rises, which stretches its slope of one; else along the index.
         along, unit = self.shape, 1.0
-        if not self.rises:
+        if not (np.diff(self.shape) > 0).all():
             along, unit = GRID, (measured[-1] - measured[0]) / (at[-1] - at[0])
         known, here = np.interp(at, GRID, along), np.interp(x, GRID, along)
         result = np.interp(here, known, measured)
@@ -98,24 +89,18 @@ class RateCurve:
             result[beyond] = measured[end] + slope * unit * (here[beyond] - known[end])
         return result
 
-    @property
-    def rises(self) -> bool:
-        """Whether the shape is strictly monotone."""
-        return bool((np.diff(self.shape) > 0).all())
-
-    def solve(self, bits: float) -> Solution:
-        """The highest index where the curve has this many bits; where it never has, the index with the nearest."""
+    def solve(self, bits: float) -> float:
+        """The highest index at which the curve has these bits; if it never has, the index whose bits are nearest."""
         grid = np.unique(np.concatenate([GRID, list(self.measured)]))
         predicted = self.predict(grid)
         over = predicted - bits
         crossed = np.flatnonzero(over[:-1] * over[1:] <= 0)
         if not len(crossed):
-            nearest = int(np.abs(over).argmin())
-            return Solution(float(grid[nearest]), float(predicted[nearest]), False)
-        left = int(crossed[-1])
+            return float(grid[np.abs(over).argmin()])
+        left = crossed[-1]
         rise = predicted[left + 1] - predicted[left]
         share = -over[left] / rise if rise else 1.0
-        return Solution(float(grid[left] + share * (grid[left + 1] - grid[left])), float(bits), True)
+        return float(grid[left] + share * (grid[left + 1] - grid[left]))
 
 
 class RateModel:
@@ -126,11 +111,10 @@ class RateModel:
         y: `[1, M, h, w]`, g_a of the image.
     """
 
+    @torch.no_grad()
     def __init__(self, model: TCM_VBR, y: Tensor) -> None:
-        self.mask, self.y = model.modnet_ga.mask, y
-        self.gaussian = model.gaussian_conditional
-        with torch.no_grad():
-            self.content = self.mask.content(y)
+        self.mask, self.gaussian, self.y = model.modnet_ga.mask, model.gaussian_conditional, y
+        self.content = self.mask.content(y)
 
     @torch.no_grad()
     def log_m(self, index: float) -> Tensor:

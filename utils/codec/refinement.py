@@ -36,15 +36,7 @@ CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every l
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
 MAX_MOVES = 5  # of refined latents to another index
 
-
-def straight_through(x: Tensor, _: float) -> Tensor:
-    """round(x), with the gradient of x."""
-    return ste_round(x)
-
-
-def noise(x: Tensor, _: float) -> Tensor:
-    """x plus uniform noise in ±½, as in training."""
-    return x + torch.rand_like(x) - 0.5
+Latents = tuple[Tensor, Tensor]  # y `[1, M, h, w]` and z
 
 
 def gumbel_round(x: Tensor, temperature: float) -> Tensor:
@@ -57,9 +49,9 @@ def gumbel_round(x: Tensor, temperature: float) -> Tensor:
 
 # Of rounding, at a temperature, by method.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "noise": noise,
+    "noise": lambda x, _: x + torch.rand_like(x) - 0.5,  # as in training
     "sga": gumbel_round,
-    "sgd": straight_through,
+    "sgd": lambda x, _: ste_round(x),  # straight-through: the gradient is that of x
 }
 
 
@@ -76,9 +68,12 @@ class Step:
 
 @dataclass(frozen=True)
 class RateConstraint:
-    """A rate to keep, in bits per pixel. With a limit, which must not be exceeded, it is to be met from below.
+    """A rate to keep, in bits per pixel.
 
-    Not `controlled`, nothing acts on the rate: every file is far below the limit.
+    Attributes:
+        bpp: the rate.
+        limit: bits per pixel that must not be exceeded; None where the rate may be missed on both sides.
+        controlled: whether the weight of the rate is adjusted; it is not where every file is far below the limit.
     """
 
     bpp: float
@@ -100,31 +95,16 @@ class RateConstraint:
         return (math.inf, bpp) if bpp > self.limit else (0.0, distortion)
 
     def correction(self, steps: list[Step]) -> float:
-        """The change of ln of the rate's weight: a PI controller, in the form of differences."""
+        """The change of ln of the rate's weight, by an incremental PI controller."""
         if not self.controlled:
             return 0.0
         excess = steps[-1].bpp / self.bpp - 1
         rise = (steps[-1].bpp - steps[-2].bpp) / self.bpp if len(steps) > 1 else 0.0
-        return max(-MAX_CHANGE, min(MAX_CHANGE, GAINS[0] * excess + GAINS[1] * rise))
+        return _clip(GAINS[0] * excess + GAINS[1] * rise, MAX_CHANGE)
 
 
-@dataclass(frozen=True)
-class RefinedLatents:
-    """The best latents, (y `[1, M, h, w]`, z), and the last ones; and every step, the first before any change."""
-
-    latents: tuple[Tensor, Tensor]
-    best: Step
-    last: tuple[Tensor, Tensor]
-    steps: list[Step]
-
-
-class _PaperSGD(torch.optim.SGD):
-    """SGD whose learning rate falls by 1 % per step, and by half where the loss has risen (TCSVT 2025)."""
-
-    def anneal(self, steps: list[Step]) -> None:
-        if len(steps) > 1:
-            for group in self.param_groups:
-                group["lr"] *= 0.99 * (0.5 if steps[-1].loss > steps[-2].loss else 1)
+def _clip(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
 
 
 def refine(
@@ -140,29 +120,30 @@ def refine(
         Candidates that may be better than `start`, each with the step it comes from; and every step.
     """
     constraint = None if target is None else RateConstraint.of_target(target, start, image.pixels)
-    refined = descend(image, start, settings, constraint, on_step)
-    candidates = []
+    steps, best, best_latents, last_latents = descend(image, start, settings, constraint, on_step)
+    candidates, last = [], steps[-1]
     with contextlib.suppress(ValueError):  # latents that cannot be coded
-        if refined.best.number:
-            candidates.append((image.quantize_latents(start.index, *refined.latents), refined.best))
-        last = refined.steps[-1]
+        if best.number:
+            candidates.append((image.quantize_latents(start.index, *best_latents), best))
         if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > TOLERANCE:
-            candidates.append((_move_to_rate(image, start.index, refined.last, constraint.bpp * image.pixels), last))
-    return candidates, refined.steps
+            candidates.append((_move_to_rate(image, start.index, last_latents, constraint.bpp * image.pixels), last))
+    return candidates, steps
 
 
 def descend(
-    image: AnalyzedImage,
-    start: TrialEncode,
-    settings: RefinementSettings,
-    constraint: RateConstraint | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> RefinedLatents:
-    """Gradient descent from the latents of a trial encode towards less bpp + λ · D, which the start may win.
+    image: AnalyzedImage, start: TrialEncode, settings: RefinementSettings,
+    constraint: RateConstraint | None, on_step: Callable[[Step], None] | None,
+) -> tuple[list[Step], Step, Latents, Latents]:
+    """Gradient descent from the latents of a trial encode towards less bpp + λ · D.
+
+    The latents of the start take part in the comparison: where no step is better, they are the best.
 
     Args:
         constraint: keep this rate and lower the distortion: the weight of the rate is adjusted until it is met.
         on_step: called with every step.
+
+    Returns:
+        Every step, the first before any change; the best one; its latents; and the last ones.
 
     Raises:
         ValueError: the loss is not finite.
@@ -173,11 +154,18 @@ def descend(
     y, z = (latent.clone().requires_grad_() for latent in image.latents(start.index))
     step_size = settings.learning_rate or METHODS[settings.method].learning_rate
     step_size *= CONTROLLED_STEP if constraint else 1
-    # The loss is a mean over the pixels, so a learning rate of SGD fits pictures of one size.
-    paper = _PaperSGD([y, z], step_size * image.pixels / PAPER_PIXELS) if settings.method == "sgd" else None
-    optimizer = paper or torch.optim.Adam([y, z], step_size, betas=CONTROLLED_BETAS if constraint else BETAS)
+    published_sgd = settings.method == "sgd"
+    if published_sgd:  # the loss is a mean over the pixels, so a learning rate of SGD fits pictures of one size
+        optimizer = torch.optim.SGD([y, z], step_size * image.pixels / PAPER_PIXELS)
+    else:
+        optimizer = torch.optim.Adam([y, z], step_size, betas=CONTROLLED_BETAS if constraint else BETAS)
+    group = optimizer.param_groups[0]
     steps: list[Step] = []
-    best, kept, overhead, log_weight = None, (y, z), 0.0, 0.0
+    best, best_latents, overhead, log_weight = None, (y, z), 0.0, 0.0
+
+    def rank(step: Step) -> tuple[float, float]:
+        return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
+
     with _training_latents(model, image.x, settings.seed):
         for number in range(settings.steps + 1):
             progress = number / max(1, settings.steps)
@@ -197,36 +185,28 @@ def descend(
                     raise ValueError("the loss of this picture is not finite")
                 break
             steps.append(step)
-            if best is None or _rank(step, constraint) < _rank(best, constraint):
-                best, kept = step, (y.detach().clone(), z.detach().clone())
+            if best is None or rank(step) < rank(best):
+                best, best_latents = step, (y.detach().clone(), z.detach().clone())
             if on_step:
                 on_step(step)
-            if number == settings.steps or (paper and _has_converged(steps)):
+            rise = step.loss - steps[-2].loss if number else math.inf
+            if number == settings.steps or (published_sgd and abs(rise) < MIN_CHANGE * step.loss):
                 break
-            if paper:
-                paper.anneal(steps)
-            else:
+            if not published_sgd:
                 fall = (1 - math.cos(math.pi * progress)) / 2
                 last = CONTROLLED_LAST_STEP if constraint else 0
-                optimizer.param_groups[0]["lr"] = step_size * (1 - (1 - last) * fall)
+                group["lr"] = step_size * (1 - (1 - last) * fall)
+            elif number:  # 1 % less each step, and half where the loss has risen (TCSVT 2025)
+                group["lr"] *= 0.99 * (0.5 if rise > 0 else 1)
             optimizer.zero_grad()
             (losses["loss"] + (math.exp(log_weight) - 1) * losses["bpp"].sum()).backward()
             optimizer.step()
             if constraint:
-                log_weight += constraint.correction(steps)
-                log_weight = max(-MAX_LOG_WEIGHT, min(MAX_LOG_WEIGHT, log_weight))
-    return RefinedLatents(kept, best, (y.detach(), z.detach()), steps)
+                log_weight = _clip(log_weight + constraint.correction(steps), MAX_LOG_WEIGHT)
+    return steps, best, best_latents, (y.detach(), z.detach())
 
 
-def _rank(step: Step, constraint: RateConstraint | None) -> tuple[float, float]:
-    return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
-
-
-def _has_converged(steps: list[Step]) -> bool:
-    return len(steps) > 1 and abs(steps[-1].loss - steps[-2].loss) < MIN_CHANGE * steps[-1].loss
-
-
-def _move_to_rate(image: AnalyzedImage, index: float, latents: tuple[Tensor, Tensor], bits: float) -> TrialEncode:
+def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: float) -> TrialEncode:
     """Move refined latents to a nearby index at which they have this many bits: y is scaled by the change of m."""
     y, z = latents
     best = image.quantize_latents(index, y, z)
@@ -234,7 +214,7 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: tuple[Tensor, Ten
     curve.calibrate(index, best.bits)
     log_m = image.rate_model.log_m(index)
     for _ in range(MAX_MOVES):
-        moved = curve.solve(bits).index
+        moved = curve.solve(bits)
         if moved in curve.measured or abs(best.bits / bits - 1) < CLOSE:
             break
         trial = image.quantize_latents(moved, y * (image.rate_model.log_m(moved) - log_m).exp(), z)

@@ -137,7 +137,7 @@ def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, inde
     if args.step_size is not None and not args.steps:
         parser.error("--step-size needs -t: no steps, no refinement")
     targets = args.target_bpp, args.target_bytes, args.max_bytes
-    has_target = any(target is not None for target in targets)
+    has_target = targets != (None, None, None)
     if has_target and index is not None:
         parser.error("-l and a target exclude each other: a target is met by the index that it needs")
     if index is None and not has_target:

@@ -10,19 +10,21 @@ optimized Huffman tables, WebP method 4, AVIF speed 8.
 import argparse
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
 from PIL import Image, features
+from torch import Tensor
 from tqdm import tqdm
 
 from utils import cli
+from utils.device import timed
+from utils.evaluation.evaluate import for_each
+from utils.evaluation.results import Result, report
 from utils.files import write_json
-from utils.pictures import ImageError, find_images_or_samples, read_pixels
-
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
-    from torch import Tensor
-
-    from utils.evaluation.evaluate import Result
+from utils.images import to_pixels, to_tensor
+from utils.metrics import psnr
+from utils.pictures import find_images_or_samples, read_pixels
 
 
 class Codec(NamedTuple):
@@ -49,64 +51,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_available(codec: str) -> bool:
-    """Whether the installed Pillow can write this format."""
-    return codec == "jpeg" or features.check(codec)
-
-
-def measure(name: str, image: "Tensor", codec: Codec, quality: int) -> "Result":
+def measure(name: str, image: Tensor, codec: Codec, quality: int) -> Result:
     """One picture, uint8 `[3, H, W]`, by one codec at one quality, which takes the index's place in the result."""
-    from utils.device import timed
-    from utils.evaluation.evaluate import Result
-    from utils.images import to_pixels, to_tensor
-    from utils.metrics import psnr
-
     pixels, file = Image.fromarray(to_pixels(image)), io.BytesIO()
     _, encode_seconds = timed(lambda: pixels.save(file, codec.format, quality=quality, **codec.options), image.device)
     data = file.getvalue()
-    decoded, decode_seconds = timed(lambda: read_pixels(io.BytesIO(data)), image.device)
+    decoded, decode_seconds = timed(lambda: read_pixels(data), image.device)
     height, width = image.shape[1:]
     return Result(
-        image=name,
-        width=width,
-        height=height,
-        index=float(quality),
-        bpp=8 * len(data) / (width * height),
-        psnr=psnr(image, to_tensor(decoded)),
-        encode_seconds=encode_seconds,
-        decode_seconds=decode_seconds,
+        name, width, height, float(quality), 8 * len(data) / (width * height), psnr(image, to_tensor(decoded)),
+        encode_seconds=encode_seconds, decode_seconds=decode_seconds,
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     paths = find_images_or_samples(args.data)
-    codecs = [codec for codec in dict.fromkeys(args.codecs) if is_available(codec)]
+    codecs = [codec for codec in dict.fromkeys(args.codecs) if codec == "jpeg" or features.check(codec)]
     for codec in args.codecs:
         if codec not in codecs:
             cli.print_error(codec, "this Pillow cannot write it; left out")
     if not codecs:
         raise cli.UserError("this Pillow can write none of these codecs")
-    from utils.evaluation.results import report, short_names
-    from utils.images import read_images
 
-    results: dict[str, list[Result]] = {codec: [] for codec in codecs}
-    names, failed = short_names(paths), False
-    for path, image in tqdm(read_images(paths), total=len(paths), desc="coding", unit="image", disable=None):
-        if isinstance(image, ImageError):
-            cli.print_error(path, image)
-            failed = True
-            continue
-        for name in codecs:
-            results[name] += [measure(names[path], image, CODECS[name], q) for q in CODECS[name].qualities]
-    if not results[codecs[0]]:
+    def work(name: str, image: Tensor, _: None) -> dict[str, list[Result]]:
+        return {c: [measure(name, image, CODECS[c], quality) for quality in CODECS[c].qualities] for c in codecs}
+
+    jobs = for_each(paths, [None], torch.device("cpu"), work)
+    bar = tqdm(jobs, total=len(paths), desc="coding", unit="image", disable=None)
+    pictures = [found for _, _, found in bar if found is not None]
+    if not pictures:
         raise cli.UserError("none of the pictures could be measured")
     for name in codecs:
-        groups = [[r for r in results[name] if r.index == quality] for quality in CODECS[name].qualities]
+        results = [result for picture in pictures for result in picture[name]]
+        groups = [[r for r in results if r.index == quality] for quality in CODECS[name].qualities]
         path = Path(args.out) / f"{name}.json"
-        write_json(path, report(groups, results[name], name.upper(), "real files by Pillow"))
+        write_json(path, report(groups, name.upper(), "real files by Pillow", results))
         print(path)
-    return int(failed)
+    return int(len(pictures) < len(paths))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import bjontegaard
+
 from utils import cli
+from utils.metrics import decibels
 
 MIN_POINTS = 4  # that the interpolation of a curve needs
 METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}  # their keys in the files
@@ -34,11 +37,7 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
     Raises:
         UserError: names the file that holds no such curve.
     """
-    convert: Callable[[float], float] = float
-    if metric == "ms-ssim":  # CompressAI's files have the plain value
-        from utils.metrics import decibels  # here: it imports PyTorch, which takes seconds
-
-        convert = decibels
+    convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain MS-SSIM
     points = []
     for file in files:
         try:
@@ -60,34 +59,28 @@ def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:
     return kept, beaten
 
 
-def compare(anchor: Curve, test: Curve, method: str = "akima") -> tuple[float | None, float | None]:
-    """BD-rate in percent (negative: the tested codec needs fewer bits) and BD-quality in dB at equal rate.
+def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
+    """Two lines: BD-rate in percent (negative: the tested codec needs fewer bits), and BD-quality in dB at equal rate.
 
-    BD-rate is None where the curves have no quality in common, BD-quality where they have no rate in common.
+    There is no BD-rate where the curves have no quality in common, no BD-quality where they have no rate in common.
 
     Raises:
         UserError: a curve has fewer than four points.
     """
     if min(len(anchor), len(test)) < MIN_POINTS:
         raise cli.UserError(f"BD-rate needs four rising points per curve, not {len(anchor)} and {len(test)}")
-    import bjontegaard  # here: it takes a second
 
-    def delta(function: Callable, axis: int) -> float | None:
+    def delta(function: Callable, axis: int, common: str, unit: str) -> str:
         if min(anchor[-1][axis], test[-1][axis]) <= max(anchor[0][axis], test[0][axis]):
-            return None
+            return f"none, no {common} in common"
         curves = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of little overlap: the ranges are printed
-            return float(function(*curves, method=method, require_matching_points=False, min_overlap=0))
+            value = function(*curves, method=method, require_matching_points=False, min_overlap=0)
+        return f"{value:+.2f} {unit}"
 
-    return delta(bjontegaard.bd_rate, 1), delta(bjontegaard.bd_psnr, 0)
-
-
-def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
-    """`compare` in two lines."""
-    rate, quality = compare(anchor, test, method)
-    lines = "BD-rate: " + ("none, no quality in common" if rate is None else f"{rate:+.2f} %")
-    return f"{lines}\nBD-{metric}: " + ("none, no rate in common" if quality is None else f"{quality:+.2f} dB")
+    rate, quality = delta(bjontegaard.bd_rate, 1, "quality", "%"), delta(bjontegaard.bd_psnr, 0, "rate", "dB")
+    return f"BD-rate: {rate}\nBD-{metric}: {quality}"
 
 
 def main(argv: list[str] | None = None) -> None:

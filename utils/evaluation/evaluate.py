@@ -1,44 +1,52 @@
-"""Rate, distortion and time of one picture at one rate: estimated from likelihoods, or measured from its file."""
+"""Rate, distortion and time of pictures, one at one rate: estimated from likelihoods, or measured from its file."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
+from utils import cli
 from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
-from utils.images import crop, pad, to_float, to_uint8
+from utils.evaluation.results import Result, short_names
+from utils.images import crop, pad, read_images, to_float, to_uint8
 from utils.metrics import bits, decibels, distortion, ms_ssim_value, psnr
+from utils.pictures import ImageError
+
+J, T = TypeVar("J"), TypeVar("T")
 
 
-@dataclass
-class Result:
-    """One picture at one rate.
+def for_each(
+    paths: list[Path], jobs: Sequence[J], device: torch.device, work: Callable[[str, Tensor, J], T]
+) -> Iterator[tuple[Path, J, T | None]]:
+    """Do each job with each picture: its path, the job, and what `work` returned, or None where that failed.
 
-    Attributes:
-        bpp: bits per original pixel.
-        ms_ssim, ms_ssim_db: None for pictures that are too small.
-        loss: bpp + λ · D, with D = MSE on the 0–255 scale or 1 − MS-SSIM; None without an index.
-        encode_seconds, decode_seconds: None for estimates.
+    A picture that cannot be read, or with which a job fails, is named on stderr once, and the others go on.
+
+    Args:
+        jobs: rates, or whatever else `work` takes.
+        work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
+            ValueError: sides or latents that the file format cannot hold, or no room on the GPU.
     """
-
-    image: str
-    width: int
-    height: int
-    index: float | None
-    bpp: float
-    psnr: float
-    ms_ssim: float | None = None
-    ms_ssim_db: float | None = None
-    loss: float | None = None
-    encode_seconds: float | None = None
-    decode_seconds: float | None = None
-
-    as_dict = asdict
+    names, failed = short_names(paths), set()
+    for path, image in read_images(paths):
+        for job in jobs:
+            result = None
+            try:
+                if isinstance(image, ImageError):
+                    raise image
+                result = work(names[path], image.to(device), job)
+            except (ImageError, ValueError) as error:
+                if path not in failed:
+                    cli.print_error(path, error)
+                failed.add(path)
+            yield path, job, result
 
 
 def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
@@ -62,8 +70,8 @@ def evaluate_file(
 ) -> tuple[Result, Tensor]:
     """As `evaluate`, for a file that exists already."""
     decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
-    result = _result(model, name, image, index, 8.0 * len(data), decoded)
-    return replace(result, encode_seconds=encode_seconds, decode_seconds=decode_seconds), decoded
+    seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
+    return _result(model, name, image, index, 8.0 * len(data), decoded, **seconds), decoded
 
 
 @out_of_memory_as_value_error()
@@ -79,25 +87,16 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
 
 
 def _result(
-    model: TCM, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor
+    model: TCM, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
 ) -> Result:
     height, width = image.shape[1:]
     bpp, quality = count / (height * width), ms_ssim_value(image, decoded)
     error = distortion(image, decoded, model.metric)
+    rate_index = index if isinstance(model, TCM_VBR) else None
     return Result(
-        image=name,
-        width=width,
-        height=height,
-        index=index if isinstance(model, TCM_VBR) else None,
-        bpp=bpp,
-        psnr=psnr(image, decoded),
+        name, width, height, rate_index, bpp, psnr(image, decoded),
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
         loss=None if index is None or error is None else bpp + index_to_lambda(index, model.metric) * error,
+        **seconds,
     )
-
-
-def mean(results: list[Result], field: str) -> float | None:
-    """Mean of a field over the results that have it."""
-    values = [value for result in results if (value := getattr(result, field)) is not None]
-    return sum(values) / len(values) if values else None

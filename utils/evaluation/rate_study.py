@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from models import TCM_VBR
 from models.lambdas import MAX_INDEX, index_to_lambda
+from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
 from utils.device import out_of_memory_as_value_error
+from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import Column, Table, finite
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 
 INDEXES = np.linspace(0, MAX_INDEX, 21)
 FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
@@ -44,19 +47,10 @@ class Study:
         x = self.models[name]
         return self.bits[FIRST] + x - x[FIRST]
 
-    def one_trial_error(self, name: str) -> float:
-        """Mean relative error of `predict`."""
-        return float(np.abs(self.predict(name) / self.bits - 1).mean())
-
     def local_slopes(self, name: str) -> np.ndarray:
         """Bits measured per bit predicted between whole indexes, `[5]`."""
         rise, run = np.diff(self.bits[::4]), np.diff(self.models[name][::4])
         return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
-
-    @property
-    def monotone(self) -> bool:
-        """Whether more quality always costs more bits."""
-        return bool((np.diff(self.bits) > 0).all())
 
 
 @out_of_memory_as_value_error()
@@ -81,35 +75,33 @@ def summary(studies: list[Study]) -> dict:
             "index": INDEXES.tolist(),
             "bits": s.bits.round().tolist(),
             "models": {name: values.round(1).tolist() for name, values in s.models.items()},
-            "monotone": s.monotone,
-            "fits": {name: dict(zip(("slope", "r2"), map(finite, s.fit(name)), strict=True)) for name in MODELS},
-            "one_probe_error": {name: s.one_trial_error(name) for name in MODELS},
+            "monotone": bool((np.diff(s.bits) > 0).all()),
+            "fits": {name: dict(zip(("slope", "r2"), s.fit(name), strict=True)) for name in MODELS},
+            "one_probe_error": {name: float(np.abs(s.predict(name) / s.bits - 1).mean()) for name in MODELS},
         }
         for s in studies
     ]
     means = {
         name: {
-            "slope": finite(float(np.mean([s.fit(name)[0] for s in studies]))),
-            "r2": finite(float(np.mean([s.fit(name)[1] for s in studies]))),
-            "one_probe_error": float(np.mean([s.one_trial_error(name) for s in studies])),
-            "slope_between_indices": [finite(float(v)) for v in np.median([s.local_slopes(name) for s in studies], 0)],
+            "slope": np.mean([image["fits"][name]["slope"] for image in images]),
+            "r2": np.mean([image["fits"][name]["r2"] for image in images]),
+            "one_probe_error": np.mean([image["one_probe_error"][name] for image in images]),
+            "slope_between_indices": np.median([s.local_slopes(name) for s in studies], 0).tolist(),
         }
         for name in MODELS
     }
-    return {"models": MODELS, "means": means, "images": images}
+    return finite({"models": MODELS, "means": means, "images": images})
 
 
 def table(means: dict) -> str:
     """The means of `summary` in lines."""
-    columns = [
+    lines = Table(
+        "R = … + C", 18,
         Column("slope", 6, 2, lambda mean: mean["slope"]),
         Column("R²", 6, 3, lambda mean: mean["r2"]),
         Column("one-trial error %", 17, 2, lambda mean: 100 * mean["one_probe_error"]),
-    ]
-    columns += [
-        Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indices"][i]) for i in range(5)
-    ]
-    lines = Table("R = … + C", 18, columns)
+        *(Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indices"][i]) for i in range(5)),
+    )
     rows = [lines.row(text, [means[name]]) for name, text in MODELS.items()]
     return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])
 
@@ -143,3 +135,22 @@ def plot(studies: list[Study], path: Path) -> None:
     figure.tight_layout()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=90)
+
+
+def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> int:
+    """Study pictures; print the table, and write the plot and, where a file is named, JSON. Returns the exit status.
+
+    Raises:
+        UserError: none of the pictures could be measured.
+    """
+    jobs = for_each(paths, [None], model.medians.device, lambda name, image, _: study(model, name, image))
+    bar = tqdm(jobs, total=len(paths), desc="21 rates of each", unit="image", disable=None)
+    studies = [found for _, _, found in bar if found is not None]
+    if not studies:
+        raise UserError("none of the pictures could be measured")
+    found = summary(studies)
+    print(table(found["means"]))
+    plot(studies, picture)
+    if json:
+        write_json(json, found)
+    return 0 if len(studies) == len(paths) else 1

@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from models.lambdas import LADDER
 from utils import cli
 from utils.files import atomic_write
@@ -50,15 +52,8 @@ def read_points(file: str) -> tuple[str, list[Point]]:
         raise cli.UserError(f"{file}: not a file of results of pictures ({error})") from None
 
 
-def losses(points: list[Point]) -> list[float]:
-    """At each λ of the ladder, the loss at the best of a codec's rates."""
-    return [min(point.bpp + lmbda * point.mse for point in points) for lmbda in LADDER]
-
-
 def draw(curves: list[tuple[str, list[Point]]], path: Path) -> None:
     """PSNR against bits per pixel, as a PNG; what codecs do far outside the rates of the TCMs is cut off."""
-    from matplotlib.figure import Figure  # here: it takes a second
-
     # A perfect copy has no place on an axis of decibels.
     curves = [(name, [point for point in points if math.isfinite(point.psnr)]) for name, points in curves]
     curves = [(name, points) for name, points in curves if points]
@@ -85,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     curves = [read_points(file) for file in args.files]
     print(f"{'least loss at λ =':<24}" + "".join(f"{lmbda:>8g}" for lmbda in LADDER) + f"{'mean':>8}")
     for name, points in curves:
-        values = losses(points)
+        values = [min(point.bpp + lmbda * point.mse for point in points) for lmbda in LADDER]
         print(f"{name[:24]:<24}" + "".join(f"{value:8.3f}" for value in [*values, sum(values) / len(values)]))
     if args.plot:
         draw(curves, Path(args.plot))

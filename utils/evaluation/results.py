@@ -1,13 +1,41 @@
-"""Results as a table in the terminal, and as JSON in CompressAI's format."""
+"""Results, as a table in the terminal, and as JSON in CompressAI's format. Needs no PyTorch, which takes seconds."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.evaluate import Result, mean
+
+@dataclass
+class Result:
+    """One picture at one rate.
+
+    Attributes:
+        bpp: bits per original pixel.
+        ms_ssim, ms_ssim_db: None for pictures that are too small.
+        loss: bpp + λ · D, with D = MSE on the 0–255 scale or 1 − MS-SSIM; None without an index.
+        encode_seconds, decode_seconds: None for estimates.
+    """
+
+    image: str
+    width: int
+    height: int
+    index: float | None
+    bpp: float
+    psnr: float
+    ms_ssim: float | None = None
+    ms_ssim_db: float | None = None
+    loss: float | None = None
+    encode_seconds: float | None = None
+    decode_seconds: float | None = None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None; None where there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -27,7 +55,7 @@ class Table:
         title, width: of the first column, which has the names.
     """
 
-    def __init__(self, title: str, width: int, columns: Sequence[Column]) -> None:
+    def __init__(self, title: str, width: int, *columns: Column) -> None:
         self.width, self.columns = width, columns
         self.header = f"{title:<{width}} " + " ".join(f"{column.title:>{column.width}}" for column in columns)
         self.rule = "-" * len(self.header)
@@ -36,27 +64,20 @@ class Table:
         name = name if len(name) <= self.width else "…" + name[1 - self.width :]
         cells = []
         for column in self.columns:
-            values = [value for item in items if (value := column.value(item)) is not None]
-            cells.append(cell(sum(values) / len(values) if values else None, column.width, column.digits))
+            value = mean(map(column.value, items))
+            number = "–" if value is None else f"{value:.{column.digits}f}"
+            cells.append(f"{number:>{column.width}}")
         return " ".join([f"{name:<{self.width}}", *cells])
 
 
-def cell(value: float | None, width: int, digits: int) -> str:
-    """A number of a table; a dash for None."""
-    return f"{'–' if value is None else f'{value:.{digits}f}':>{width}}"
-
-
 RESULTS_TABLE = Table(
-    "image",
-    30,
-    [
-        Column("index", 5, 2, lambda result: result.index),
-        Column("bpp", 8, 4, lambda result: result.bpp),
-        Column("PSNR dB", 8, 2, lambda result: result.psnr),
-        Column("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim_db),
-        Column("encode s", 9, 2, lambda result: result.encode_seconds),
-        Column("decode s", 9, 2, lambda result: result.decode_seconds),
-    ],
+    "image", 30,
+    Column("index", 5, 2, lambda result: result.index),
+    Column("bpp", 8, 4, lambda result: result.bpp),
+    Column("PSNR dB", 8, 2, lambda result: result.psnr),
+    Column("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim_db),
+    Column("encode s", 9, 2, lambda result: result.encode_seconds),
+    Column("decode s", 9, 2, lambda result: result.decode_seconds),
 )
 
 
@@ -66,33 +87,39 @@ def short_names(paths: list[Path]) -> dict[Path, str]:
     return {path: path.name if counts[path.name] == 1 else path.as_posix() for path in paths}
 
 
-def report(groups: list[list[Result]], results: list[Result], name: str, description: str) -> dict:
+def file_stem(image: str, index: float | None) -> str:
+    """The name, without a suffix, of a file that is written for a picture, by its short name, at an index."""
+    return image.strip("/").replace("/", "_") + ("" if index is None else f"_index{index:g}")
+
+
+# Fields of a result by CompressAI's names, and two that it does not know.
+FIELDS = {"bpp": "bpp", "psnr-rgb": "psnr", "ms-ssim-rgb": "ms_ssim"}
+FIELDS |= {"encoding_time": "encode_seconds", "decoding_time": "decode_seconds", "index": "index", "loss": "loss"}
+
+
+def report(groups: list[list[Result]], name: str, description: str, results: list[Result] | None = None) -> dict:
     """CompressAI's results format, with the index and the loss, and every result under `images`.
 
     Args:
         groups: results whose means are the points of the curve.
-        results: the same results, in the order in which `images` has them.
+        results: the same results, in the order in which `images` has them (default: that of the groups).
     """
-    fields = {
-        "bpp": "bpp",
-        "psnr-rgb": "psnr",
-        "ms-ssim-rgb": "ms_ssim",
-        "encoding_time": "encode_seconds",
-        "decoding_time": "decode_seconds",
-        "index": "index",
-        "loss": "loss",
-    }
-    means = {name: [finite(mean(group, field)) for group in groups] for name, field in fields.items()}
+    means = {key: finite([mean(getattr(r, field) for r in group) for group in groups]) for key, field in FIELDS.items()}
+    results = results or [result for group in groups for result in group]
     return {
         "name": name,
         "description": f"{description}, means over pictures",
-        "results": {name: values for name, values in means.items() if any(v is not None for v in values)},
-        "images": [{k: finite(v) for k, v in result.as_dict().items()} for result in results],
+        "results": {key: values for key, values in means.items() if any(value is not None for value in values)},
+        "images": finite([asdict(result) for result in results]),
     }
 
 
-def finite(value):
-    """None for what JSON does not have: infinity, the PSNR of a perfect copy, and NaN."""
+def finite(value: Any) -> Any:
+    """A value with None for what JSON lacks, in dicts and lists too: NaN, and infinity, the PSNR of a perfect copy."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -54,7 +54,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
 
 
 def check_run_arguments(args: argparse.Namespace) -> None:
-    """UserError naming the flag that is wrong."""
+    """UserError naming the flag that is wrong. The patch size becomes height and width."""
     if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
         raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
     if not (args.max_minutes or args.max_steps or args.epochs):
@@ -68,6 +68,7 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
     if len(args.patch_size) > 2:
         raise cli.UserError("--patch-size takes one number or two")
+    args.patch_size = args.patch_size[0], args.patch_size[-1]
     for flag, sides in (("--patch-size", args.patch_size), ("--val-size", [args.val_size])):
         for side in sides:
             if side <= 0 or side % STRIDE:
@@ -81,10 +82,8 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
 
 
-def make_settings(
-    args: argparse.Namespace, photographs: int, world_size: int, milestones: tuple[float, ...] = Settings.milestones
-) -> Settings:
+def make_settings(args: argparse.Namespace, photographs: int, world_size: int) -> Settings:
     """The settings of a run on this many photographs, in this many processes."""
     known = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
-    known |= {"patch_size": (args.patch_size[0], args.patch_size[-1]), "batch_size": args.batch_size * world_size}
-    return Settings(**known, max_patches=args.epochs * photographs, milestones=milestones)
+    known["batch_size"] *= world_size
+    return Settings(**known, max_patches=args.epochs * photographs)

@@ -47,13 +47,9 @@ class DistContext:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes, in place."""
-        return self.sum(values).div_(self.world_size)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values
+        return values.div_(self.world_size)
 
     def max(self, *values: float) -> list[float]:
         """The maximum of each number over the processes, the same in all of them."""

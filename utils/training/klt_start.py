@@ -78,7 +78,7 @@ def klt_start(model: TCM, patches: Tensor, lmbda: float | None = None, wiener: b
     for width in (2 * model.N,) * 3 + (model.M,):
         blocks = F.pixel_unshuffle(levels[-1], 2)
         bases.append(_klt(blocks, width))
-        levels.append(_project(bases[-1], blocks))
+        levels.append(F.conv2d(blocks, bases[-1].T[:, :, None, None]))
         lost.append(255**2 * float(blocks.square().sum() - levels[-1].square().sum()) / x.numel())
     variable = isinstance(model, TCM_VBR)
     scale = 255 / quantization_step(middle_lambda() if variable else _mse_lambda(model.metric, lmbda))
@@ -118,11 +118,6 @@ def _klt(blocks: Tensor, most: int) -> Tensor:
     return (vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)).float()
 
 
-def _project(basis: Tensor, blocks: Tensor) -> Tensor:
-    """Coefficients `[B, k, h, w]` of blocks `[B, C, h, w]`."""
-    return F.conv2d(blocks, basis.T[:, :, None, None])
-
-
 def _mse_lambda(metric: str, lmbda: float) -> float:
     """The λ of the MSE ladder at the index where another ladder has the given one."""
     logs = torch.tensor(LADDERS[metric], dtype=torch.float64).log()
@@ -131,9 +126,10 @@ def _mse_lambda(metric: str, lmbda: float) -> float:
     return index_to_lambda(lower + float((value - logs[lower]) / (logs[lower + 1] - logs[lower])))
 
 
-def _zero(conv: nn.Conv2d) -> None:
-    conv.weight.zero_()
-    conv.bias.zero_()
+def _zero(conv: nn.Conv2d, outputs: int | None = None) -> None:
+    """Zero the first outputs of a convolution, or all."""
+    conv.weight[:outputs] = 0
+    conv.bias[:outputs] = 0
 
 
 def _write_analysis(model: TCM, bases: list[Tensor], levels: list[Tensor], color: Tensor, scale: float) -> None:
@@ -144,12 +140,10 @@ def _write_analysis(model: TCM, bases: list[Tensor], levels: list[Tensor], color
         taps = basis.T.view(k, below, 2, 2)
         last = layer is model.g_a[-1]
         conv = layer if last else layer.conv1
-        if last:
-            _zero(conv)  # latent channels beyond the KLT stay zero
-            taps = scale * taps
-        conv.weight[:k] = 0
-        conv.weight[:k, :below, 1:, 1:] = taps
-        conv.bias[:k] = 0 if stage else -(taps.sum((2, 3)) @ color)
+        _zero(conv, None if last else k)  # latent channels beyond the KLT stay zero
+        conv.weight[:k, :below, 1:, 1:] = scale * taps if last else taps
+        if stage == 0:
+            conv.bias[:k] = -(taps.sum((2, 3)) @ color)
         if last:
             continue
         # LeakyReLU passes positive values unchanged: a lift above zero before it is taken back after it.
@@ -159,8 +153,7 @@ def _write_analysis(model: TCM, bases: list[Tensor], levels: list[Tensor], color
         layer.conv2.weight[range(k), range(k), 1, 1] = 1
         layer.conv2.bias[:k] = -lift
         layer.gdn.gamma[:k] = layer.gdn.gamma_reparam.init(torch.zeros_like(layer.gdn.gamma[:k]))
-        layer.skip.weight[:k] = 0
-        layer.skip.bias[:k] = 0
+        _zero(layer.skip, k)
 
 
 def _write_synthesis(model: TCM, backward: list[Tensor], color: Tensor) -> None:
@@ -168,12 +161,10 @@ def _write_synthesis(model: TCM, backward: list[Tensor], color: Tensor) -> None:
     blocks = [layer for layer in model.g_s if isinstance(layer, ResidualBlockUpsample)]
     for conv, weight in zip([*(block.upsample[0] for block in blocks), model.g_s[-1][0]], backward, strict=True):
         rows, k = weight.shape[:2]
-        conv.weight[:rows] = 0
+        _zero(conv, rows)
         conv.weight[:rows, :k] = weight
-        conv.bias[:rows] = 0
     for block, weight in zip(blocks, backward, strict=False):
-        block.conv.weight[: len(weight) // 4] = 0
-        block.conv.bias[: len(weight) // 4] = 0
+        _zero(block.conv, len(weight) // 4)
     model.g_s[-1][0].bias.copy_(color.repeat_interleave(4))
 
 

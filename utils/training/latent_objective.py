@@ -1,11 +1,16 @@
-"""The loss of the latent toy experiment (TCSVT 2025)."""
+"""The models and the loss of the latent toy experiment (TCSVT 2025)."""
+
+import argparse
 
 import torch
 from torch import Tensor
 
 from models import TCM
+from models.lambdas import LADDER
 from models.latent_map import TCM_Mapped
-from utils.training.objectives import FixedRateObjective
+from utils import cli
+from utils.checkpoint import CheckpointError, build_model, read_checkpoint
+from utils.training.objectives import FixedRateObjective, Noise
 
 
 class LatentMapObjective(FixedRateObjective):
@@ -24,12 +29,12 @@ class LatentMapObjective(FixedRateObjective):
     stage = "latent map"
 
     def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float) -> None:
-        super().__init__(model, lmbda)
-        self.model.requires_grad_(False)
-        self.model.map.requires_grad_(True)
-        self.low = low.requires_grad_(False).eval()
+        super().__init__(model.requires_grad_(False), lmbda)
+        model.map.requires_grad_(True)
+        self.low = low.requires_grad_(False)
+        self.frozen = [model.g_a, low.g_a]
 
-    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
         with self.autocasting(x):
             back, there, _ = self._errors(self.model, x)
         return {"total": back + there, "loss": (back + there).detach(), "MSE back": back, "MSE to low": there}
@@ -50,12 +55,24 @@ class LatentMapObjective(FixedRateObjective):
         return values | dict(zip(("back_db", "to_low_db", "unmapped_db"), decibels, strict=True)), x_hat
 
     def describe(self) -> dict:
-        return super().describe() | {"contextual": self.model.arguments["contextual"]}
+        return super().describe() | {"contextual": self.model.contextual}
 
-    def train(self, mode: bool = True) -> "LatentMapObjective":
-        """The frozen codecs stay in evaluation mode, without drop-path in the latents to match."""
-        super().train(mode)
-        self.model.eval()
-        self.model.map.train(mode)
-        self.low.eval()
-        return self
+
+def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, list[dict]]:
+    """The objective of the map between both codecs, whose weights have no training record."""
+    high, _ = _read_tcm(args.high)
+    low, record = _read_tcm(args.low)
+    if high.M != low.M:
+        raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
+    mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
+    mapped.load_state_dict(mapped.state_dict() | high.state_dict())
+    return LatentMapObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
+
+
+def _read_tcm(path: str) -> tuple[TCM, dict]:
+    """A fixed-rate codec, and the description of its training."""
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint, path)
+    if type(model) is not TCM:
+        raise CheckpointError(f"{path}: holds a {type(model).__name__}; the experiment is between two fixed-rate TCMs")
+    return model, checkpoint.get("objective") or (checkpoint.get("training") or [{}])[-1]

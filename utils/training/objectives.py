@@ -1,7 +1,7 @@
 """The losses of the training stages: everything jointly, a fixed-rate TCM, the entropy model alone, the LAEs alone."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from models import TCM, TCM_VBR
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
 from utils.metrics import bits, psnr_of_mse, rate_distortion
+
+Noise = tuple[Tensor, Tensor]
 
 
 class Objective(nn.Module):
@@ -31,8 +33,9 @@ class Objective(nn.Module):
         self.model, self.metric = model, metric
         self.autocast: torch.dtype | None = None
         self.balance = 0.0
+        self.frozen: list[nn.Module] = []  # these stay in evaluation mode, without drop-path in their latents
 
-    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Losses of a batch.
 
         Args:
@@ -46,43 +49,49 @@ class Objective(nn.Module):
         index = self.index(rate_uniform)
         with self.autocasting(x):
             out = self.model(x, index, noise=noise)
-        losses = self.losses(out, x, index)
+        lmbda = self.lambdas(index, x)
+        losses = rate_distortion(out, x, lmbda, self.metric)
         aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
-        return {"total": self.weighted(losses, index) + aux, "aux": aux, **_means(losses)}
+        return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
 
-    def weighted(self, losses: dict[str, Tensor], index: Tensor | float | None) -> Tensor:
+    def weighted(self, losses: dict[str, Tensor], lmbda: Tensor) -> Tensor:
         """The loss to minimize: that of each sample times (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
-        bpp = losses["bpp"]
-        lmbda = self.lambdas(index, len(bpp)).to(bpp.device)
         weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
-        return (weights * (lmbda * losses["distortion"] + bpp)).mean()
+        return (weights * (lmbda * losses["distortion"] + losses["bpp"])).mean()
 
     def autocasting(self, x: Tensor) -> torch.autocast:
         """A context of the run's precision, on the device of x."""
         return torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def losses(self, out: dict, x: Tensor, index: Tensor | float | None) -> dict[str, Tensor]:
-        """`rate_distortion` of a model's output, at the λ of the index."""
-        return rate_distortion(out, x, self.lambdas(index, len(x)).to(x.device), self.metric)
-
     def index(self, rate_uniform: Tensor) -> Tensor | None:
         """Rate index of each sample, `[B]`: uniform over [0, 5]."""
         return rate_uniform * MAX_INDEX
 
-    def lambdas(self, index: Tensor | float | None, batch: int) -> Tensor:
-        """λ of each sample, `[B]`."""
-        index = torch.as_tensor(index, dtype=torch.float32).expand(batch)
-        return index_to_lambda(index, self.metric)
+    def lambdas(self, index: Tensor | float | None, x: Tensor) -> Tensor:
+        """λ of each sample of x, `[B]`, on its device."""
+        index = torch.as_tensor(index, dtype=torch.float32).expand(len(x))
+        return index_to_lambda(index, self.metric).to(x.device)
 
     @torch.no_grad()
     def measure(self, model: TCM, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
         """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
-        with recorded_log_m(model) as log_m:
+        log_m: list[Tensor] = []  # of analysis, then of synthesis
+        with contextlib.ExitStack() as hooks:
+            for lae in (model.modnet_ga, model.modnet_gs) if isinstance(model, TCM_VBR) else ():
+                hooks.enter_context(lae.mask.register_forward_hook(lambda mask, inputs, output: log_m.append(output)))
             out = model(x, index)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
-        losses = self.losses(out, x, index)
-        values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"], **log_m}
+        losses = rate_distortion(out, x, self.lambdas(index, x), self.metric)
+        values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"]}
+        if log_m:
+            values |= {"log_m_ga": log_m[0].mean(), "log_m_gs": log_m[1].mean()}
         return {name: float(value) for name, value in values.items()}, out["x_hat"]
+
+    def train(self, mode: bool = True) -> "Objective":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def describe(self) -> dict:
         """For the training record."""
@@ -102,8 +111,8 @@ class FixedRateObjective(Objective):
     def index(self, rate_uniform: Tensor) -> None:
         return None
 
-    def lambdas(self, index: None, batch: int) -> Tensor:
-        return torch.full((batch,), self.lmbda)
+    def lambdas(self, index: None, x: Tensor) -> Tensor:
+        return torch.full((len(x),), self.lmbda, device=x.device)
 
     def describe(self) -> dict:
         return super().describe() | {"lmd": self.lmbda}
@@ -112,8 +121,8 @@ class FixedRateObjective(Objective):
 class EntropyObjective(Objective):
     """The entropy model alone learns to spend fewer bits on latents that do not change.
 
-    Analysis, LAEs and synthesis are frozen, and so are the latent residuals, which would learn to bend ŷ to what is
-    cheap. The latents are computed once and kept, in float16, so a step costs a third of a joint one.
+    Analysis, LAEs and synthesis are frozen, and so are the `lrp_transforms`: without distortion in the loss they would
+    change ŷ only to save bits. The latents are computed once and kept, in float16: a step costs a third of a joint one.
 
     Args:
         rates: the objective that gives the model and the rates.
@@ -132,11 +141,10 @@ class EntropyObjective(Objective):
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith(("g_a.", "g_s.", "modnet_", "lrp_transforms.")))
+        self.frozen = [self.model.g_a]
         self._kept: dict[int, Tensor] = {}
 
-    def forward(
-        self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor], keys: Sequence[int]
-    ) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise, keys: Sequence[int]) -> dict[str, Tensor]:
         """As `Objective.forward`; equal keys are equal patches."""
         index = self.index(rate_uniform)
         with torch.no_grad():  # in float32, which costs little, as analysis is done once
@@ -146,10 +154,9 @@ class EntropyObjective(Objective):
         pixels = x.shape[-2] * x.shape[-1]
         bpp_z = bits(out["likelihoods"]["z"]) / pixels
         bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
-        total = self.weighted({"bpp": bpp, "distortion": torch.zeros_like(bpp)}, index)
+        total = self.weighted({"bpp": bpp, "distortion": torch.zeros_like(bpp)}, self.lambdas(index, x))
         aux = self.model.aux_loss()
-        means = {"bpp": bpp.detach().mean(), "bpp of z": bpp_z.detach().mean()}
-        return {"total": total + aux, "aux": aux, **means}
+        return {"total": total + aux, "aux": aux, "bpp": bpp.detach().mean(), "bpp of z": bpp_z.detach().mean()}
 
     def _latents(self, x: Tensor, keys: Sequence[int]) -> Tensor:
         """The output of `g_a`, computed for patches whose latents are not kept yet."""
@@ -157,11 +164,6 @@ class EntropyObjective(Objective):
             for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
                 self._kept[keys[i]] = latent
         return torch.stack([self._kept[key] for key in keys]).float()
-
-    def train(self, mode: bool = True) -> "EntropyObjective":
-        super().train(mode)
-        self.model.g_a.eval()  # without drop-path in the kept latents
-        return self
 
     def describe(self) -> dict:
         return self._described
@@ -180,59 +182,35 @@ class StaticObjective(Objective):
     def __init__(self, model: TCM_VBR, teachers: Sequence[TCM], metric: str = "mse") -> None:
         super().__init__(model, metric)
         model.requires_grad_(False)
-        self.laes = [model.modnet_ga, model.modnet_gs]
-        for lae in self.laes:
-            lae.requires_grad_(True)
-        self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False).eval()
+        self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
+        self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False)
+        self.frozen = [self.teachers]
 
     def index(self, rate_uniform: Tensor) -> Tensor:
         return (rate_uniform * len(self.teachers)).floor()
 
-    def forward(self, x: Tensor, rate_uniform: Tensor, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
         index = self.index(rate_uniform)
         with self.autocasting(x):
             out = self.model(x, index, noise=noise)
             target = self._teacher_latents(x, index)
-        losses = self.losses(out, x, index)
-        latent = (out["latent"].float() - target.float()).square().mean()
+        lmbda = self.lambdas(index, x)
+        losses = rate_distortion(out, x, lmbda, self.metric)
+        latent = (out["latent"] - target).square().mean()
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
-        total = self.weighted(losses, index) + self.latent_weight * latent + self.norm_weight * norms
+        total = self.weighted(losses, lmbda) + self.latent_weight * latent + self.norm_weight * norms
         return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
 
     def _teacher_latents(self, x: Tensor, index: Tensor) -> Tensor:
         """The latent of each sample by the teacher of its λ."""
-        latents: list[Tensor] = [x] * len(x)
+        shape, _ = self.model.noise_shapes(*x.shape[2:])
+        latents = x.new_empty(len(x), *shape)
         for number in index.unique().long().tolist():
             chosen = (index == number).nonzero().flatten()
-            for place, latent in zip(chosen.tolist(), self.teachers[number](x[chosen]), strict=True):
-                latents[place] = latent
-        return torch.stack(latents)
-
-    def train(self, mode: bool = True) -> "StaticObjective":
-        super().train(mode)
-        self.teachers.eval()
-        return self
+            latents[chosen] = self.teachers[number](x[chosen])
+        return latents
 
 
 def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     values = {"loss": losses["loss"], "bpp": losses["bpp"], "bpp of z": losses["bpp_z"]}
-    values["psnr"] = psnr_of_mse(losses["mse"])
-    return {name: value.detach().mean() for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def recorded_log_m(model: TCM) -> Iterator[dict[str, Tensor]]:
-    """Records the mean ln m of both LAEs in a forward pass: `log_m_ga` and `log_m_gs`; nothing for a TCM."""
-    found: dict[str, Tensor] = {}
-    hooks = [
-        getattr(model, f"modnet_{name}").mask.register_forward_hook(
-            lambda module, inputs, log_m, name=name: found.__setitem__(f"log_m_{name}", log_m.mean())
-        )
-        for name in ("ga", "gs")
-        if hasattr(model, f"modnet_{name}")
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return {name: value.detach().mean() for name, value in (values | {"psnr": psnr_of_mse(losses["mse"])}).items()}

@@ -5,10 +5,13 @@ photograph, the crop, the rate, the noise. So a run can be resumed anywhere, and
 processes or workers, without a change in the samples.
 """
 
+import contextlib
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,11 @@ from tqdm import tqdm
 
 from utils.images import read_image
 from utils.pictures import ImageError
+from utils.training.distributed import DistContext
 
 GOLDEN = (5**0.5 - 1) / 2
 MAX_UNREADABLE = 1000  # photographs in a row that cannot be used
+SCALED = 0.25  # share of the patches that are scaled down
 
 
 @dataclass
@@ -54,9 +59,7 @@ class Batch:
 class PatchDataset(Dataset):
     """Patches of photographs, by position in the run. Each pass has every photograph once, in a new order.
 
-    A patch is flipped and (where it is square) transposed at random, and with probability `scaled` it is cut up to
-    twice as large and scaled down. A photograph that cannot be read, or is smaller than a patch, is replaced by
-    another one, drawn at random.
+    A photograph that cannot be read, or is smaller than a patch, is replaced by another one, drawn at random.
 
     Args:
         size: height and width of a patch.
@@ -65,15 +68,9 @@ class PatchDataset(Dataset):
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        size: tuple[int, int],
-        seed: int,
-        scaled: float = 0.25,
-        repeat: int = 0,
-        cache: dict | None = None,
+        self, paths: Sequence[Path], size: tuple[int, int], seed: int, repeat: int = 0, cache: dict | None = None
     ) -> None:
-        self.paths, self.size, self.seed, self.scaled, self.repeat = list(paths), size, seed, scaled, repeat
+        self.paths, self.size, self.seed, self.repeat = list(paths), size, seed, repeat
         self.cache: dict[int, Tensor | str] = cache or {}
         self._pass = (-1, np.empty(0, np.int64))
 
@@ -83,19 +80,18 @@ class PatchDataset(Dataset):
         Raises:
             ImageError: MAX_UNREADABLE photographs in a row cannot be used.
         """
-        key = position % self.repeat if self.repeat else position
+        lap, key = divmod(position, self.repeat) if self.repeat else (0, position)
         random = np.random.default_rng((self.seed, key))
         number, unusable = self._number(key), []
         for _ in range(MAX_UNREADABLE):
-            image = self._photograph(number)
+            image = self.cache[number] if number in self.cache else usable(self.paths[number], self.size)
             if isinstance(image, Tensor):
-                patch = random_crop(image, self.size, self.scaled, random)
-                if key != position:
+                patch = random_crop(image, self.size, SCALED, random)
+                if lap:
                     random = np.random.default_rng((self.seed, position))
                 # Multiples of the golden ratio spread the rates of every batch evenly. The loss differs fourfold
                 # between rates, so rates drawn at random would be noise in the gradient.
-                epoch = position // self.repeat if self.repeat else 0
-                spread = (position + 1) * GOLDEN + epoch * 2**0.5  # a patch that comes again has another rate
+                spread = (position + 1) * GOLDEN + lap * 2**0.5  # a patch that comes again has another rate
                 uniform = torch.tensor([min(spread % 1, 1 - 2**-24)])  # float32 would round up to 1
                 return Batch(patch[None], uniform, [int(random.integers(2**62))], [key], unusable)
             unusable.append(image)
@@ -107,9 +103,6 @@ class PatchDataset(Dataset):
         if self._pass[0] != epoch:
             self._pass = epoch, np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.paths))
         return int(self._pass[1][place])
-
-    def _photograph(self, number: int) -> Tensor | str:
-        return self.cache[number] if number in self.cache else usable(self.paths[number], self.size)
 
 
 def usable(path: Path, size: tuple[int, int]) -> Tensor | str:
@@ -124,11 +117,13 @@ def usable(path: Path, size: tuple[int, int]) -> Tensor | str:
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scaled: float, random: np.random.Generator) -> Tensor:
-    """One random patch, uint8 `[3, *size]`, of a photograph that is at least as large."""
-    factor = 1.0
-    if random.random() < scaled:
-        largest = min(2.0, image.shape[1] / size[0], image.shape[2] / size[1])
-        factor = random.uniform(1.0, largest)
+    """One random patch, uint8 `[3, *size]`, of a photograph that is at least as large.
+
+    It is flipped and (where it is square) transposed at random, and with probability `scaled` it is cut up to twice as
+    large and scaled down.
+    """
+    largest = min(2.0, image.shape[1] / size[0], image.shape[2] / size[1])
+    factor = random.uniform(1.0, largest) if random.random() < scaled else 1.0
     height, width = (int(side * factor) for side in size)
     top = random.integers(image.shape[1] - height + 1)
     left = random.integers(image.shape[2] - width + 1)
@@ -150,8 +145,9 @@ def read_all(
 ) -> dict:
     """All photographs on a device, by number, or the reason why one cannot be used, which is printed too."""
     cache: dict[int, Tensor | str] = {}
-    with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda path: usable(path, size), paths)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same
+        images = pool.map(usable, paths, itertools.repeat(size))
         bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=quiet)
         for number, image in enumerate(bar):
             if isinstance(image, str) and not quiet:
@@ -167,41 +163,29 @@ def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
     some = paths[:: -(-len(paths) // most)]
     total = 0
     for path in some:
-        try:
-            with Image.open(path) as image:
-                total += 3 * image.width * image.height
-        except Exception:  # reported when it is read
-            continue
+        with contextlib.suppress(Exception), Image.open(path) as image:  # an error is reported when it is read
+            total += 3 * image.width * image.height
     return total * len(paths) / len(some) / 1e9
 
 
 def batches(
-    dataset: PatchDataset, batch: int, rank: int, world_size: int, start: int, workers: int, device: torch.device
+    dataset: PatchDataset, batch: int, start: int, workers: int, context: DistContext
 ) -> Generator[Batch, None, None]:
     """Endless batches of one process from a position on: the rank-th part of every global batch.
 
     With everything cached, patches are cut in this process, on the device; otherwise by worker processes, each of which
     holds a few batches and one decoded photograph at a time, however many photographs there are.
     """
-
-    def positions() -> Iterator[list[int]]:
-        first = start + rank * batch
-        while True:
-            yield list(range(first, first + batch))
-            first += world_size * batch
-
-    if len(dataset.cache) == len(dataset.paths):
-        for place in positions():
-            yield collate([dataset[position] for position in place])
-    loader = DataLoader(
+    firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
+    cached = len(dataset.cache) == len(dataset.paths)
+    yield from DataLoader(
         dataset,
-        batch_sampler=positions(),
-        num_workers=workers,
+        batch_sampler=(range(first, first + batch) for first in firsts),
+        num_workers=0 if cached else workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_run,
+        pin_memory=context.device.type == "cuda" and not cached,
+        worker_init_fn=_start_worker,
     )
-    yield from loader
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
@@ -214,6 +198,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
     )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     os.setsid()  # Ctrl-C, torchrun and batch systems signal whole process groups; a worker that dies would end the run
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same

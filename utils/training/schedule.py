@@ -45,14 +45,9 @@ class Progress:
 
 def budget_used(progress: Progress, settings: Settings) -> float:
     """Share of the budget that is spent, from 0 to 1 and beyond."""
-    shares = [0.0]
-    if settings.max_minutes:
-        shares.append(progress.seconds / 60 / settings.max_minutes)
-    if settings.max_steps:
-        shares.append(progress.step / settings.max_steps)
-    if settings.max_patches:
-        shares.append(progress.patches / settings.max_patches)
-    return max(shares)
+    spent = (progress.seconds / 60, progress.step, progress.patches)
+    budgets = (settings.max_minutes, settings.max_steps, settings.max_patches)
+    return max((used / most for used, most in zip(spent, budgets, strict=True) if most), default=0.0)
 
 
 def learning_rate(progress: Progress, settings: Settings) -> float:

@@ -5,6 +5,7 @@ coding tables), `validation.jsonl`, and TensorBoard's events.
 """
 
 import contextlib
+import functools
 import json
 import math
 import platform
@@ -74,15 +75,8 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        dataset: PatchDataset,
-        workers: int,
-        validation: Sequence[Tensor],
-        folder: Path,
-        settings: Settings,
-        context: DistContext,
-        history: Sequence[dict] = (),
+        self, objective: Objective, dataset: PatchDataset, workers: int, validation: Sequence[Tensor], folder: Path,
+        settings: Settings, context: DistContext, history: Sequence[dict] = (),
     ) -> None:
         self.objective, self.model = objective, objective.model
         self.dataset, self.workers, self.validation = dataset, workers, validation
@@ -96,7 +90,6 @@ class Trainer:
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
-        self.batches: Generator[Batch, None, None] | None = None
         self.prefetched: Batch | None = None
         self.data_seconds = 0.0
         self.unusable = {told for told in dataset.cache.values() if isinstance(told, str)}
@@ -112,11 +105,14 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step of the optimizers, unless a loss or gradient is not finite; returns values to log."""
-        rate = self._set_learning_rates()
+        rate = learning_rate(self.progress, self.settings)
+        for group in self.optimizers["net"].param_groups:
+            group["lr"] = rate * group["factor"]
         self.objective.train()
         batch = self.prefetched or self.next_batch()
         # Drop-path draws from PyTorch's generator, whose seed depends on the step and the process.
-        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.context.rank))
+        seeds = np.random.SeedSequence((self.settings.seed, self.progress.step, self.context.rank))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
         x = batch.patches.to(self.device, non_blocking=True).float() / 255
         # Seeds of the noise and rates come with the samples, so they do not depend on the number of processes.
         keys = [batch.keys] if self.objective.repeat else []
@@ -143,30 +139,14 @@ class Trainer:
         self.progress.patches += self.settings.batch_size
         return dict(zip([*out, "gradient norm"], numbers, strict=True)) | {"learning rate": rate}
 
-    def _set_learning_rates(self) -> float:
-        """Set the learning rates of all groups for this step; returns that of the networks."""
-        rate = learning_rate(self.progress, self.settings)
-        for group in self.optimizers["net"].param_groups:
-            group["lr"] = rate * group["factor"]
-        if "aux" in self.optimizers:
-            for group in self.optimizers["aux"].param_groups:
-                group["lr"] = self.settings.aux_learning_rate
-        return rate
-
-    def open_batches(self) -> None:
-        """Start reading batches for `next_batch`, from the position of the run."""
-        self.batches = batches(
-            self.dataset,
-            self.settings.batch_size // self.context.world_size,
-            self.context.rank,
-            self.context.world_size,
-            self.progress.patches,
-            self.workers,
-            self.device,
-        )
+    @functools.cached_property
+    def batches(self) -> Generator[Batch, None, None]:
+        """The batches of this process, from the position of the run on when they are first asked for."""
+        batch = self.settings.batch_size // self.context.world_size
+        return batches(self.dataset, batch, self.progress.patches, self.workers, self.context)
 
     def next_batch(self) -> Batch:
-        """The next batch of this process, after `open_batches`. Prints photographs that could not be used."""
+        """The next batch of this process. Prints photographs that could not be used."""
         start = time.monotonic()
         try:
             batch = next(self.batches)
@@ -182,12 +162,12 @@ class Trainer:
     def noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Uniform noise in ±½ for y and z of each sample."""
         generator = torch.Generator(self.device)
-        noises: tuple[list[Tensor], list[Tensor]] = [], []
+        shapes, samples = self.model.noise_shapes(*size), []
         for seed in seeds:
             generator.manual_seed(seed)
-            for noise, shape in zip(noises, self.model.noise_shapes(*size), strict=True):
-                noise.append(torch.rand(shape, generator=generator, device=self.device) - 0.5)
-        return torch.stack(noises[0]), torch.stack(noises[1])
+            samples.append([torch.rand(shape, generator=generator, device=self.device) - 0.5 for shape in shapes])
+        y, z = zip(*samples, strict=True)
+        return torch.stack(y), torch.stack(z)
 
     # The run ----------------------------------------------------------------------------------
 
@@ -197,7 +177,6 @@ class Trainer:
         Raises:
             UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
         """
-        self.open_batches()
         if self.context.is_main:
             remove_left_over(self.folder, "*.pth.tar")
             self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
@@ -205,36 +184,28 @@ class Trainer:
             with self._signals():
                 self._run()
         except RuntimeError as error:
-            if self.context.world_size > 1 and is_lost_peer(error):
-                cause = str(error).strip().splitlines()[0]
-                raise cli.UserError(
-                    f"another process of this run has ended, or cannot be reached ({cause}); {self._how_to_continue()}"
-                ) from None
-            raise
+            if self.context.world_size == 1 or not is_lost_peer(error):
+                raise
+            lost = f"another process of this run has ended, or cannot be reached ({str(error).strip().splitlines()[0]})"
+            raise cli.UserError(f"{lost}; {self._how_to_continue()}") from None
         finally:
             self.batches.close()  # ends its workers
-            self._log(lambda writer: writer.close())
+            self._log(SummaryWriter.close)
+
+    def _percent(self) -> float:
+        return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
     def _run(self) -> None:
-        bar = tqdm(
-            total=100,
-            initial=round(100 * min(1, budget_used(self.progress, self.settings)), 1),
-            desc="training",
-            unit="%",
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-            disable=not self.context.is_main,
-        )
-        minutes = self.progress.seconds / 60
-        next_save = minutes + self.settings.save_minutes
-        next_validation = minutes + self.settings.validate_minutes
-        with contextlib.closing(bar):
+        bar_format, quiet = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}", not self.context.is_main
+        next_save = self.progress.seconds / 60 + self.settings.save_minutes
+        next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
+        with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=quiet) as bar:
             while budget_used(self.progress, self.settings) < 1:
-                stop = self._timed_step(bar)
-                minutes = self.progress.seconds / 60
-                if stop:
+                if self._timed_step(bar):
                     self.save()
                     self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
                     return
+                minutes = self.progress.seconds / 60
                 if minutes >= next_validation:
                     next_validation = minutes + self.settings.validate_minutes
                     self.save()
@@ -255,51 +226,41 @@ class Trainer:
         if self.progress.skipped_in_a_row:
             self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise cli.UserError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite: "
-                f"a lower learning rate may help; {self._how_to_continue()}"
-            )
-        bar.n = round(100 * min(1, budget_used(self.progress, self.settings)), 1)
+            cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
+            raise cli.UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
+        bar.n = self._percent()
         bar.set_postfix({"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}})
         if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
             values["patches a second"] = self.settings.batch_size / seconds
             values["share of the time waiting for patches"] = waiting / seconds
             values["skipped steps"] = self.progress.skipped
-
-            def write(writer: SummaryWriter) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(f"training/{name}", value, self.progress.step)
-
-            self._log(write)
+            for name, value in values.items():
+                self._log(SummaryWriter.add_scalar, f"training/{name}", value, self.progress.step)
         return bool(stop)
 
     def validate(self) -> None:
         """Measure the EMA weights, write them for use, and log."""
         # Several processes must do the same, and a signal reaches them at different moments.
-        canceled = None if self.context.world_size > 1 else lambda: self.stop
-        found = validate(self.objective, self.ema.module, self.validation, self.context, canceled)
+        alone = self.context.world_size == 1
+        found = validate(self.objective, self.ema.module, self.validation, self.context, lambda: self.stop and alone)
         if found is None:
             self._print("stopped while validating; go on with --resume")
             return
         means, pictures = found
-        result = {
-            "step": self.progress.step,
-            "patches": self.progress.patches,
-            "minutes": round(self.progress.seconds / 60, 2),
-            **means,
-        }
+        minutes = round(self.progress.seconds / 60, 2)
+        result = {"step": self.progress.step, "patches": self.progress.patches, "minutes": minutes, **means}
         if self.context.is_main:
             self._print(json.dumps(result))
-            self._log(lambda writer: log_validation(writer, result, pictures, self.progress.step))
+            self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
             export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
 
-    def _log(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Write to TensorBoard, as long as that works: a run goes on without its curves."""
+    def _log(self, write: Callable[..., None], *values) -> None:
+        """Call `write` with TensorBoard's writer, as long as that works: a run goes on without its curves."""
         if self.writer:
             try:
-                write(self.writer)
+                write(self.writer, *values)
             except OSError as error:
                 self.writer = None  # not closed, as closing would wait for its thread, which has ended
                 self._print(f"note: TensorBoard's events cannot be written any more ({error})")
@@ -320,24 +281,21 @@ class Trainer:
             self.stop = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, handle))
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     # Saving and resuming -----------------------------------------------------------------------
 
     def record(self, result: dict) -> dict:
         """The training record of this run, in plain values."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
         seconds = max(1e-9, self.progress.seconds)
         return {
             **self.objective.describe(),
             "settings": asdict(self.settings),
             "photographs": len(self.dataset.paths),
-            "machine": name,
+            "machine": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
             "processes": self.context.world_size,
             "patches_per_second": round(self.progress.patches / seconds, 2),
             "waiting_for_patches": round(self.progress.waiting / seconds, 4),
@@ -367,8 +325,8 @@ class Trainer:
         Raises:
             UserError: it is of another stage.
         """
-        if state["objective"] != self.objective.describe():
-            theirs, ours = state["objective"], self.objective.describe()
+        theirs, ours = state["objective"], self.objective.describe()
+        if theirs != ours:
             raise cli.UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
         for name, value in asdict(self.settings).items():
             if (before := state["settings"].get(name)) != value:
@@ -376,26 +334,21 @@ class Trainer:
         self.model.load_state_dict(state["state_dict"])
         self.ema.module.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
-            factors = [group.get("factor") for group in optimizer.param_groups]
+            groups = optimizer.param_groups
             try:
                 optimizer.load_state_dict(state["optimizers"][name])
             except ValueError:
                 cause = "its optimizers do not fit this version of the code"
                 raise cli.UserError(f"{self.folder}: {cause}; start from it with --checkpoint") from None
-            for group, factor in zip(optimizer.param_groups, factors, strict=True):
-                group["factor"] = factor  # of the settings now, not of those then
+            optimizer.param_groups = groups  # with the learning rates of the settings now, not of those then
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.ema.n_averaged.fill_(self.progress.step - self.progress.skipped)
         self.history = state["training"]
-        if self.context.is_main:
-            self._forget_later_validations()
-
-    def _forget_later_validations(self) -> None:
         path = self.folder / "validation.jsonl"
-        if path.exists():
-            done = budget_used(self.progress, self.settings) >= 1  # then the last one is made again
+        if self.context.is_main and path.exists():  # forget validations that will be made again
+            done = budget_used(self.progress, self.settings) >= 1  # then the last one is among them
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
             with atomic_write(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
@@ -403,10 +356,9 @@ class Trainer:
 
 def compile_networks(model: TCM) -> None:
     """`torch.compile` the sub-networks in place; the slice loop between them is not compiled."""
-    networks: list[nn.Module] = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
-    for parts in (model.atten_mean, model.atten_scale, model.cc_mean_transforms, model.cc_scale_transforms):
-        networks += parts
-    networks += model.lrp_transforms
+    networks = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
+    networks += [*model.atten_mean, *model.atten_scale]
+    networks += [*model.cc_mean_transforms, *model.cc_scale_transforms, *model.lrp_transforms]
     # Dynamo counts the graphs of all networks together, as they are calls of one nn.Module method: its limit of 8 would
     # leave g_s out.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(networks))
@@ -439,12 +391,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def _processor() -> str:
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-        return f"{name}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -6,23 +6,18 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models import TCM
+from models import TCM, TCM_VBR
 from utils.images import to_float
 from utils.training.distributed import DistContext
 from utils.training.objectives import Objective
 
-TAGS = {"psnr": "PSNR"}
-
 
 @torch.no_grad()
 def validate(
-    objective: Objective,
-    model: TCM,
-    photographs: Sequence[Tensor],
-    context: DistContext,
-    canceled: Callable[[], bool] | None = None,
+    objective: Objective, model: TCM, photographs: Sequence[Tensor], context: DistContext,
+    canceled: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, dict[str, Tensor]] | None:
-    """Means over photographs of what an objective measures, with rounded latents.
+    """Means over photographs of what an objective measures, with rounded latents, of a model set to evaluation.
 
     Args:
         photographs: uint8 `[3, H, W]`, sides multiples of 128.
@@ -32,12 +27,11 @@ def validate(
         Lists of means, one element per rate, but `loss` is the mean over the rates, and `alpha_ga` and `alpha_gs` are
         those of a TCM_VBR. And the first photograph with its reconstructions, in the main process.
     """
-    training = model.training
     model.eval()
-    rows: dict[tuple[int, int], dict[str, float]] = {}
+    rows: dict[tuple[int, int], dict[str, float]] = {}  # by photograph and rate
     pictures: dict[str, Tensor] = {}
     for number in range(context.rank, len(photographs), context.world_size):
-        if canceled and canceled():
+        if canceled():
             return None
         x = to_float(photographs[number]).to(context.device)
         for rate, index in enumerate(objective.indexes):
@@ -45,32 +39,24 @@ def validate(
             if number == 0:
                 pictures["original"] = x[0]
                 pictures["reconstruction" if index is None else f"index {index:g}"] = x_hat[0]
-    model.train(training)
-    # A process without photographs still has to know the names that the others measured.
-    names = max(context.gather(list(next(iter(rows.values()))) if rows else []), key=len)
-    table = torch.zeros(len(photographs), len(objective.indexes), len(names), dtype=torch.float64)
-    for place, values in rows.items():
-        table[place] = torch.tensor([values[name] for name in names], dtype=torch.float64)
-    means = context.sum(table.to(context.device)).mean(0).T.tolist()
-    result = {name: [round(v, 5) for v in values] for name, values in zip(names, means, strict=True)}
+    rows = {place: values for part in context.gather(rows) for place, values in part.items()}
+    rates = range(len(objective.indexes))
+    table = [[list(rows[number, rate].values()) for rate in rates] for number in range(len(photographs))]
+    means = torch.tensor(table, dtype=torch.float64).mean(0).T.tolist()
+    result = {name: [round(v, 5) for v in values] for name, values in zip(rows[0, 0], means, strict=True)}
     result["loss"] = round(sum(result["loss"]) / len(result["loss"]), 5)
-    for lae in ("ga", "gs"):
-        if hasattr(model, f"modnet_{lae}"):
-            result[f"alpha_{lae}"] = float(getattr(model, f"modnet_{lae}").mask.alpha)
+    if isinstance(model, TCM_VBR):
+        result |= {"alpha_ga": float(model.modnet_ga.mask.alpha), "alpha_gs": float(model.modnet_gs.mask.alpha)}
     return result, pictures
 
 
 def log_validation(writer: SummaryWriter, result: dict, pictures: dict[str, Tensor], step: int) -> None:
     """Write a result of `validate` to TensorBoard: a curve per rate."""
-    for name, values in result.items():
-        tag = f"validation/{TAGS.get(name, name)}"
-        if not isinstance(values, list):
-            writer.add_scalar(tag, values, step)
-        elif len(values) == 1:
-            writer.add_scalar(tag, values[0], step)
-        else:
-            for index, value in enumerate(values):
-                writer.add_scalar(f"{tag} {index}", value, step)
+    for name, found in result.items():
+        values = found if isinstance(found, list) else [found]
+        for index, value in enumerate(values):
+            tag = f"validation/{'PSNR' if name == 'psnr' else name}"
+            writer.add_scalar(f"{tag} {index}" if len(values) > 1 else tag, value, step)
     for name, picture in pictures.items():
         writer.add_image(f"validation/{name}", picture, step)
     writer.flush()

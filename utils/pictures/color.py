@@ -1,0 +1,128 @@
+"""Colors to sRGB: by the ICC profile of a picture (Pillow's ImageCms), or by the color chunks of a PNG file.
+
+ImageCms cannot make a profile of the primaries and the transfer function that PNG's chunks name, so these few lines do.
+"""
+
+import io
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageCms
+
+Note = Callable[..., object]
+Transfer = Callable[[np.ndarray], np.ndarray]
+
+# x and y of white, red, green, blue. The order is that of PNG's cHRM chunk.
+SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+PRIMARIES = {  # by their number in ITU-T H.273, as in the cICP chunk
+    1: SRGB,
+    5: (0.3127, 0.3290, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
+    6: (0.3127, 0.3290, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+}
+UNNOTICEABLE = 2  # levels: a profile that moves no sample further is sRGB's, and the samples stay as they are
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+
+
+def _power(exponent: float) -> Transfer:
+    return lambda x: x**exponent
+
+
+def _rec709(x: np.ndarray) -> np.ndarray:
+    return np.where(x < 0.081, x / 4.5, ((x + 0.099) / 1.099) ** (1 / 0.45))
+
+
+def _srgb(x: np.ndarray) -> np.ndarray:
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+# Samples in [0, 1] to linear light, by the number of the transfer function in ITU-T H.273.
+TRANSFERS: dict[int, Transfer] = {4: _power(2.2), 5: _power(2.8), 8: _power(1.0), 13: _srgb}
+TRANSFERS |= dict.fromkeys((1, 6, 14, 15), _rec709)
+
+
+def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
+    """A picture with 8-bit samples of any mode as RGB in sRGB; transparency is left aside.
+
+    Args:
+        data: the bytes of its file.
+        note: called with a line where a profile cannot be used.
+    """
+    if profile := image.info.get("icc_profile"):
+        try:
+            return _by_profile(image, profile)
+        except Exception as error:  # damaged, or of another kind of picture
+            note(f"its color profile cannot be used, and its samples are taken as sRGB ({error})")
+    transparent = image.mode == "P" and "transparency" in image.info  # Pillow warns about these otherwise
+    rgb = (image.convert("RGBA") if transparent else image).convert("RGB")
+    if image.format != "PNG":
+        return rgb
+    if cicp := _png_chunk(data, b"cICP"):
+        primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
+        if primaries is None or transfer is None:
+            note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
+            return rgb
+        return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)
+    gamma, chromaticity = image.info.get("gamma"), image.info.get("chromaticity")
+    if profile or "srgb" in image.info or not (gamma or chromaticity):
+        return rgb
+    primaries = tuple(chromaticity) if chromaticity else SRGB
+    usual = not gamma or abs(gamma - 0.45455) < 0.005  # the value that programs write for sRGB
+    if usual and np.allclose(primaries, SRGB, atol=2e-3):
+        return rgb
+    try:
+        return _convert(rgb, primaries, _srgb if usual else _power(1 / gamma))
+    except (np.linalg.LinAlgError, ZeroDivisionError):
+        note("its color chunks make no sense: its samples are taken as sRGB")
+        return rgb
+
+
+def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    space = profile.profile.xcolor_space.strip()
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[space]
+    if (mode in ("CMYK", "LAB")) != (image.mode in ("CMYK", "LAB")):
+        raise ValueError(f"it is of {space}, the picture of {image.mode}")
+    source, plain = image.convert(mode), image.convert("RGB")
+    converted = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if mode in ("RGB", "L"):
+        difference = np.abs(np.asarray(converted, np.int16) - np.asarray(plain, np.int16))
+        return plain if difference.max() <= UNNOTICEABLE else converted
+    return converted
+
+
+def _png_chunk(data: bytes, wanted: bytes) -> bytes:
+    """The content of a chunk that stands before the pixels; empty where there is none."""
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == wanted:
+            return data[at + 8 : at + 8 + length]
+        if kind == b"IDAT":
+            break
+        at += 12 + length
+    return b""
+
+
+def _to_xyz(primaries: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix from linear RGB to XYZ, and white in XYZ."""
+    x, y = np.array(primaries[::2]), np.array(primaries[1::2])
+    xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])
+    return xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0]), xyz[:, 0]
+
+
+def _convert(image: Image.Image, primaries: tuple[float, ...], transfer: Transfer) -> Image.Image:
+    """RGB of these primaries and this transfer function to sRGB, white to white (Bradford)."""
+    theirs, white = _to_xyz(primaries)
+    ours, our_white = _to_xyz(SRGB)
+    adapt = np.linalg.solve(_BRADFORD, np.diag(_BRADFORD @ our_white / (_BRADFORD @ white)) @ _BRADFORD)
+    matrix = np.linalg.solve(ours, adapt @ theirs).T
+    linear = transfer(np.arange(256) / 255)
+    pixels = np.array(image)
+    for rows in np.array_split(pixels, max(1, pixels.size // 2**22)):  # in parts, which bounds the memory
+        light = (linear[rows] @ matrix).clip(0, 1)
+        rows[:] = np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055))
+    return Image.fromarray(pixels)

@@ -1,0 +1,200 @@
+"""Reading a picture: any raster format of the installed Pillow to 8-bit sRGB, upright, on an opaque background."""
+
+import io
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from utils.cli import UserError
+from utils.files import MAX_PIXELS
+from utils.pictures.color import to_srgb
+
+# Raster formats, of which those are used that the installed Pillow has. Without this list Pillow tries all it knows,
+# and hands what claims to be a document to other programs (EPS to Ghostscript).
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "JXL"),
+    *("TGA", "PCX", "SGI", "QOI", "SUN", "ICO", "ICNS", "PSD", "DDS", "XBM"),
+)
+MAX_SIDE = 2**16 - 1  # of the file format
+Image.MAX_IMAGE_PIXELS = None  # Pillow warns about large pictures; here the sides are checked before pixels are decoded
+
+_ORIENTATION = 0x0112  # EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PHOTOMETRIC, _BITS = 262, 258  # TIFF
+_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP"}
+
+Note = Callable[..., object]  # note(text, once=False): once is for what need not be said of every picture of a run
+
+
+class ImageError(UserError):
+    """A picture that cannot be read."""
+
+
+def read_pixels(
+    source: str | Path | bytes,
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    note: Note | None = None,
+) -> np.ndarray:
+    """A picture as 8-bit sRGB, uint8 `[H, W, 3]`, upright by its EXIF tag.
+
+    Color profiles and PNG's color chunks are converted to sRGB, transparent pixels are put on the background, gray is
+    repeated, 16-bit samples are scaled to 8, floating-point ones taken as [0, 1]. The first of several frames is read.
+
+    Args:
+        source: a path (also of a pipe), or the bytes of a file.
+        background: a color that Pillow knows, by name or as #rrggbb.
+        note: called with one line about each thing that was ignored or may surprise, also warnings of libraries. None
+            catches no warnings, as that is not safe in several threads.
+
+    Raises:
+        ImageError: unreadable, truncated, not a picture, with samples of unknown range, or too large.
+    """
+    name = source if isinstance(source, (str, Path)) else "standard input"
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:
+            raise ImageError("is empty")
+        if note is None:
+            return _read(data, background, max_pixels, lambda text, once=False: None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pixels = _read(data, background, max_pixels, note)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            note(text)
+        return pixels
+    except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        cause = "not a picture of a known format" if isinstance(error, Image.UnidentifiedImageError) else cause
+        raise ImageError(f"{name}: cannot be read as a picture ({cause})") from None
+
+
+def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
+    try:
+        return _decode(data, background, max_pixels, note)
+    except ImageError:
+        raise
+    except Exception as error:
+        bare = without_metadata(data)
+        if bare == data:
+            raise
+        pixels = _decode(bare, background, max_pixels, note)  # where that fails too, metadata are not the cause
+        note(f"its metadata are damaged and ignored ({error})")
+        return pixels
+
+
+def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
+    Image.init()  # plugins, also third parties' such as HEIF
+    with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        width, height = image.size
+        if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE:
+            raise ImageError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {width}×{height}")
+        if width * height > max_pixels:
+            raise ImageError(f"{width}×{height} is more than {max_pixels / 1e6:.0f} megapixels")
+        image.load()
+        frames, orientation = _frames(image), _orientation(image, note)
+        opaque = _blend(image, data, background, note)
+    if frames > 1:
+        note(f"the first of {frames} frames is used")
+    if orientation in _UPRIGHT:
+        opaque = opaque.transpose(_UPRIGHT[orientation])
+    return np.array(opaque)
+
+
+def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Image.Image:
+    """The picture in sRGB, its transparent pixels on the background."""
+    color = to_srgb(_eight_bits(image), data, note)
+    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info) or image.mode.startswith("I"):
+        return color
+    alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return color
+    note(f"its transparent pixels are put on {background} (--background); said once", once=True)
+    below = Image.new("RGB", image.size, ImageColor.getrgb(background)[:3])
+    return Image.composite(color, below, alpha)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8-bit samples. ImageError where the range of its samples is not known."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    samples = np.asarray(image).astype(np.float64)
+    if not np.isfinite(samples).all():
+        raise ImageError("it has samples that are not numbers")
+    largest = 1 if image.mode == "F" else 65535
+    told = tags.get(_BITS, (16,))[0] <= 16 or image.mode == "F"
+    if not told or samples.min() < 0 or samples.max() > largest:
+        kind = "floating-point" if image.mode == "F" else "integer"
+        extent = f"from {samples.min():g} to {samples.max():g}"
+        raise ImageError(f"it has {kind} samples {extent}, whose range is not known: 0 to {largest} would be")
+    scaled = np.rint(255 / largest * samples).clip(0, 255).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow inverts 8-bit samples only
+        scaled = 255 - scaled
+    gray = Image.fromarray(scaled)
+    gray.info, gray.format = image.info, image.format
+    return gray
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's second one is a preview
+    except Exception:  # it is truncated after the first
+        return 2
+
+
+def _orientation(image: Image.Image, note: Note) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+        note(f"its EXIF data are damaged and ignored ({error})")
+        return 1
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG file without text, EXIF and the like, which may be damaged although the picture is intact."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept, at = [data[:8]], 8
+        while at + 8 <= len(data):
+            length, kind = struct.unpack_from(">I4s", data, at)
+            if kind in _PNG_KEPT:
+                kept.append(data[at : at + 12 + length])
+            at += 12 + length
+        return b"".join(kept)
+    if data.startswith(b"\xff\xd8"):
+        kept, at = [data[:2]], 2
+        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the scan
+            end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            marker, profile = data[at + 1], data[at + 4 : at + 15] == b"ICC_PROFILE"
+            if not (0xE1 <= marker <= 0xEF and marker != 0xEE or marker == 0xFE) or profile:  # 0xEE is Adobe's color
+                kept.append(data[at:end])
+            at = end
+        return b"".join([*kept, data[at:]])
+    return data
+
+
+def is_color(name: str) -> bool:
+    """Whether Pillow knows a color by this name."""
+    try:
+        return bool(ImageColor.getrgb(name))
+    except ValueError:
+        return False
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 `[H, W, 3]` as a PNG file."""
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, format="PNG")
+    return png.getvalue()

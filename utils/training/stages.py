@@ -1,0 +1,93 @@
+"""The models and the objectives of the stages of train_vbr.py."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+from models import TCM, TCM_VBR
+from models.config import PRESETS
+from models.lambdas import LADDERS
+from utils import cli
+from utils.checkpoint import build_model, read_checkpoint
+from utils.training.distributed import DistContext
+from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
+
+
+def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[dict]]:
+    """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
+    cls = TCM if args.lmd else TCM_VBR
+    if state:
+        if state["model"] != cls.__name__:
+            wanted = f"--stage {args.stage}"
+            if args.stage == "entropy":
+                wanted += " with --lmd" if args.lmd else " without --lmd"
+            raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; {wanted} is of a {cls.__name__}")
+        model, history = cls(**state["arguments"]), []
+    elif args.checkpoint is None:
+        preset = PRESETS[args.preset]
+        try:
+            model, history = cls(dataclasses.replace(preset, N=args.N or preset.N)), []
+        except ValueError as error:
+            raise cli.UserError(str(error)) from None
+    else:
+        checkpoint = read_checkpoint(args.checkpoint)
+        start = build_model(checkpoint, args.checkpoint)
+        if type(start) not in (TCM, TCM_VBR):
+            kind = type(start).__name__
+            raise cli.UserError(f"{args.checkpoint}: holds a {kind}; training starts from a TCM or TCM_VBR")
+        weights = start.state_dict()
+        if cls is TCM:  # the LAEs of a TCM_VBR stay behind
+            weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
+        model, history = cls(**start.arguments), checkpoint.get("training", [])
+        model.load_state_dict(weights)
+    model.metric = args.type
+    return model, history
+
+
+def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[TCM]:
+    """The TCM of every λ of the ladder, from checkpoints whose training record or name has their λ.
+
+    Raises:
+        UserError: one is missing, exists twice, or has another latent than the student.
+    """
+    if not Path(folder).is_dir():
+        raise cli.UserError(f"{folder}: no such folder")
+    found: dict[float, tuple[Path, TCM]] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if not path.name.endswith((".pth", ".pt", ".tar")) or path.name == "last.pth.tar":
+            continue
+        checkpoint = read_checkpoint(path)
+        record = (checkpoint.get("training") or [{}])[-1]
+        names = {float(number) for part in path.parts[-2:] for number in re.findall(r"\d+(?:\.\d+)?", part)}
+        lambdas = {record["lmd"]} if "lmd" in record else names & set(ladder)
+        if len(lambdas) != 1 or not lambdas <= set(ladder):
+            raise cli.UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
+        lmbda = lambdas.pop()
+        if lmbda in found:
+            raise cli.UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
+        teacher = build_model(checkpoint, path)
+        if type(teacher) is not TCM or teacher.metric != student.metric:
+            kind = f"a {type(teacher).__name__} for {teacher.metric}"
+            raise cli.UserError(f"{path}: {kind}; teachers are TCMs for {student.metric}")
+        if teacher.M != student.M:
+            raise cli.UserError(f"{path}: a latent of {teacher.M} channels cannot teach one of {student.M}")
+        found[lmbda] = path, teacher
+    if missing := [f"{lmbda:g}" for lmbda in ladder if lmbda not in found]:
+        raise cli.UserError(f"{folder}: no teacher for λ = {', '.join(missing)}")
+    return [found[lmbda][1] for lmbda in ladder]
+
+
+def make_objective(
+    args: argparse.Namespace, context: DistContext, state: dict | None
+) -> tuple[Objective, list[dict]]:
+    """The objective of the stage, and the training records of its model's weights."""
+    if args.checkpoint and context.is_main:
+        cli.print_weights(args.checkpoint)
+    model, history = make_model(args, state)
+    rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
+    if args.stage == "entropy":
+        return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history
+    if args.stage == "static":
+        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
+    return rates, history
