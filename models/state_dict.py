@@ -14,20 +14,34 @@ _CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
 _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
 
 
+_KNOWN = "g_a.0.conv1.weight"  # a name that every TCM has
+
+
+def find_state_dict(checkpoint: dict) -> dict:
+    """The state dict in a checkpoint: itself, or under one of the names that training scripts use."""
+    for name in ("ema", "state_dict", "model_state_dict", "model", "network", "net"):
+        found = checkpoint.get(name)
+        if isinstance(found, dict) and any(str(key).endswith(_KNOWN) for key in found):
+            return found
+    return checkpoint
+
+
 def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Tensor]:
     """A state dict with the names that the models here have.
 
-    `module.` prefixes (DataParallel) are removed and CompressAI's old bottleneck names (`_matrix0`) replaced.
+    Prefixes (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of Lightning, …) are removed with all
+    that has none, and CompressAI's old bottleneck names (`_matrix0`) are replaced.
     With a model, its constants are filled in, and a set of coding tables that is incomplete, or was rounded to
     float16, becomes empty, to be computed by `update()`.
 
     Raises:
         ValueError: it is not a state dict at all.
     """
-    mapping = isinstance(state_dict, dict) and state_dict
-    if not mapping or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    tensors = {name: value for name, value in dict(state_dict).items() if isinstance(value, Tensor)}
+    if not tensors:
         raise ValueError("not a state dict: a non-empty mapping of names to tensors is expected")
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    prefix = next((name.removesuffix(_KNOWN) for name in tensors if name.endswith(_KNOWN)), "")
+    state_dict = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     state_dict = dict(remap_old_keys("entropy_bottleneck", state_dict))
     if model is None:
         return state_dict

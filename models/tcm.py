@@ -368,7 +368,7 @@ class TCM(CompressionModel):
     def fingerprint(self) -> bytes:
         """Eight bytes that identify the weights and coding tables, computed at the first use."""
         if self._fingerprint is None:
-            digest = hashlib.blake2b(repr(self.arguments).encode(), digest_size=8)
+            digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())

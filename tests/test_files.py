@@ -1,13 +1,16 @@
 """Pictures, bitstreams, metrics, checkpoints: what goes in and out of files."""
 
+import argparse
 import pickle
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
+from models import TCM
 from tests.conftest import TINY
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.files import atomic_write, remove_left_over
@@ -128,6 +131,69 @@ def test_files_that_are_no_checkpoint(tmp_path, content):
         load_model(tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="no such file"):
         load_model(tmp_path / "y.pth")
+
+
+def forms(state: dict) -> dict[str, dict]:
+    """A state dict as training scripts and frameworks save it."""
+    prefixes = ("module.", "_orig_mod.", "module._orig_mod.", "module.module.", "net.", "model.")
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    return {
+        "bare": state,
+        **{prefix: {"state_dict": {prefix + name: value for name, value in state.items()}} for prefix in prefixes},
+        **{key: {key: state, "epoch": 3} for key in ("model", "model_state_dict", "network", "ema")},
+        "ema beside": {"state_dict": zeros, "ema": {"module." + name: value for name, value in state.items()}},
+        "NumPy and argparse": {"state_dict": state, "best": np.float64(1.5), "args": argparse.Namespace(N=32)},
+        "double": {name: v.double() if v.is_floating_point() else v for name, v in state.items()},
+        "without tables": {name: v for name, v in state.items() if not name.endswith(("_cdf", "_length", "_offset"))},
+        "other modules": {"state_dict": {"model." + n: v for n, v in state.items()} | {"loss.weight": torch.ones(1)}},
+    }
+
+
+def test_every_form_of_a_checkpoint_is_the_same_weights(checkpoint, tmp_path):
+    """Their files decode with each other: the fingerprint is of the network and its tensors, not of the wrapping."""
+    expected = load_model(checkpoint)
+    state = {n: v.float() if v.dtype == torch.float16 else v for n, v in read_checkpoint(checkpoint)["state_dict"].items()}
+    for name, content in forms(state).items():
+        torch.save(content, tmp_path / "x.pth")
+        assert load_model(tmp_path / "x.pth").fingerprint == expected.fingerprint, name
+    safetensors.torch.save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "x.safetensors")
+    assert load_model(tmp_path / "x.safetensors").fingerprint == expected.fingerprint
+
+
+def test_values_that_leave_no_trace_do_not_change_the_fingerprint():
+    one, other = (TCM(**TINY | {"max_support_slices": s, "drop_path_rate": d}) for s, d in ((1, 0.0), (2, 0.1)))
+    other.load_state_dict(one.state_dict())
+    assert one.fingerprint == other.fingerprint
+    assert one.fingerprint != TCM(**TINY | {"max_support_slices": 0}).fingerprint
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint, tmp_path):
+    content = read_checkpoint(checkpoint)
+    content["state_dict"]["g_s.0.conv.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="its weights are not finite .g_s.0.conv.bias"):
+        load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"<!doctype html><html>virus scan warning</html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 27764144\n", "a Git LFS pointer"),
+        (b"", "the file is empty"),
+        (bytes(257) + b"ustar" + bytes(300), "a tar archive"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_as_what_it_is(tmp_path, content, text):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"x.pth: refused: {text}"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_truncated_checkpoint(checkpoint, tmp_path):
+    (tmp_path / "x.pth").write_bytes(Path(checkpoint).read_bytes()[:100000])
+    with pytest.raises(CheckpointError, match="x.pth: refused: truncated or damaged"):
+        read_checkpoint(tmp_path / "x.pth")
 
 
 def test_published_checkpoint_with_more_than_weights(tiny, image, tmp_path):

@@ -1,18 +1,27 @@
 """Checkpoints that rebuild their model, read without running any code that they may hold."""
 
+import argparse
 import importlib.metadata
 import pickle
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 
 from models import TCM, TCM_VBR
 from models.lambdas import LADDERS
 from models.latent_map import TCM_Mapped
+from models.state_dict import find_state_dict
 from utils.cli import UserError
-from utils.files import atomic_write
+from utils.files import BUNDLED, atomic_write
+
+__all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_model", "load_model", "read_checkpoint"]
 
 FORMAT = "tcm-vbr/1"
+# What training scripts save beside tensors: classes that only hold values.
+_HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0]]
+_HARMLESS += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 
 
 class CheckpointError(UserError):
@@ -61,21 +70,46 @@ def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint as it was saved, on the CPU; a bare state dict is wrapped as {"state_dict": …}.
 
+    Files of torch.save are read without running code: numbers of NumPy and argparse's Namespace may stand beside the
+    tensors. Files of safetensors are read too.
+
     Raises:
-        CheckpointError: missing, not a checkpoint, or holding more than tensors and plain values.
+        CheckpointError: missing, something else, truncated, or holding objects that would run code.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            checkpoint = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: refused: not a checkpoint, or one that would run code") from None
     except Exception as error:
-        cause = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({cause})") from None
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        cause = _what_it_is(Path(path))
+        if not cause:
+            would_run = isinstance(error, pickle.UnpicklingError)
+            cause = "not a checkpoint, or one that would run code" if would_run else "truncated or damaged"
+        raise CheckpointError(f"{path}: refused: {cause}") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+    return checkpoint if "state_dict" in checkpoint else {"state_dict": find_state_dict(checkpoint)}
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that is no checkpoint, where its beginning tells."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "an HTML page, perhaps of a download that asks for a confirmation"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    return ""
 
 
 def build_model(checkpoint: dict, path: str | Path) -> TCM:
@@ -86,7 +120,7 @@ def build_model(checkpoint: dict, path: str | Path) -> TCM:
     Raises:
         CheckpointError: names what does not fit.
     """
-    state = checkpoint.get("ema", checkpoint["state_dict"])
+    state = find_state_dict(checkpoint)
     metric = checkpoint.get("metric", "mse")
     if metric not in LADDERS:
         raise CheckpointError(f"{path}: trained for {metric!r}, which is not one of {', '.join(LADDERS)}")
@@ -97,13 +131,20 @@ def build_model(checkpoint: dict, path: str | Path) -> TCM:
     try:
         cls = _class_of(state)
         if "arguments" not in checkpoint:  # a published file: the sizes are in its shapes
-            return cls.from_state_dict(state)
+            return _checked(cls.from_state_dict(state), path)
         model = cls(**checkpoint["arguments"])
         model.load_state_dict(state)
         model.metric = metric
-        return model.eval()
+        return _checked(model.eval(), path)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _checked(model: TCM, path: str | Path) -> TCM:
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise CheckpointError(f"{path}: its weights are not finite ({name})")
+    return model
 
 
 def _class_of(state: dict) -> type[TCM]:
