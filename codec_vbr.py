@@ -82,39 +82,41 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
 
 
-def find_coded(inputs: list[str]) -> list[Path]:
-    """TVBR files among files and folders; - stays as it is. UserError as `find_files` raises it."""
-    found: list[Path] = []
-    for path in inputs:
-        found += [Path(path)] if path == "-" else find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
-    return found
+def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """The files to read, each with its folder relative to the folder among the inputs that it was found in."""
+    for path in args.inputs:
+        if path == "-":
+            found = [Path("-")]
+        elif args.command == "encode":
+            found = find_images([path])
+        else:
+            found = find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
+        yield from ((file, file.relative_to(path).parent if Path(path).is_dir() else Path()) for file in found)
 
 
-def pairs(args: argparse.Namespace, suffix: str) -> list[tuple[Path, Path]]:
-    """The files to read, each with the file to write.
+def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]], bool]:
+    """The files to read, each with the file to write, and whether these go to a folder, which mirrors subfolders.
 
     Raises:
-        UserError: two would be written to one file, or several to standard output.
+        UserError: two would be written to one file, or several to standard output, or a picture not as PNG.
     """
-    if args.inputs == ["-"]:
-        sources = [Path("-")]
-    else:
-        sources = find_images(args.inputs) if args.command == "encode" else find_coded(args.inputs)
-    output = Path(args.output)
-    single = len(args.inputs) == 1 and not Path(args.inputs[0]).is_dir()
-    if single and not output.is_dir() and not args.output.endswith("/"):
-        return [(sources[0], output)]
+    sources, output = list(find(args)), Path(args.output)
+    to_folder = len(args.inputs) > 1 or Path(args.inputs[0]).is_dir() or output.is_dir() or args.output.endswith("/")
+    if not to_folder:
+        if args.command == "decode" and output.suffix.lower() not in ("", ".png") and not output.exists():
+            raise cli.UserError(f"{output}: pictures are written as PNG, so its name must end in .png")
+        return [(sources[0][0], output)], False
     if args.output == "-":
         raise cli.UserError("standard output takes one picture")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"{output}: is a file; several pictures need a folder")
     found: dict[Path, Path] = {}
-    for source in sources:
-        target = output / f"{'stdin' if str(source) == '-' else source.stem}{suffix}"
+    for source, folder in sources:
+        target = output / folder / f"{'stdin' if str(source) == '-' else source.stem}{suffix}"
         if target in found:
             raise cli.UserError(f"{source} and {found[target]} would both become {target}")
         found[target] = source
-    return [(source, target) for target, source in found.items()]
+    return [(source, target) for target, source in found.items()], True
 
 
 def read_bytes(path: Path) -> bytes:
@@ -205,6 +207,8 @@ def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
         try:
             tqdm.write(f"{source}: {job()}", file=file)
             yield True
+        except BrokenPipeError:  # nobody reads on: no fault of this file
+            raise
         except (ImageError, OSError, ValueError) as error:
             cli.print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
             yield False
@@ -213,12 +217,12 @@ def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "info":
-        jobs = [(source, functools.partial(info, source)) for source in find_coded(args.inputs)]
+        jobs = [(source, functools.partial(info, source)) for source, _ in find(args)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     code, suffix = (encode, SUFFIX) if args.command == "encode" else (decode, ".png")
-    work = pairs(args, suffix)
+    work, to_folder = pairs(args, suffix)
     done = [target for _, target in work if target.exists() and str(target) != "-" and not args.force]
-    if done and len(work) == 1:
+    if done and not to_folder:
         raise cli.UserError(f"{done[0]}: exists; --force overwrites it")
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)

@@ -89,18 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
+    if args.json:
+        how = "real files" if args.real else "estimated from likelihoods"
+        write_json(args.json, report(groups, stem(args.checkpoint), how, results))
     print(RESULTS_TABLE.header)
     if args.per_image:
         for result in results:
             print(RESULTS_TABLE.row(result.image, [result]))
         print(RESULTS_TABLE.rule)
     for group in groups:
-        print(RESULTS_TABLE.row(f"mean of {len(paths) - failed}", group))
+        print(RESULTS_TABLE.row(f"mean of {len(group)}", group))
     if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
         print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
-    if args.json:
-        how = "real files" if args.real else "estimated from likelihoods"
-        write_json(args.json, report(groups, stem(args.checkpoint), how, results))
     return 1 if failed else 0
 
 

@@ -213,13 +213,13 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = encode_all(model, paths, requests, args)
     if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
+    if args.json:
+        write_json(args.json, json_of(rows, args))
     errors = [abs(row.error) for row in rows[0] if row.error is not None]
     if errors and requests[0].has_target:
         print(f"size against target: mean |error| {mean(errors):.3f} %, worst {max(errors):.3f} %")
     if args.steps and len(requests) >= MIN_POINTS:
         print(bd_rate_of_refinement(rows))
-    if args.json:
-        write_json(args.json, json_of(rows, args))
     return 1 if failed else 0
 
 

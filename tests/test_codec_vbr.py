@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import resource
 import subprocess
@@ -72,19 +73,52 @@ def test_folders_and_a_rerun(codec, photos, tmp_path, capsys):
     assert codec("encode", photos, tmp_path / "coded") == 1
     said = capsys.readouterr().err
     assert "error: " in said and "p3.png: cannot be read as a picture" in said
-    names = {path.name for path in (tmp_path / "coded").iterdir()}
-    assert names == {f"p{i}.tvbr" for i in range(8) if i != 3}
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "coded").iterdir()}
+    names = {str(path.relative_to(tmp_path / "coded")) for path in (tmp_path / "coded").rglob("*.tvbr")}
+    assert names == {f"p{i}.tvbr" for i in range(7) if i != 3} | {"deeper/p7.tvbr"}  # subfolders are mirrored
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "coded").rglob("*.tvbr")}
     (tmp_path / "coded" / "p0.tvbr").unlink()
     assert codec("encode", photos, tmp_path / "coded") == 1  # p3 is still broken
     assert "6 of 8 are finished and left alone" in capsys.readouterr().err
     assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path.name != "p0.tvbr")
     assert codec("decode", tmp_path / "coded", tmp_path / "pictures") == 0
-    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {name[:2] for name in names}
+    pictures = (tmp_path / "pictures").rglob("*.png")
+    assert {str(path.relative_to(tmp_path / "pictures")) for path in pictures} == {f"{name[:-5]}.png" for name in names}
     assert codec("info", tmp_path / "coded") == 0
-    (photos / "deeper" / "p1.jpg").write_bytes((photos / "p1.png").read_bytes())
+    (photos / "p1.jpg").write_bytes((photos / "p1.png").read_bytes())
     with pytest.raises(cli.UserError, match="would both become"):
         codec("encode", photos, tmp_path / "other")
+
+
+def test_a_folder_of_one_picture_is_a_folder(codec, photos, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    (photos / "p0.png").rename(tmp_path / "one" / "p0.png")
+    for _ in range(2):
+        assert codec("encode", tmp_path / "one", tmp_path / "coded") == 0
+    assert "1 of 1 are finished and left alone" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "coded").iterdir()] == ["p0.tvbr"]
+
+
+def test_long_names_and_names_that_are_no_utf8(codec, photos, tmp_path):
+    for name in ("x" * 250, os.fsdecode(b"caf\xe9")):
+        source = photos / "p0.png"
+        assert codec("encode", source, tmp_path / name, "--force") == 0
+        assert codec("info", tmp_path / name) == 0
+
+
+def test_decoding_writes_png(codec, photos, tmp_path):
+    codec("encode", photos / "p0.png", tmp_path / "a.tvbr")
+    with pytest.raises(cli.UserError, match="back.jpg: pictures are written as PNG"):
+        codec("decode", tmp_path / "a.tvbr", tmp_path / "back.jpg")
+
+
+def test_streams_as_shells_leave_them(codec, photos, tmp_path):
+    """A reader that goes away, a closed stream, and a terminal that knows few characters."""
+    codec("encode", photos, tmp_path / "coded")
+    info = f"{sys.executable} codec_vbr.py info {tmp_path / 'coded'}"
+    for command in (f"{info} | head -1", f"{info} >&-", f"PYTHONIOENCODING=ascii {info}"):
+        ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0 and not ran.stderr, (command, ran.stderr)
+    assert "190\\xd7170" in ran.stdout  # the × of the size
 
 
 def test_standard_input_and_output(photos, checkpoint):

@@ -152,7 +152,8 @@ def forms(state: dict) -> dict[str, dict]:
 def test_every_form_of_a_checkpoint_is_the_same_weights(checkpoint, tmp_path):
     """Their files decode with each other: the fingerprint is of the network and its tensors, not of the wrapping."""
     expected = load_model(checkpoint)
-    state = {n: v.float() if v.dtype == torch.float16 else v for n, v in read_checkpoint(checkpoint)["state_dict"].items()}
+    saved = read_checkpoint(checkpoint)["state_dict"]
+    state = {name: v.float() if v.dtype == torch.float16 else v for name, v in saved.items()}
     for name, content in forms(state).items():
         torch.save(content, tmp_path / "x.pth")
         assert load_model(tmp_path / "x.pth").fingerprint == expected.fingerprint, name

@@ -1,6 +1,7 @@
 """What every script does the same way: help texts with defaults, the choice of a device, and errors in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,10 +52,23 @@ def pick_device(name: str) -> "torch.device":
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit with its status: 1 after a UserError or OSError, 130 after Ctrl-C."""
+    """Run a script's main and exit with its status: 1 after a UserError or OSError, 130 after Ctrl-C.
+
+    What a terminal's encoding lacks, also names that are no UTF-8, is printed with backslashes. Closed streams and
+    pipes that nobody reads are no errors.
+    """
     keep_freed_memory()
+    # A closed stream is None.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # here, where a broken pipe is caught
+        sys.exit(status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's flush at the end
+        sys.exit(141)  # as of a program that SIGPIPE ends
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -106,4 +106,4 @@ def remove_left_over(folder: Path, names: str) -> None:
 
 def _temporary(name: str) -> str:
     """The first part of an unfinished file's name."""
-    return f".{name}."
+    return f".{os.fsencode(name)[:100].decode(errors='ignore')}."  # short: a name may have 255 bytes with what follows
