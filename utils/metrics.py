@@ -33,7 +33,10 @@ def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") ->
     bpp_z = bits(out["likelihoods"]["z"]) / pixels
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
     mse = 255**2 * (x_hat - x).square().mean((1, 2, 3))
-    distortion = mse if metric == "mse" else 1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False)
+    if metric == "mse":
+        distortion = mse
+    else:  # contiguous: depthwise convolutions of channels-last images may run in TF32 on a GPU
+        distortion = 1 - ms_ssim(x_hat.contiguous(), x.contiguous(), data_range=1.0, size_average=False)
     loss = (lmbda * distortion).mean() + bpp.mean()
     return {"loss": loss, "bpp": bpp, "bpp_z": bpp_z, "mse": mse, "distortion": distortion}
 
@@ -58,7 +61,7 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
     """MS-SSIM in [0, 1] of two uint8 images `[3, H, W]`; None where a side is too small for five scales."""
     if min(a.shape[1:]) <= MS_SSIM_SMALLEST:
         return None
-    return float(ms_ssim(a[None].float(), b[None].float(), data_range=255))
+    return float(ms_ssim(a[None].float().contiguous(), b[None].float().contiguous(), data_range=255))
 
 
 def distortion(a: Tensor, b: Tensor, metric: str) -> float | None:

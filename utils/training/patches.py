@@ -148,7 +148,7 @@ def read_all(
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same
         images = pool.map(usable, paths, itertools.repeat(size))
-        bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=quiet)
+        bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=True if quiet else None)
         for number, image in enumerate(bar):
             if isinstance(image, str) and not quiet:
                 tqdm.write(f"skipped: {image}", file=sys.stderr)

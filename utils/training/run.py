@@ -41,6 +41,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)  # an error here comes before any work
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients with a mask may be NaN (reported upstream)
     size, quiet = args.patch_size, not context.is_main
     state = read_run(folder) if args.resume else None
     objective, history = make_objective(args, context, state)

@@ -37,6 +37,7 @@ from utils.training.schedule import Progress, Settings, budget_used, learning_ra
 from utils.training.validation import log_validation, validate
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
+SECONDS_PER_LINE = 60  # of progress, where there is no terminal for a bar
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
 
 
@@ -91,7 +92,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.prefetched: Batch | None = None
-        self.data_seconds = 0.0
+        self.data_seconds = self.next_line = 0.0
         self.unusable = {told for told in dataset.cache.values() if isinstance(told, str)}
         self.stop = False
         self.writer: SummaryWriter | None = None
@@ -196,10 +197,10 @@ class Trainer:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
     def _run(self) -> None:
-        bar_format, quiet = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}", not self.context.is_main
+        bar_format, hidden = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}", None if self.context.is_main else True
         next_save = self.progress.seconds / 60 + self.settings.save_minutes
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
-        with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=quiet) as bar:
+        with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
             while budget_used(self.progress, self.settings) < 1:
                 if self._timed_step(bar):
                     self.save()
@@ -228,8 +229,13 @@ class Trainer:
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
             raise cli.UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
-        bar.n = self._percent()
-        bar.set_postfix({"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}})
+        told = {"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}}
+        if not bar.disable:
+            bar.n = self._percent()
+            bar.set_postfix(told)
+        elif start >= self.next_line:  # without a terminal
+            self.next_line = start + SECONDS_PER_LINE
+            self._print(f"{self._percent()} %, " + ", ".join(f"{name} {value}" for name, value in told.items()))
         if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
             values["patches a second"] = self.settings.batch_size / seconds
             values["share of the time waiting for patches"] = waiting / seconds
@@ -272,6 +278,7 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self.context.is_main:
             tqdm.write(text)
+            sys.stdout.flush()  # a log file shows it at once
 
     @contextlib.contextmanager
     def _signals(self):
@@ -361,8 +368,10 @@ def compile_networks(model: TCM) -> None:
     networks += [*model.cc_mean_transforms, *model.cc_scale_transforms, *model.lrp_transforms]
     # Dynamo counts the graphs of all networks together, as they are calls of one nn.Module method: its limit of 8 would
     # leave g_s out.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(networks))
-    torch._dynamo.config.optimize_ddp = False  # would split graphs where gradients are sent, and each is small already
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name in PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), 4 * len(networks)))
+    config.optimize_ddp = False  # would split graphs where gradients are sent, and each is small already
     for network in networks:
         network.compile()
 
