@@ -29,3 +29,11 @@ def test_bd_rate_joins_files_and_leaves_out_what_is_beaten(tmp_path, capsys):
     broken.write_text("{}")
     with pytest.raises(cli.UserError, match="broken.json"):
         bd_rate.main(["--anchor", str(broken), "--test", test])
+
+
+def test_perfect_copies_are_left_out(tmp_path, capsys):
+    """Our JSON has null for an infinite PSNR."""
+    bpp, psnr = [0.1, 0.2, 0.4, 0.8, 5.0], [28.0, 31.0, 34.0, 37.0, None]
+    (tmp_path / "a.json").write_text(json.dumps({"results": {"bpp": bpp, "psnr-rgb": psnr}}))
+    bd_rate.main(["--anchor", str(tmp_path / "a.json"), "--test", str(tmp_path / "a.json")])
+    assert "BD-rate: +0.00 %" in capsys.readouterr().out

@@ -43,7 +43,8 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
         try:
             results = json.loads(Path(file).read_text())["results"]
             quality = next(results[name] for name in METRICS[metric] if name in results)
-            points += zip(map(float, results["bpp"]), map(convert, quality), strict=True)
+            pairs = zip(results["bpp"], quality, strict=True)  # None is the infinite PSNR of a perfect copy
+            points += [(float(bpp), convert(value)) for bpp, value in pairs if value is not None]
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
             cause = f"no {metric}" if isinstance(error, StopIteration) else error
             raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None

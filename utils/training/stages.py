@@ -82,7 +82,7 @@ def make_objective(
     args: argparse.Namespace, context: DistContext, state: dict | None
 ) -> tuple[Objective, list[dict]]:
     """The objective of the stage, and the training records of its model's weights."""
-    if args.checkpoint and context.is_main:
+    if args.checkpoint and not state and context.is_main:
         cli.print_weights(args.checkpoint)
     model, history = make_model(args, state)
     rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
