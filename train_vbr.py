@@ -45,8 +45,8 @@ def check(args: argparse.Namespace) -> None:
     check_run_arguments(args)
     if args.keep_latents is not None and args.stage != "entropy":
         raise cli.UserError("--keep-latents belongs to --stage entropy")
-    if args.balance and args.stage == "base":
-        raise cli.UserError("--balance weighs rates against each other; --stage base has one")
+    if args.balance and (args.lmd is not None or args.stage == "base"):
+        raise cli.UserError("--balance weighs rates against each other; a fixed-rate TCM has one")
     if args.transform_factor != 1 and args.stage in ("entropy", "static"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
     if args.checkpoint and args.N:
