@@ -126,8 +126,6 @@ def build_model(checkpoint: dict, path: str | Path) -> TCM:
         raise CheckpointError(f"{path}: trained for {metric!r}, which is not one of {', '.join(LADDERS)}")
     if list(checkpoint.get("lambdas", LADDERS[metric])) != list(LADDERS[metric]):
         raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: its state_dict is a {type(state).__name__}")
     try:
         cls = _class_of(state)
         if "arguments" not in checkpoint:  # a published file: the sizes are in its shapes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from models import STRIDE
 from models.lambdas import MAX_INDEX
 from models.side_info import SideInfo
-from utils.files import MAX_PIXELS
+from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC, VERSION = b"TVBR", 3
 FIXED_RATE = 1  # flag: made by a fixed-rate TCM, the index means nothing
@@ -45,9 +45,9 @@ class CodedImage:
 
 
 def pack(coded: CodedImage) -> bytes:
-    """The file of a coded picture. ValueError if a side is over 65535 pixels."""
-    if not (0 < coded.width < 2**16 and 0 < coded.height < 2**16):
-        raise ValueError(f"sides must lie in 1 … 65535 pixels, not {coded.width}×{coded.height}")
+    """The file of a coded picture. ValueError if a side is over MAX_SIDE."""
+    if not (0 < coded.width <= MAX_SIDE and 0 < coded.height <= MAX_SIDE):
+        raise ValueError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {coded.width}×{coded.height}")
     scales, flags = coded.side_info.scales, FIXED_RATE if coded.index is None else 0
     header = _HEADER.pack(
         MAGIC, VERSION, flags, coded.width, coded.height, coded.index or 0.0, coded.fingerprint,

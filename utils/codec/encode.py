@@ -10,13 +10,11 @@ from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
 from utils.codec.decode import decode
-from utils.codec.rate_control import RateController, UnreachableError
+from utils.codec.rate_control import TARGET_TOLERANCE, RateController, UnreachableError
 from utils.codec.refinement import RateConstraint, Step, refine
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.device import clock, out_of_memory_as_value_error
 from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
-
-TARGET_TOLERANCE = 5e-3  # relative: a file this near to its target is as good as one that meets it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from utils.codec.request import CAP_MARGIN, Target
 FIRST_INDEX = MAX_INDEX / 2  # of the first trial
 CLOSE = 1e-3  # a trial this near to the target, relatively, is the last
 CLOSE_TO_CAP = 7e-3  # how near to the aim under a cap is good enough, relatively, when the trials are used up
-MISSED = 5e-3  # how far off a target, relatively, a better file is looked for at other indexes
+TARGET_TOLERANCE = 5e-3  # relative: a file this near to its target is as good as one that meets it
 CLEARLY_APART = 0.2  # relative difference of bits at an end of the range from all others: there, R(index) is monotone
 SEARCHED = 21  # indexes all over the range
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
@@ -56,7 +56,7 @@ class RateController:
             trial = self.search(aimed, max_trials)
             data = self.image.write(trial)
             if self._may_have_missed(target, trial):
-                return self._search_everywhere(target, trial)
+                return self._search_everywhere(target, trial, data)
             if target.allows(trial.bits):
                 return trial, data
             if trial.index == 0:
@@ -70,7 +70,7 @@ class RateController:
         On flat and tiny pictures R(index) is not monotone: then, or where the bits hardly differ, the ends of the range
         need not have the smallest and the largest file.
         """
-        if target.allows(trial.bits) and target.distance(trial.bits) < MISSED:
+        if target.allows(trial.bits) and target.distance(trial.bits) < TARGET_TOLERANCE:
             return False
         bits = [bits for _, bits in sorted(self.curve.measured.items())]
         others = [value for index, value in self.curve.measured.items() if index != trial.index]
@@ -78,23 +78,24 @@ class RateController:
         apart = all(abs(value / trial.bits - 1) > CLEARLY_APART for value in others)
         return sorted(bits) != bits or (at_an_end and not apart)
 
-    def _search_everywhere(self, target: Target, best: TrialEncode) -> tuple[TrialEncode, bytes]:
-        """The best of files at indexes all over the range, by their real sizes. Raises UnreachableError as `encode`."""
+    def _search_everywhere(self, target: Target, trial: TrialEncode, data: bytes) -> tuple[TrialEncode, bytes]:
+        """The best of a file and those at indexes all over the range. Raises UnreachableError as `encode`."""
 
-        def rank(trial: TrialEncode) -> tuple[bool, float]:
+        def rank(found: tuple[TrialEncode, bytes]) -> tuple[bool, float]:
+            trial, _ = found
             allowed = target.allows(trial.bits)
             return not allowed, target.distance(trial.bits) if allowed else trial.bits
 
-        sizes = [best.bits]
+        best, sizes = (trial, data), [trial.bits]
         for index in np.linspace(0, MAX_INDEX, SEARCHED).tolist():
             trial = self.try_index(index)
-            self.image.write(trial)
+            data = self.image.write(trial)  # which makes its bits exact
             sizes.append(trial.bits)
-            best = min(best, trial, key=rank)
+            best = min(best, (trial, data), key=rank)
         self.reach = min(sizes), max(sizes)
-        if not target.allows(best.bits):
-            raise UnreachableError(best)
-        return best, self.image.write(best)
+        if not target.allows(best[0].bits):
+            raise UnreachableError(best[0])
+        return best
 
     def search(self, target: Target, max_trials: int = 3) -> TrialEncode:
         """As `encode`, by code lengths alone; the smallest that was found where all exceed a cap.

@@ -4,13 +4,14 @@ ImageCms cannot make a profile of the primaries and the transfer function that P
 """
 
 import io
+import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image, ImageCms
 
-Note = Callable[..., object]
+Note = Callable[..., object]  # note(text, once=False): once is for what need not be said of every picture of a run
 Transfer = Callable[[np.ndarray], np.ndarray]
 
 # x and y of white, red, green, blue. The order is that of PNG's cHRM chunk.
@@ -60,7 +61,7 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
     rgb = (image.convert("RGBA") if transparent else image).convert("RGB")
     if image.format != "PNG":
         return rgb
-    if cicp := _png_chunk(data, b"cICP"):
+    if cicp := _png_cicp(data):
         primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
         if primaries is None or transfer is None:
             note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
@@ -94,17 +95,19 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
     return converted
 
 
-def _png_chunk(data: bytes, wanted: bytes) -> bytes:
-    """The content of a chunk that stands before the pixels; empty where there is none."""
-    at = 8
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == wanted:
-            return data[at + 8 : at + 8 + length]
-        if kind == b"IDAT":
-            break
-        at += 12 + length
-    return b""
+def _png_cicp(data: bytes) -> bytes:
+    """The content of a PNG file's cICP chunk, which stands before the pixels; empty where there is none."""
+    before = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+    return next((data[start + 8 : end - 4] for kind, start, end in before if kind == b"cICP"), b"")
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The chunks of a PNG file: the kind, and where each starts (8 bytes before its content) and ends (4 after it)."""
+    start = 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, start, (end := start + 12 + length)
+        start = end
 
 
 def _to_xyz(primaries: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,15 @@
 """Reading a picture: any raster format of the installed Pillow to 8-bit sRGB, upright, on an opaque background."""
 
 import io
-import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor
 
 from utils.cli import UserError
-from utils.files import MAX_PIXELS
-from utils.pictures.color import to_srgb
+from utils.files import MAX_PIXELS, MAX_SIDE
+from utils.pictures.color import Note, png_chunks, to_srgb
 
 # Raster formats, of which those are used that the installed Pillow has. Without this list Pillow tries all it knows,
 # and hands what claims to be a document to other programs (EPS to Ghostscript).
@@ -19,7 +17,6 @@ FORMATS = (
     *("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "JXL"),
     *("TGA", "PCX", "SGI", "QOI", "SUN", "ICO", "ICNS", "PSD", "DDS", "XBM"),
 )
-MAX_SIDE = 2**16 - 1  # of the file format
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns about large pictures; here the sides are checked before pixels are decoded
 
 _ORIENTATION = 0x0112  # EXIF
@@ -34,8 +31,6 @@ _UPRIGHT = {
 }
 _PHOTOMETRIC, _BITS = 262, 258  # TIFF
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP"}
-
-Note = Callable[..., object]  # note(text, once=False): once is for what need not be said of every picture of a run
 
 
 class ImageError(UserError):
@@ -166,13 +161,7 @@ def _orientation(image: Image.Image, note: Note) -> int:
 def without_metadata(data: bytes) -> bytes:
     """A PNG or JPEG file without text, EXIF and the like, which may be damaged although the picture is intact."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        kept, at = [data[:8]], 8
-        while at + 8 <= len(data):
-            length, kind = struct.unpack_from(">I4s", data, at)
-            if kind in _PNG_KEPT:
-                kept.append(data[at : at + 12 + length])
-            at += 12 + length
-        return b"".join(kept)
+        return data[:8] + b"".join(data[start:end] for kind, start, end in png_chunks(data) if kind in _PNG_KEPT)
     if data.startswith(b"\xff\xd8"):
         kept, at = [data[:2]], 2
         while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the scan
