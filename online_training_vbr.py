@@ -26,7 +26,7 @@ from utils.codec.request import (
     add_target_arguments,
     make_request,
 )
-from utils.evaluation.results import Column, Result, Table, file_stem, mean, report, stem
+from utils.evaluation.results import Column, Result, Table, decibels, file_stem, mean, stem, to_json
 from utils.files import BUNDLED, atomic_write, write_json
 from utils.pictures import find_images_or_samples
 
@@ -79,7 +79,7 @@ TABLE = Table(
     Column("index", 5, 2, lambda row: row.result.index),
     Column("bpp", 7, 4, lambda row: row.result.bpp),
     Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
-    Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim_db),
+    Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
     Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
     Column("ΔPSNR", 6, 3, lambda row: row.result.psnr - row.plain.psnr),
     Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
@@ -189,7 +189,7 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
 def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
     name, how = stem(args.checkpoint), f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
-    whole = report(results_of(rows, "result"), name, how)
+    whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded, refinement = row.encoded, row.encoded.refinement
         image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
@@ -197,7 +197,7 @@ def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
         image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}
         image["steps"] = [[step.bpp, step.mse, step.loss] for step in (refinement.steps if refinement else ())]
     if args.steps:
-        whole["unrefined"] = report(results_of(rows, "plain"), f"{name}, unrefined", "real files")
+        whole["unrefined"] = to_json(results_of(rows, "plain"), f"{name}, unrefined", "real files")
     return whole
 
 

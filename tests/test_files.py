@@ -13,9 +13,10 @@ import torch
 from models import TCM
 from tests.conftest import TINY
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
+from utils.evaluation.results import decibels
 from utils.files import atomic_write, remove_left_over
 from utils.images import crop, pad, read_image, save_image, to_uint8
-from utils.metrics import decibels, ms_ssim_value, psnr
+from utils.metrics import ms_ssim_value, psnr
 
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
 

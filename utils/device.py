@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,18 @@ def timed(work: Callable[[], T], device: "torch.device") -> tuple[T, float]:
     start = clock(device)
     value = work()
     return value, clock(device) - start
+
+
+def processor(device: "torch.device") -> str:
+    """The name of a GPU, or of the processor and how many threads PyTorch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory() -> None:

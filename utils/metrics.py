@@ -70,8 +70,3 @@ def distortion(a: Tensor, b: Tensor, metric: str) -> float | None:
         return mse(a, b)
     value = ms_ssim_value(a, b)
     return None if value is None else 1 - value
-
-
-def decibels(value: float) -> float:
-    """MS-SSIM as −10 · log10(1 − value) dB."""
-    return -10 * math.log10(1 - value) if value < 1 else math.inf

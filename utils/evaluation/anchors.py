@@ -1,95 +1,112 @@
-"""What common codecs make of the same pictures: JPEG, WebP and AVIF by Pillow, at a range of qualities.
+"""What common codecs make of the same pictures: JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by pillow-jxl-plugin.
 
-    python -m utils.evaluation.anchors -d kodak --out results                   # jpeg.json, webp.json, avif.json
-    python -m utils.evaluation.rd_loss results/*.json rd.json --plot rd.png     # beside rd.json of eval_vbr.py --json
-
-Sizes are those of whole files; PSNR is that of the 8-bit pixels that decoding gives. JPEG has 4:2:0 chroma and
-optimized Huffman tables, WebP method 4, AVIF speed 8.
+Sizes are those of whole files; quality is that of the 8-bit pixels that decoding gives.
 """
 
-import argparse
+import contextlib
+import importlib
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, features
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import cli
 from utils.device import timed
-from utils.evaluation.evaluate import for_each
-from utils.evaluation.results import Result, report
-from utils.files import write_json
+from utils.evaluation import evaluate
+from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
-from utils.metrics import psnr
-from utils.pictures import find_images_or_samples, read_pixels
+from utils.pictures import read_pixels
+from utils.training.distributed import DistContext
 
 
 class Codec(NamedTuple):
-    """A format of Pillow, what its `save` is given, and the qualities to measure."""
+    """A format of Pillow.
 
+    Attributes:
+        title: for people, with the settings that matter.
+        feature: what Pillow must have been built with; "" where it always has the format.
+        options: of Pillow's `save`, for a quality.
+        qualities: from few bits to many. Those of JPEG 2000 are ratios of compression.
+    """
+
+    title: str
     format: str
-    options: dict
-    qualities: tuple[int, ...]
+    feature: str
+    options: Callable[[float], dict[str, Any]]
+    qualities: tuple[float, ...]
+
+
+def _jpeg(chroma: str) -> Codec:
+    qualities = (5, 10, 15, *range(20, 81, 10), 85, 90, 95)
+    options = {"optimize": True, "subsampling": chroma}
+    return Codec(f"JPEG {chroma}", "JPEG", "", lambda q: {"quality": q, **options}, qualities)
 
 
 CODECS = {
-    "jpeg": Codec("JPEG", {"optimize": True, "subsampling": "4:2:0"}, (5, 10, 15, *range(20, 81, 10), 85, 90, 95)),
-    "webp": Codec("WEBP", {"method": 4}, (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)),
-    "avif": Codec("AVIF", {"speed": 8}, (10, 20, 30, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90)),
-}
+    "jpeg": _jpeg("4:2:0"),
+    "jpeg444": _jpeg("4:4:4"),
+    "webp": Codec(
+        "WebP", "WEBP", "webp", lambda q: {"quality": q, "method": 4}, (1, 5, *range(10, 81, 10), 85, 90, 95)
+    ),
+    "avif": Codec(
+        "AVIF", "AVIF", "avif", lambda q: {"quality": q, "speed": 8}, (10, 20, 30, *range(40, 86, 5), 90)
+    ),
+    "jpegxl": Codec("JPEG XL", "JXL", "", lambda q: {"quality": q}, (5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 93)),
+    "jpeg2000": Codec(
+        "JPEG 2000", "JPEG2000", "jpg_2000",
+        lambda ratio: {"quality_mode": "rates", "quality_layers": [ratio], "irreversible": True, "mct": 1},
+        (240, 160, 120, 80, 60, 48, 40, 32, 24, 20, 16, 12),
+    ),
+}  # fmt: skip
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
-    add = parser.add_argument
-    add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
-    add("--codecs", nargs="+", choices=sorted(CODECS), default=list(CODECS), help="codecs to measure")
-    add("--out", default="results", metavar="DIR", help="folder for one JSON file per codec, in CompressAI's format")
-    return parser.parse_args(argv)
+def available(names: Iterable[str]) -> list[str]:
+    """Those of the codecs, each once, that this Pillow can write; the others are named on stderr."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_jxl")  # registers its format with Pillow
+    Image.init()
+    found = []
+    for name in dict.fromkeys(names):
+        codec = CODECS[name]
+        if codec.format in Image.SAVE and (not codec.feature or features.check(codec.feature)):
+            found.append(name)
+        else:
+            how = "; it needs the package pillow-jxl-plugin" if name == "jpegxl" else ""
+            cli.print_note(codec.title, f"this Pillow cannot write it, left out{how}")
+    return found
 
 
-def measure(name: str, image: Tensor, codec: Codec, quality: int) -> Result:
-    """One picture, uint8 `[3, H, W]`, by one codec at one quality, which takes the index's place in the result."""
-    pixels, file = Image.fromarray(to_pixels(image)), io.BytesIO()
-    _, encode_seconds = timed(lambda: pixels.save(file, codec.format, quality=quality, **codec.options), image.device)
-    data = file.getvalue()
-    decoded, decode_seconds = timed(lambda: read_pixels(data), image.device)
-    height, width = image.shape[1:]
-    return Result(
-        name, width, height, float(quality), 8 * len(data) / (width * height), psnr(image, to_tensor(decoded)),
-        encode_seconds=encode_seconds, decode_seconds=decode_seconds,
-    )
+def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
+    """The file of a picture, uint8 `[3, H, W]`."""
+    file = io.BytesIO()
+    Image.fromarray(to_pixels(image)).save(file, codec.format, **codec.options(quality))
+    return file.getvalue()
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    paths = find_images_or_samples(args.data)
-    codecs = [codec for codec in dict.fromkeys(args.codecs) if codec == "jpeg" or features.check(codec)]
-    for codec in args.codecs:
-        if codec not in codecs:
-            cli.print_error(codec, "this Pillow cannot write it; left out")
-    if not codecs:
-        raise cli.UserError("this Pillow can write none of these codecs")
-
-    def work(name: str, image: Tensor, _: None) -> dict[str, list[Result]]:
-        return {c: [measure(name, image, CODECS[c], quality) for quality in CODECS[c].qualities] for c in codecs}
-
-    jobs = for_each(paths, [None], torch.device("cpu"), work)
-    bar = tqdm(jobs, total=len(paths), desc="coding", unit="image", disable=None)
-    pictures = [found for _, _, found in bar if found is not None]
-    if not pictures:
-        raise cli.UserError("none of the pictures could be measured")
-    for name in codecs:
-        results = [result for picture in pictures for result in picture[name]]
-        groups = [[r for r in results if r.index == quality] for quality in CODECS[name].qualities]
-        path = Path(args.out) / f"{name}.json"
-        write_json(path, report(groups, name.upper(), "real files by Pillow", results))
-        print(path)
-    return int(len(pictures) < len(paths))
+def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Result, Tensor]:
+    """One picture by one codec at one quality, which takes the index's place in the result; and the decoded picture."""
+    data, encode_seconds = timed(lambda: encode(image, codec, quality), image.device)
+    decoded, decode_seconds = timed(lambda: to_tensor(read_pixels(data)), image.device)
+    seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
+    return evaluate.result_of(name, image, decoded, 8.0 * len(data), quality, **seconds), decoded
 
 
-if __name__ == "__main__":
-    cli.run(main)
+def measure_all(names: list[str], paths: list[Path], context: DistContext) -> list[dict]:
+    """Codecs on pictures, at all their qualities, in CompressAI's format."""
+    jobs = [(name, quality) for name in names for quality in CODECS[name].qualities]
+
+    def work(picture: str, image: Tensor, job: tuple[str, float]) -> tuple[str, Result]:
+        name, quality = job
+        return name, measure(picture, image, CODECS[name], quality)[0]
+
+    found, _ = evaluate.measure_all(paths, jobs, context, torch.device("cpu"), work, "other codecs")
+    codecs = []
+    for name in names:
+        results = [result for codec, result in found if codec == name]
+        groups = [[result for result in results if result.index == quality] for quality in CODECS[name].qualities]
+        codecs.append(to_json(groups, CODECS[name].title, "real files by Pillow", results))
+    return codecs

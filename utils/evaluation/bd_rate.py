@@ -9,14 +9,16 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import bjontegaard
 
 from utils import cli
-from utils.metrics import decibels
+from utils.evaluation.results import decibels
 
 MIN_POINTS = 4  # that the interpolation of a curve needs
+MIN_OVERLAP = 0.25  # of the shorter curve's range; below, the figure says little about either codec
 METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}  # their keys in the files
 Curve = list[tuple[float, float]]
 
@@ -37,18 +39,27 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
     Raises:
         UserError: names the file that holds no such curve.
     """
-    convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain MS-SSIM
     points = []
     for file in files:
         try:
-            results = json.loads(Path(file).read_text())["results"]
-            quality = next(results[name] for name in METRICS[metric] if name in results)
-            pairs = zip(results["bpp"], quality, strict=True)  # None is the infinite PSNR of a perfect copy
-            points += [(float(bpp), convert(value)) for bpp, value in pairs if value is not None]
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-            cause = f"no {metric}" if isinstance(error, StopIteration) else error
+            points += points_of(json.loads(Path(file).read_text()), metric)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cause = f"no {metric}" if isinstance(error, KeyError) else error
             raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
     return rising(points)
+
+
+def points_of(codec: dict, metric: str) -> Curve:
+    """Points (bpp, quality in dB) of a codec in CompressAI's format; without perfect copies, whose PSNR is infinite.
+
+    Raises:
+        KeyError, ValueError, TypeError: it has no such curve.
+    """
+    convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain MS-SSIM
+    results = codec["results"]
+    key = next((name for name in METRICS[metric] if name in results), METRICS[metric][0])
+    pairs = zip(results["bpp"], results[key], strict=True)
+    return [(float(bpp), convert(value)) for bpp, value in pairs if value is not None]
 
 
 def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:
@@ -60,28 +71,59 @@ def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:
     return kept, beaten
 
 
-def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
-    """Two lines: BD-rate in percent (negative: the tested codec needs fewer bits), and BD-quality in dB at equal rate.
+@dataclass(frozen=True)
+class Delta:
+    """A Bjøntegaard delta: its value, or why there is none.
 
-    There is no BD-rate where the curves have no quality in common, no BD-quality where they have no rate in common.
-
-    Raises:
-        UserError: a curve has fewer than four points.
+    Attributes:
+        common: the range in which both curves lie, of quality in dB for the rate, of bpp for the quality.
+        overlap: its share of the shorter curve's range.
     """
-    if min(len(anchor), len(test)) < MIN_POINTS:
-        raise cli.UserError(f"BD-rate needs four rising points per curve, not {len(anchor)} and {len(test)}")
 
-    def delta(function: Callable, axis: int, common: str, unit: str) -> str:
-        if min(anchor[-1][axis], test[-1][axis]) <= max(anchor[0][axis], test[0][axis]):
-            return f"none, no {common} in common"
-        curves = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of little overlap: the ranges are printed
-            value = function(*curves, method=method, require_matching_points=False, min_overlap=0)
-        return f"{value:+.2f} {unit}"
+    value: float | None
+    common: tuple[float, float] | None = None
+    overlap: float = 0.0
+    reason: str = ""
 
-    rate, quality = delta(bjontegaard.bd_rate, 1, "quality", "%"), delta(bjontegaard.bd_psnr, 0, "rate", "dB")
-    return f"BD-rate: {rate}\nBD-{metric}: {quality}"
+
+def delta_rate(anchor: Curve, test: Curve, method: str = "akima") -> Delta:
+    """BD-rate in percent between rising curves; negative where the tested codec needs fewer bits."""
+    return _delta(bjontegaard.bd_rate, 1, "quality", anchor, test, method)
+
+
+def delta_quality(anchor: Curve, test: Curve, method: str = "akima") -> Delta:
+    """BD-PSNR, or the same of MS-SSIM, in dB at equal rate, between rising curves."""
+    return _delta(bjontegaard.bd_psnr, 0, "rate", anchor, test, method)
+
+
+def _delta(function: Callable, axis: int, what: str, anchor: Curve, test: Curve, method: str) -> Delta:
+    if (fewest := min(len(anchor), len(test))) < MIN_POINTS:
+        return Delta(None, reason=f"a curve has {fewest} rising points, {MIN_POINTS} are needed")
+    low, high = max(anchor[0][axis], test[0][axis]), min(anchor[-1][axis], test[-1][axis])
+    if high <= low:
+        return Delta(None, reason=f"no {what} in common")
+    overlap = (high - low) / min(curve[-1][axis] - curve[0][axis] for curve in (anchor, test))
+    if overlap < MIN_OVERLAP:
+        return Delta(None, (low, high), overlap, f"only {overlap:.0%} of the shorter curve's {what} is in common")
+    columns = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of overlap, which is told
+        value = function(*columns, method=method, require_matching_points=False, min_overlap=0)
+    return Delta(float(value), (low, high), overlap)
+
+
+def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "akima") -> str:
+    """Two lines: BD-rate, and BD-quality at equal rate."""
+    lines = []
+    found = (("rate", delta_rate, "%", "dB"), (metric, delta_quality, "dB", "bpp"))
+    for name, function, unit, axis in found:
+        delta = function(anchor, test, method)
+        if delta.value is None:
+            lines.append(f"BD-{name}: none, {delta.reason}")
+        else:
+            low, high = delta.common
+            lines.append(f"BD-{name}: {delta.value:+.2f} {unit}, over {low:.2f} to {high:.2f} {axis}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
         for bpp, quality in beaten:
             print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
+    if (fewest := min(map(len, curves))) < MIN_POINTS:
+        raise cli.UserError(f"BD-rate needs {MIN_POINTS} rising points per curve; one has {fewest}")
     print(summary(*curves, args.metric, args.method))
 
 

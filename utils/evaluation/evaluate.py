@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
@@ -14,16 +15,18 @@ from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
-from utils.evaluation.results import Result, short_names
+from utils.evaluation.results import Result, decibels, short_names
 from utils.images import crop, pad, read_images, to_float, to_uint8
-from utils.metrics import bits, decibels, distortion, ms_ssim_value, psnr
+from utils.metrics import bits, ms_ssim_value, psnr
 from utils.pictures import ImageError
+from utils.training.distributed import DistContext
 
 J, T = TypeVar("J"), TypeVar("T")
 
 
 def for_each(
-    paths: list[Path], jobs: Sequence[J], device: torch.device, work: Callable[[str, Tensor, J], T]
+    paths: list[Path], jobs: Sequence[J], device: torch.device, work: Callable[[str, Tensor, J], T],
+    names: dict[Path, str] | None = None,
 ) -> Iterator[tuple[Path, J, T | None]]:
     """Do each job with each picture: its path, the job, and what `work` returned, or None where that failed.
 
@@ -33,8 +36,9 @@ def for_each(
         jobs: rates, or whatever else `work` takes.
         work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
             ValueError: sides or latents that the file format cannot hold, or no room on the GPU.
+        names: short names of the pictures (default: those that are short among `paths`).
     """
-    names, failed = short_names(paths), set()
+    names, failed = names or short_names(paths), set()
     for path, image in read_images(paths):
         for job in jobs:
             result = None
@@ -47,6 +51,30 @@ def for_each(
                     cli.print_error(path, error)
                 failed.add(path)
             yield path, job, result
+
+
+def measure_all(
+    paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
+    work: Callable[[str, Tensor, J], T], title: str,
+) -> tuple[list[T], int]:
+    """What `work` returns of every picture by every job, in this order, and how many pictures failed.
+
+    Processes share the pictures; all of them get what all have found.
+
+    Args:
+        work: as that of `for_each`; it must return what can be pickled.
+        title: of the progress bar.
+
+    Raises:
+        UserError: another process has ended.
+    """
+    mine, number = context.share(paths), len(jobs)
+    each = for_each(mine, jobs, device, work, short_names(paths))
+    bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
+    values = [value for _, _, value in bar]
+    own = [[v for v in values[i * number : (i + 1) * number] if v is not None] for i in range(len(mine))]
+    pictures = context.join(own)
+    return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)
 
 
 def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
@@ -86,17 +114,25 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
     return float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values())), to_uint8(x_hat[0])
 
 
+def result_of(
+    name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float
+) -> Result:
+    """What `count` bits made of a picture, both uint8 `[3, H, W]` on one device."""
+    height, width = image.shape[1:]
+    quality = ms_ssim_value(image, decoded)
+    return Result(
+        name, width, height, index, count / (height * width), psnr(image, decoded),
+        ms_ssim=quality,
+        ms_ssim_db=None if quality is None else decibels(quality),
+        **seconds,
+    )
+
+
 def _result(
     model: TCM, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
 ) -> Result:
-    height, width = image.shape[1:]
-    bpp, quality = count / (height * width), ms_ssim_value(image, decoded)
-    error = distortion(image, decoded, model.metric)
-    rate_index = index if isinstance(model, TCM_VBR) else None
-    return Result(
-        name, width, height, rate_index, bpp, psnr(image, decoded),
-        ms_ssim=quality,
-        ms_ssim_db=None if quality is None else decibels(quality),
-        loss=None if index is None or error is None else bpp + index_to_lambda(index, model.metric) * error,
-        **seconds,
-    )
+    result = result_of(name, image, decoded, count, index if isinstance(model, TCM_VBR) else None, **seconds)
+    distortion = result.distortion(model.metric)
+    if index is not None and distortion is not None:
+        result.loss = result.bpp + index_to_lambda(index, model.metric) * distortion
+    return result

@@ -106,8 +106,8 @@ def table(means: dict) -> str:
     return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])
 
 
-def plot(studies: list[Study], path: Path) -> None:
-    """Scatter and fit of both models, and R(λ) as measured and as predicted from one trial, as a PNG."""
+def draw(studies: list[Study]) -> Figure:
+    """Scatter and fit of both models, and R(λ) as measured and as predicted from one trial."""
     figure = Figure(figsize=(16, 5))
     *scatters, curves = figure.subplots(1, 3)
     for axes, (name, text) in zip(scatters, MODELS.items(), strict=True):
@@ -115,7 +115,7 @@ def plot(studies: list[Study], path: Path) -> None:
             x, y = s.predict(name) - s.bits[FIRST], s.bits - s.bits[FIRST]
             axes.plot(x / s.pixels, y / s.pixels, ".", markersize=4, alpha=0.7)
         low, high = axes.get_xlim()
-        axes.plot([low, high], [low, high], "k--", linewidth=1, label="slope 1")
+        axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1, label="slope 1")
         slope, r2 = np.mean([s.fit(name) for s in studies], 0)
         axes.plot([low, high], [slope * low, slope * high], "r-", linewidth=1, label=f"mean slope {slope:.2f}")
         axes.set(xlabel=f"{text}, bits per pixel, from index {FIRST_INDEX:g}", ylabel="bits per pixel, from the same")
@@ -133,8 +133,7 @@ def plot(studies: list[Study], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=90)
+    return figure
 
 
 def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> int:
@@ -143,14 +142,21 @@ def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> i
     Raises:
         UserError: none of the pictures could be measured.
     """
+    studies = study_all(model, paths)
+    found = summary(studies)
+    print(table(found["means"]))
+    with atomic_write(picture) as file:
+        draw(studies).savefig(file, format="png", dpi=90)
+    if json:
+        write_json(json, found)
+    return 0 if len(studies) == len(paths) else 1
+
+
+def study_all(model: TCM_VBR, paths: list[Path]) -> list[Study]:
+    """Study those of the pictures that can be measured. UserError where there is none."""
     jobs = for_each(paths, [None], model.medians.device, lambda name, image, _: study(model, name, image))
     bar = tqdm(jobs, total=len(paths), desc="21 rates of each", unit="image", disable=None)
     studies = [found for _, _, found in bar if found is not None]
     if not studies:
         raise UserError("none of the pictures could be measured")
-    found = summary(studies)
-    print(table(found["means"]))
-    plot(studies, picture)
-    if json:
-        write_json(json, found)
-    return 0 if len(studies) == len(paths) else 1
+    return studies

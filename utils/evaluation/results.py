@@ -31,6 +31,17 @@ class Result:
     encode_seconds: float | None = None
     decode_seconds: float | None = None
 
+    def distortion(self, metric: str) -> float | None:
+        """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
+        if metric == "mse":
+            return mse_of_psnr(self.psnr)
+        return None if self.ms_ssim is None else 1 - self.ms_ssim
+
+
+def mse_of_psnr(psnr: float) -> float:
+    """Mean squared error on the 0–255 scale of a PSNR in dB."""
+    return 255**2 / 10 ** (psnr / 10)
+
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None where there is none."""
@@ -40,12 +51,17 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers: its title, width and digits, and the value of an item (None for a dash)."""
+    """A column of numbers: its title, width and digits, and the value of an item (None for a dash).
+
+    `unit` converts what is shown, after the mean over items: MS-SSIM is averaged first and then turned into decibels,
+    as CompressAI and the published curves do.
+    """
 
     title: str
     width: int
     digits: int
     value: Callable[[Any], float | None]
+    unit: Callable[[float], float] = float
 
 
 class Table:
@@ -65,9 +81,14 @@ class Table:
         cells = []
         for column in self.columns:
             value = mean(map(column.value, items))
-            number = "–" if value is None else f"{value:.{column.digits}f}"
+            number = "–" if value is None else f"{column.unit(value):.{column.digits}f}"
             cells.append(f"{number:>{column.width}}")
         return " ".join([f"{name:<{self.width}}", *cells])
+
+
+def decibels(ms_ssim: float) -> float:
+    """MS-SSIM as −10 · log10(1 − MS-SSIM) dB."""
+    return -10 * math.log10(1 - ms_ssim) if ms_ssim < 1 else math.inf
 
 
 RESULTS_TABLE = Table(
@@ -75,7 +96,7 @@ RESULTS_TABLE = Table(
     Column("index", 5, 2, lambda result: result.index),
     Column("bpp", 8, 4, lambda result: result.bpp),
     Column("PSNR dB", 8, 2, lambda result: result.psnr),
-    Column("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim_db),
+    Column("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim, decibels),
     Column("encode s", 9, 2, lambda result: result.encode_seconds),
     Column("decode s", 9, 2, lambda result: result.decode_seconds),
 )
@@ -97,8 +118,8 @@ FIELDS = {"bpp": "bpp", "psnr-rgb": "psnr", "ms-ssim-rgb": "ms_ssim"}
 FIELDS |= {"encoding_time": "encode_seconds", "decoding_time": "decode_seconds", "index": "index", "loss": "loss"}
 
 
-def report(groups: list[list[Result]], name: str, description: str, results: list[Result] | None = None) -> dict:
-    """CompressAI's results format, with the index and the loss, and every result under `images`.
+def to_json(groups: list[list[Result]], name: str, description: str, results: list[Result] | None = None) -> dict:
+    """A codec in CompressAI's results format, with the index and the loss, and every result under `images`.
 
     Args:
         groups: results whose means are the points of the curve.

@@ -1,8 +1,10 @@
 """One training process, or several that torchrun started."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from utils import cli
 
+T = TypeVar("T")
 # How long a process waits for another one that hangs. gloo notices at once when one dies; with NCCL torchrun ends the
 # others half a minute later.
 TIMEOUT = timedelta(minutes=10)
@@ -24,10 +27,14 @@ class DistContext:
     world_size: int = 1
 
     @classmethod
-    def from_environment(cls, device: str) -> "DistContext":
+    def from_environment(cls, device: str, timeout: timedelta = TIMEOUT, backend: str | None = None) -> "DistContext":
         """Join the processes that torchrun started; without torchrun there is one process.
 
         With CUDA each process takes the GPU of its local rank. UserError where there is none.
+
+        Args:
+            timeout: how long a process waits for another one.
+            backend: of torch.distributed (default: NCCL with CUDA, else gloo).
         """
         found = cli.pick_device(device)
         if "WORLD_SIZE" not in os.environ:
@@ -38,7 +45,7 @@ class DistContext:
                 raise cli.UserError(f"process {local} of this machine has no GPU: there are {count}")
             found = torch.device("cuda", local)
             torch.cuda.set_device(found)
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(backend or ("nccl" if found.type == "cuda" else "gloo"), timeout=timeout)
         return cls(found, dist.get_rank(), dist.get_world_size())
 
     @property
@@ -65,6 +72,24 @@ class DistContext:
         if self.world_size > 1:
             dist.all_gather_object(found, value)
         return found
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items that are this process's: every world_size-th."""
+        return items[self.rank :: self.world_size]
+
+    def join(self, found: list[T]) -> list[T]:
+        """What the processes made of the items of their shares, one of each, in the order of all items.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        try:
+            parts = self.gather(found)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise cli.UserError("another process of this run has ended: nothing was written") from None
+        return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def close(self) -> None:
         if self.world_size > 1:

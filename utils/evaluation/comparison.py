@@ -1,0 +1,180 @@
+"""Codecs side by side: the least R-D loss at each λ, Bjøntegaard deltas, seconds.
+
+A codec is a dict in CompressAI's results format, as `to_json` makes it: means over the pictures under "results", and,
+except for curves from elsewhere, the pictures under "images". The first of several codecs is compared with the others.
+"""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from models.lambdas import LADDERS
+from utils import cli
+from utils.evaluation.bd_rate import delta_quality, delta_rate, points_of, rising
+from utils.evaluation.results import Column, Table, decibels, finite, mean, mse_of_psnr
+
+PUBLISHED = Path(__file__).with_name("kodak_published.json")
+# Of the published curves those that are drawn and compared with: a standard or a paper each, old to new.
+DRAWN = ("bmshj2018-hyperprior", "mbt2018-mean", "BPG 4:4:4", "cheng2020-attn", "VTM", "TCM small N=64")
+
+
+class Point(NamedTuple):
+    """A codec at one quality, means over pictures: PSNR in dB, MSE on the 0–255 scale, MS-SSIM in [0, 1].
+
+    The quality is an index of ours, or what the codec calls it; None where a codec has one rate, or it is not known.
+    """
+
+    quality: float | None
+    bpp: float
+    psnr: float | None  # None: infinite
+    mse: float
+    ms_ssim: float | None
+
+    def distortion(self, metric: str) -> float | None:
+        if metric == "mse":
+            return self.mse
+        return None if self.ms_ssim is None else 1 - self.ms_ssim
+
+
+def points(codec: dict) -> list[Point]:
+    """The rates of a codec by rising bpp.
+
+    Where a file has no pictures the MSE is that of the mean PSNR, which is less than the mean of the MSE.
+    """
+    groups = defaultdict(list)
+    if "images" in codec:
+        for row in codec["images"]:
+            mse = 0.0 if row["psnr"] is None else mse_of_psnr(row["psnr"])  # JSON has no infinity
+            groups[row["index"]].append((row["bpp"], row["psnr"], mse, row.get("ms_ssim")))
+    else:
+        results = codec["results"]
+        ms_ssim = results.get("ms-ssim-rgb", [None] * len(results["bpp"]))
+        for bpp, psnr, value in zip(results["bpp"], results["psnr-rgb"], ms_ssim, strict=True):
+            groups[bpp].append((bpp, psnr, 0.0 if psnr is None else mse_of_psnr(psnr), value))
+    found = []
+    for key, rows in groups.items():
+        bpp, psnr, mse, ms_ssim = zip(*rows, strict=True)
+        quality = key if "images" in codec else None
+        found.append(Point(quality, mean(bpp), None if None in psnr else mean(psnr), mean(mse), mean(ms_ssim)))
+    return sorted(found, key=lambda point: point.bpp)
+
+
+def read_codecs(file: str) -> list[dict]:
+    """The codecs of a file that eval_vbr.py or online_training_vbr.py wrote, or of one in CompressAI's format.
+
+    Raises:
+        UserError: names the file that holds none.
+    """
+    try:
+        whole = json.loads(Path(file).read_text())
+        codecs = [whole, *whole.get("compared", [])]
+        for codec in codecs:
+            if not (points(codec) and isinstance(codec["name"], str)):
+                raise ValueError("no results")
+            points_of(codec, "psnr")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = f"no {error}" if isinstance(error, KeyError) else error
+        raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+    return codecs
+
+
+def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
+    """Add a codec, and the name of where it comes from where its own is taken. Says so where it has other pictures."""
+    if any(other["name"] == codec["name"] for other in codecs):
+        codec = codec | {"name": f"{codec['name']} ({source})"}
+    if codecs and "images" in codec and "images" in codecs[0] and pictures(codec) != pictures(codecs[0]):
+        cli.print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
+    codecs.append(codec)
+
+
+def add_codecs(codecs: list[dict], file: str) -> None:
+    """Add the codecs of a file; those that it was compared with only where there is none of their name yet."""
+    for number, codec in enumerate(read_codecs(file)):
+        if not number or all(other["name"] != codec["name"] for other in codecs):
+            kept = {key: value for key, value in codec.items() if key not in ("compared", "summary", "rate_model", "made")}
+            add_codec(codecs, kept, Path(file).stem)
+
+
+def pictures(codec: dict) -> set[str]:
+    """Names of the pictures that a codec was measured on."""
+    return {row["image"] for row in codec["images"]}
+
+
+def is_kodak(codec: dict) -> bool:
+    """Whether the pictures are the 24 of Kodak, by their names and sizes."""
+    rows = {(Path(row["image"]).stem, *sorted((row["width"], row["height"]))) for row in codec.get("images", ())}
+    return len(rows) == 24 and all(re.fullmatch(r"kodim\d\d", name) and size == [512, 768] for name, *size in rows)
+
+
+def published() -> list[dict]:
+    """Curves of Kodak from papers and from CompressAI, each with its source."""
+    found = {codec["name"]: codec for codec in json.loads(PUBLISHED.read_text())}
+    return [found[name] | {"description": "published, not measured"} for name in DRAWN]
+
+
+def least_losses(codec: dict, metric: str) -> list[float] | None:
+    """For each λ of the ladder the least over a codec's rates of λ · D + bpp, means over pictures; needs no overlap."""
+    known = [(point.bpp, d) for point in points(codec) if (d := point.distortion(metric)) is not None]
+    return [min(bpp + lmbda * d for bpp, d in known) for lmbda in LADDERS[metric]] if known else None
+
+
+def compare(codecs: list[dict], metric: str = "mse") -> dict:
+    """What the tables show, in plain values: of every codec the least losses and seconds, and the first against it.
+
+    Args:
+        metric: of the loss, "mse" or "ms-ssim".
+    """
+    found = []
+    for codec in codecs:
+        losses = least_losses(codec, metric)
+        row = {"name": codec["name"], "least_loss": losses, "mean_loss": mean(losses or [])}
+        rows = codec.get("images", ())
+        megapixels = mean(row["width"] * row["height"] / 1e6 for row in rows)
+        for key in ("encode_seconds", "decode_seconds"):
+            seconds = mean(row[key] for row in rows)
+            row[key], row[f"{key}_per_megapixel"] = seconds, None if seconds is None else seconds / megapixels
+        if codec is not codecs[0]:
+            for name in ("psnr", "ms-ssim"):
+                row[f"bd_{name}"] = _deltas(codec, codecs[0], name)
+        found.append(row)
+    return finite({"metric": metric, "lambdas": list(LADDERS[metric]), "codecs": found})
+
+
+def _deltas(anchor: dict, test: dict, metric: str) -> dict:
+    try:
+        curves = [rising(points_of(codec, metric))[0] for codec in (anchor, test)]
+    except KeyError:
+        return {kind: {"value": None, "reason": f"no {metric} of one of the codecs"} for kind in ("rate", "quality")}
+    return {"rate": asdict(delta_rate(*curves)), "quality": asdict(delta_quality(*curves))}
+
+
+def table(summary: dict) -> str:
+    """A summary by `compare` in lines."""
+
+    def delta(name: str, kind: str):
+        return lambda row: row.get(f"bd_{name}", {}).get(kind, {}).get("value")
+
+    lines = Table(
+        "least λ·D + bpp at λ =", 24,
+        *(
+            Column(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
+            for i, lmbda in enumerate(summary["lambdas"])
+        ),
+        Column("mean", 6, 3, lambda row: row["mean_loss"]),
+        Column("BD-rate %", 9, 1, delta("psnr", "rate")),
+        Column("BD-PSNR", 7, 2, delta("psnr", "quality")),
+        Column("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
+        Column("encode s", 8, 2, lambda row: row["encode_seconds"]),
+        Column("decode s", 8, 2, lambda row: row["decode_seconds"]),
+    )  # fmt: skip
+    first = summary["codecs"][0]["name"]
+    note = f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"
+    return "\n".join([lines.header, *(lines.row(row["name"], [row]) for row in summary["codecs"]), note])
+
+
+def ms_ssim_decibels(point: Point) -> float | None:
+    """MS-SSIM of a point in dB; None where it is not known, or infinite."""
+    return None if point.ms_ssim is None or point.ms_ssim >= 1 else decibels(point.ms_ssim)

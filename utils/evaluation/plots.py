@@ -1,0 +1,139 @@
+"""Plots as SVG and PNG, light and dark, and what they show in words. Drawn from the values that the JSON has."""
+
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils.evaluation.comparison import ms_ssim_decibels, points
+from utils.files import atomic_write
+
+# Text stays text, for people who search or have it read aloud; ids do not change from run to run.
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "tcm-vbr"}
+_DARK = {"savefig.facecolor": "none", "figure.facecolor": "none", "axes.facecolor": "none"}
+PUBLISHED_COLOR = "0.55"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot: what it is called as a file, what it shows in words, and its SVG on light and on dark ground."""
+
+    name: str
+    alt: str
+    light: bytes
+    dark: bytes
+
+
+def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plot:
+    """Draw twice, for light and dark; write NAME.svg and NAME.png of the light one into a folder."""
+    with matplotlib.rc_context(_SVG):
+        figure = draw()
+        light = _svg(figure)
+        with atomic_write(folder / f"{name}.svg") as file:
+            file.write(light)
+        with atomic_write(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=110)
+    with style.context("dark_background"), matplotlib.rc_context(_SVG | _DARK):
+        return Plot(name, alt, light, _svg(draw()))
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def axes_of(figure: Figure, xlabel: str, ylabel: str, **options) -> Axes:
+    """The only axes of a figure, with labels and a grid."""
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel, **options)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metric: str) -> Figure:
+    """Quality against bits per pixel. What other codecs do far outside the rates of the first ones is cut off.
+
+    Args:
+        ours: checkpoints, drawn as lines through dots.
+        others: codecs measured on the same pictures, drawn as broken lines.
+        published: drawn as dotted gray lines with their names at the end.
+        metric: "psnr" or "ms-ssim".
+    """
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
+    drawn = [curve for codec in ours if (curve := curve_of(codec, metric))]
+    for codec in ours:
+        bpp, quality = _columns(curve_of(codec, metric))
+        axes.plot(bpp, quality, "o-", linewidth=2, markersize=5, label=codec["name"], zorder=3)
+    for codec in others:
+        bpp, quality = _columns(curve_of(codec, metric))
+        axes.plot(bpp, quality, ".--", linewidth=1.2, markersize=4, label=codec["name"])
+    inside = [point for curve in drawn for point in curve]
+    if inside:
+        limits = [1.25 * max(bpp for bpp, _ in inside), *(f(q for _, q in inside) for f in (min, max))]
+        axes.set(xlim=(0, limits[0]), ylim=(limits[1] - 2.5, limits[2] + 2.5))
+    for marker, codec in zip("ovs^DP", published, strict=False):
+        bpp, quality = _columns(curve_of(codec, metric))
+        axes.plot(
+            bpp, quality, linestyle=":", marker=marker, color=PUBLISHED_COLOR, linewidth=1, markersize=3.5,
+            label=f"{codec['name']}, published", zorder=1,
+        )  # fmt: skip
+    axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def curve_of(codec: dict, metric: str) -> list[tuple[float, float]]:
+    """Points (bpp, quality in dB); a perfect copy has no place on an axis of decibels."""
+    pairs = ((p.bpp, p.psnr if metric == "psnr" else ms_ssim_decibels(p)) for p in points(codec))
+    return [(bpp, quality) for bpp, quality in pairs if quality is not None]
+
+
+def steps_figure(images: list[dict]) -> Figure:
+    """Loss, bpp and PSNR of each picture over the steps of its refinement, from `image["steps"]`: change from step 0."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    titles = ("loss, change in %", "bits per pixel, change in %", "PSNR, change in dB")
+    for number, (axes, title) in enumerate(zip(figure.subplots(1, 3), titles, strict=True)):
+        for image in images:
+            columns = _columns(image["steps"])
+            bpp, mse, loss = columns
+            values = (_percent(loss), _percent(bpp), _gain(mse))[number]
+            label = image["image"] + ("" if image["index"] is None else f", index {image['index']:.2f}")
+            (line,) = axes.plot(values, linewidth=1.3, label=label)
+            chosen = image["chosen_step"]
+            axes.plot(chosen, values[chosen], "o", color=line.get_color(), markersize=4)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    if len(images) <= 8:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def targets_figure(errors: Iterable[tuple[str, float]]) -> Figure:
+    """The error of each file's size against its target, in percent."""
+    names, values = zip(*errors, strict=True)
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(names)), layout="constrained")
+    axes = axes_of(figure, "size against target, in percent", "")
+    axes.barh(range(len(names)), values)
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.axvline(0, color=PUBLISHED_COLOR, linewidth=1)
+    return figure
+
+
+def _columns(rows: Iterable[Iterable[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[], []]
+
+
+def _percent(values: list[float]) -> list[float]:
+    return [100 * (value / values[0] - 1) for value in values]
+
+
+def _gain(mse: list[float]) -> list[float]:
+    return [10 * math.log10(mse[0] / value) for value in mse]

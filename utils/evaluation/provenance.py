@@ -1,0 +1,29 @@
+"""Where results come from."""
+
+import datetime
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.device import processor
+from utils.training.distributed import DistContext
+
+PACKAGES = ("torch", "numpy", "compressai", "pillow", "pytorch-msssim")
+
+
+def provenance(argv: list[str] | None, context: DistContext) -> dict:
+    """The command, the date, the versions and the machine that results come from, in plain values.
+
+    Args:
+        argv: of a script's `main`; None where it was started from the command line.
+    """
+    command = [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
+    return {
+        "command": f"python {shlex.join(command)}",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": processor(context.device),
+        "processes": context.world_size,
+    }

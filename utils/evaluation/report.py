@@ -1,0 +1,217 @@
+"""The report of eval_vbr.py: plots, tables and pictures of its JSON, as one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from models import TCM
+from utils.evaluation import anchors, rate_study
+from utils.evaluation.comparison import is_kodak, ms_ssim_decibels, points, published
+from utils.evaluation.evaluate import evaluate
+from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
+from utils.evaluation.plots import rd_figure, render
+from utils.evaluation.results import Result, decibels, short_names
+from utils.images import read_image, to_pixels
+
+PICTURES = 6  # that are shown, unless others are named
+CROP = 480, 360  # pixels, width and height, from the middle of a picture
+SHOWN_INDEX = 1.0  # the rate at which pictures are shown: low enough for differences to be seen
+QUALITIES = {"psnr": "PSNR", "ms-ssim": "MS-SSIM"}
+
+
+def spread(paths: Sequence[Path], count: int = PICTURES) -> list[Path]:
+    """Some of the pictures, spread evenly over all of them."""
+    count = min(count, len(paths))
+    return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
+
+
+# Pictures ------------------------------------------------------------------------------------
+
+
+def make_viewers(model: TCM, whole: dict, paths: list[Path], shown: list[Path], codecs: list[str]) -> list[Viewer]:
+    """A viewer for each picture that was measured: the original, the model's at a low rate, and each codec's of
+    the size nearest to that.
+
+    Args:
+        whole: the JSON, whose first codec is the model.
+        paths: all pictures, by which their short names were made.
+        codecs: of anchors.CODECS, those that were measured.
+    """
+    names, found = short_names(paths), []
+    indexes = {row["index"] for row in whole["images"]}
+    index = None if None in indexes else min(indexes, key=lambda i: abs(i - SHOWN_INDEX))
+    rows = {codec["name"]: codec["images"] for codec in whole["compared"] if "images" in codec}
+    for path in shown:
+        name = names[path]
+        if not any(row["image"] == name for row in whole["images"]):
+            continue  # it could not be measured
+        image = read_image(path).to(model.medians.device)
+        result, decoded = evaluate(model, name, image, index, real=True)
+        versions = [Version("original", "8 bits a sample", _crop(image)), _version(whole["name"], result, decoded)]
+        for codec in (anchors.CODECS[key] for key in codecs):
+            own = [row for row in rows[codec.title] if row["image"] == name]
+            quality = min(own, key=lambda row: abs(row["bpp"] - result.bpp))["index"]
+            versions.append(_version(codec.title, *anchors.measure(name, image.cpu(), codec, quality)))
+        left = 2 if len(versions) > 2 else 0
+        found.append(Viewer(f"{name}, {result.width}×{result.height}", versions, left, 1))
+    return found
+
+
+def _crop(image: Tensor):
+    width, height = (min(size, side) for size, side in zip(CROP, (image.shape[2], image.shape[1]), strict=True))
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return to_pixels(image[:, top : top + height, left : left + width])
+
+
+def _version(codec: str, result: Result, decoded: Tensor) -> Version:
+    note = f"{round(result.bpp * result.width * result.height / 8):,} bytes, {result.bpp:.3f} bpp, {result.psnr:.2f} dB"
+    if result.ms_ssim is not None:
+        note += f", MS-SSIM {decibels(result.ms_ssim):.2f} dB"
+    return Version(codec, note, _crop(decoded))
+
+
+# Sections ------------------------------------------------------------------------------------
+
+
+def write_report(
+    folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]
+) -> Path:
+    """Write the page and its plots, and return the page's path.
+
+    Args:
+        whole: the JSON: a codec, with others under "compared", and their "summary".
+        ours: how many of the codecs are checkpoints; they come first.
+    """
+    codecs = [whole, *whole["compared"]]
+    from_papers = published() if is_kodak(whole) else []
+    sections = [
+        _curves(folder, codecs, ours, from_papers),
+        _side_by_side(whole["summary"]),
+        Section("Pictures", _PICTURES_TEXT, viewers=viewers),
+        _speed(whole["summary"]),
+        _rate_model(folder, studies),
+        targets(codecs),
+        per_picture(codecs[:ours]),
+    ]
+    pictures = len({row["image"] for row in whole.get("images", ())})
+    lead = f"{whole['name']}, {whole['description']}. {pictures} pictures"
+    page = Page(f"Rate and distortion of {whole['name']}", f"{lead}.", [s for s in sections if s], facts(whole))
+    write_page(page, folder / "index.html")
+    return folder / "index.html"
+
+
+_PICTURES_TEXT = (
+    "Crops from the middle, one pixel of the picture to one of the page. Choose what lies left and right, and drag the "
+    "divider, or move it with the arrow keys. Every codec has the quality whose file is nearest in size to ours."
+)
+
+
+def facts(whole: dict) -> list[tuple[str, str]]:
+    """What is told of a run, from its JSON."""
+    made = whole.get("made", {})
+    found = [(name, str(made[name])) for name in ("command", "date", "machine") if name in made]
+    versions = made.get("versions", {}).items()
+    found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions)))
+    for codec in (whole, *whole.get("compared", ())):
+        if "checkpoint" in codec:
+            weights = "{file}, fingerprint {fingerprint}".format(**codec["checkpoint"])
+            found.append((f"weights of {codec['name']}", weights))
+    return [(name, value) for name, value in found if value]
+
+
+def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]) -> Section:
+    plots = []
+    for metric, title in QUALITIES.items():
+        if metric == "ms-ssim" and not any(p.ms_ssim for p in points(codecs[0])):
+            continue
+        shown = [codec for codec in from_papers if metric == "psnr" or "ms-ssim-rgb" in codec["results"]]
+        names = ", ".join(codec["name"] for codec in codecs + shown)
+        alt = f"{title} against bits per pixel of {names}; the values are in the tables"
+        curves = codecs[:ours], codecs[ours:], shown
+        name = f"rd_{metric.replace('-', '_')}"
+        plots.append(render(lambda c=curves, m=metric: rd_figure(*c, m), name, alt, folder))
+    rows = [
+        [codec["name"], point.quality, point.bpp, point.psnr, ms_ssim_decibels(point)]
+        for codec in codecs[:ours]
+        for point in points(codec)
+    ]
+    columns = [Column("codec"), Column("index", 2), *_QUALITY_COLUMNS]
+    text = "Higher and further left is better. MS-SSIM is averaged first, and then turned into decibels."
+    if from_papers:
+        sources = "; ".join(f"{codec['name']}: {codec['source']}" for codec in from_papers)
+        text += f" Dotted gray curves are published, not measured ({sources})."
+    return Section("Rate and distortion", text, plots, [Table("Means over the pictures", columns, rows)])
+
+
+def _side_by_side(summary: dict) -> Section:
+    codecs, lambdas = summary["codecs"], summary["lambdas"]
+    columns = [Column("codec"), *(Column(f"λ = {value:g}", 3) for value in lambdas), Column("mean", 4)]
+    rows = [[c["name"], *(c["least_loss"] or [None] * len(lambdas)), c["mean_loss"]] for c in codecs]
+    loss = Table("Least R-D loss λ · D + bpp over the rates of each codec, at each λ, and its mean", columns, rows)
+    columns = [Column("against"), Column("quality"), Column("BD-rate (%)", 2, True), Column("BD-quality (dB)", 3, True)]
+    columns += [Column("from (dB)", 2), Column("to (dB)", 2), Column("overlap (%)", 0), Column("why there is none")]
+    rows = []
+    for codec in codecs[1:]:
+        for metric, title in QUALITIES.items():
+            rate, quality = codec[f"bd_{metric}"]["rate"], codec[f"bd_{metric}"]["quality"]
+            low, high = rate.get("common") or (None, None)
+            overlap = 100 * rate["overlap"] if rate.get("overlap") else None
+            rows.append([codec["name"], title, rate["value"], quality["value"], low, high, overlap, rate["reason"]])
+    first = codecs[0]["name"]
+    bd = Table(f"Bjøntegaard deltas of {first}; negative: fewer bits than the other codec at equal quality", columns, rows)
+    text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
+    text += ". The R-D loss needs no overlap of the curves; smaller is better."
+    return Section("Side by side", text, tables=[loss, bd][: len(codecs)])
+
+
+def _speed(summary: dict) -> Section | None:
+    keys = ("encode_seconds", "decode_seconds", "encode_seconds_per_megapixel", "decode_seconds_per_megapixel")
+    rows = [[codec["name"], *(codec[key] for key in keys)] for codec in summary["codecs"] if codec["encode_seconds"]]
+    columns = [Column("codec"), Column("encode (s)", 3), Column("decode (s)", 3)]
+    columns += [Column("encode (s per megapixel)", 3), Column("decode (s per megapixel)", 3)]
+    return _of_table("Speed", "", "Means over pictures and rates", columns, rows)
+
+
+def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None:
+    if not studies:
+        return None
+    means = rate_study.summary(studies)["means"]
+    columns = [Column("R = … + C"), Column("slope", 3), Column("R²", 4), Column("error of one trial (%)", 2)]
+    rows = [
+        [text, means[name]["slope"], means[name]["r2"], 100 * means[name]["one_probe_error"]]
+        for name, text in rate_study.MODELS.items()
+    ]
+    alt = "Bits measured against bits predicted by both models, and bits per pixel over λ; the fits are in the table"
+    text = f"Bits of {len(studies)} pictures at {len(rate_study.INDEXES)} rates, measured, and predicted from one trial. "
+    text += "A slope of one and R² of one mean that the model holds."
+    plot = render(lambda: rate_study.draw(studies), "rate_model", alt, folder)
+    return Section("The R-λ model", text, [plot], [Table("Means over these pictures", columns, rows)])
+
+
+def targets(codecs: list[dict]) -> Section | None:
+    """How far files are from the sizes that were asked for, where there were such."""
+    rows = [
+        [codec["name"], row["image"], row["bpp"], 100 * row["error"], row["trials"]]
+        for codec in codecs
+        for row in codec.get("images", ())
+        if row.get("error") is not None
+    ]
+    columns = [Column("codec"), Column("picture"), Column("bpp", 4), Column("error (%)", 3, True), Column("trials")]
+    return _of_table("Rate control", "", "Size of each file against its target", columns, rows)
+
+
+def per_picture(codecs: list[dict]) -> Section | None:
+    """The results of every picture."""
+    columns = [Column("codec"), Column("picture"), Column("width"), Column("height"), Column("index", 2)]
+    columns += [*_QUALITY_COLUMNS, Column("loss", 4), Column("encode (s)", 2), Column("decode (s)", 2)]
+    keys = ("image", "width", "height", "index", "bpp", "psnr", "ms_ssim_db", "loss", "encode_seconds", "decode_seconds")
+    rows = [[codec["name"], *(row[key] for key in keys)] for codec in codecs for row in codec.get("images", ())]
+    return _of_table("Every picture", "Press a title to sort by it.", "Every picture at every rate", columns, rows)
+
+
+_QUALITY_COLUMNS = Column("bpp", 4), Column("PSNR (dB)", 2), Column("MS-SSIM (dB)", 2)
+
+
+def _of_table(title: str, text: str, caption: str, columns: list[Column], rows: list[list]) -> Section | None:
+    return Section(title, text, tables=[Table(caption, columns, rows)]) if rows else None
