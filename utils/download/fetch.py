@@ -137,7 +137,7 @@ def _page(response: requests.Response) -> Page | None:
     if not response.headers.get("Content-Type", "").startswith("text/html"):
         return None
     with response:
-        return Page(response.raw.read(MAX_PAGE, decode_content=True).decode(errors="replace"))
+        return Page(next(response.iter_content(MAX_PAGE), b"").decode(errors="replace"))
 
 
 def _cause(error: Exception) -> str:
