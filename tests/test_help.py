@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["codec_vbr", "eval_vbr", "online_training_vbr", "train_vbr", "train_latent_e2e"]
+SCRIPTS = ["codec_vbr", "eval_vbr", "online_training_vbr", "train_vbr", "train_latent_e2e", "utils.download.__main__"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

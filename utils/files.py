@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from utils import cli
 
@@ -91,6 +92,15 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def finite(value: Any) -> Any:
+    """A value with None for what JSON lacks, in dicts and lists too: NaN, and infinity, the PSNR of a perfect copy."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, value: dict | list) -> None:

@@ -1,6 +1,7 @@
 """Training in one process: stages, budget, resume, and what goes wrong."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -124,6 +125,7 @@ def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp
 def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoint, tmp_path):
     more = ["--stage", "base", "--lmd", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
     state = train(photos, tmp_path / "run", *more)
+    assert (tmp_path / "run" / "curves.png").exists()
     assert state["model"] == "TCM" and state["objective"]["lmd"] == 0.0067
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
     assert len(row["bpp"]) == 1
@@ -450,6 +452,20 @@ def test_resuming_with_another_batch_size_and_a_torn_line(photos, checkpoint, tm
     assert "batch_size was 1 in this run and is 4 from here on" in capsys.readouterr().out
     assert state["optimizers"]["aux"]["param_groups"][0]["lr"] == 0.5
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "validation.jsonl").open()] == [6, 8]
+
+
+def test_a_picture_is_not_worth_a_run(photos, checkpoint, tmp_path, capsys):
+    (tmp_path / "run" / "curves.png").mkdir(parents=True)  # cannot be written
+    state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+    assert state["progress"]["step"] == 1
+    assert capsys.readouterr().out.count("note: the curves cannot be drawn") == 1
+
+
+def test_validations_are_strict_json(photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.training.objectives.psnr_of_mse", lambda mse: mse * math.inf)
+    train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+    text = (tmp_path / "run" / "validation.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["psnr"] == [None] * 6
 
 
 def test_tensorboard_is_not_worth_a_run(photos, checkpoint, tmp_path, monkeypatch, capsys):

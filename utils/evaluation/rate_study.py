@@ -16,8 +16,8 @@ from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
 from utils.device import out_of_memory_as_value_error
 from utils.evaluation.evaluate import for_each
-from utils.evaluation.results import Column, Table, finite
-from utils.files import atomic_write, write_json
+from utils.evaluation.results import Column, Table
+from utils.files import atomic_write, finite, write_json
 
 INDEXES = np.linspace(0, MAX_INDEX, 21)
 FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first

@@ -1,11 +1,12 @@
 """Results, as a table in the terminal, and as JSON in CompressAI's format. Needs no PyTorch, which takes seconds."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from utils.files import finite
 
 
 @dataclass
@@ -133,15 +134,6 @@ def to_json(groups: list[list[Result]], name: str, description: str, results: li
         "results": {key: values for key, values in means.items() if any(value is not None for value in values)},
         "images": finite([asdict(result) for result in results]),
     }
-
-
-def finite(value: Any) -> Any:
-    """A value with None for what JSON lacks, in dicts and lists too: NaN, and infinity, the PSNR of a perfect copy."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stem(path: str) -> str:

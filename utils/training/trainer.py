@@ -1,7 +1,7 @@
 """The training loop: one step, the run, saving and resuming.
 
 The folder of a run has `last.pth.tar` to resume from, `model.pth.tar` to use (EMA weights, float16,
-coding tables), `validation.jsonl`, and TensorBoard's events.
+coding tables), `validation.jsonl`, its picture `curves.png`, and TensorBoard's events.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ from tqdm import tqdm
 from models import TCM
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
-from utils.files import atomic_write, remove_left_over
+from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
+from utils.training.curves import draw_curves
 from utils.training.distributed import DistContext, is_lost_peer
 from utils.training.objectives import Objective
 from utils.training.patches import Batch, PatchDataset, batches
@@ -256,11 +257,13 @@ class Trainer:
         minutes = round(self.progress.seconds / 60, 2)
         result = {"step": self.progress.step, "patches": self.progress.patches, "minutes": minutes, **means}
         if self.context.is_main:
-            self._print(json.dumps(result))
+            line = json.dumps(finite(result), allow_nan=False)
+            self._print(line)
             self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
-                file.write(json.dumps(result) + "\n")
+                file.write(line + "\n")
             export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
+            self._draw_curves()
 
     def _log(self, write: Callable[..., None], *values) -> None:
         """Call `write` with TensorBoard's writer, as long as that works: a run goes on without its curves."""
@@ -270,6 +273,13 @@ class Trainer:
             except OSError as error:
                 self.writer = None  # not closed, as closing would wait for its thread, which has ended
                 self._print(f"note: TensorBoard's events cannot be written any more ({error})")
+
+    def _draw_curves(self) -> None:
+        """Draw `curves.png` of all validations, as long as that works: a run goes on without its picture."""
+        try:
+            draw_curves(self.folder / "validation.jsonl", self.folder / "curves.png")
+        except OSError as error:
+            self._print(f"note: the curves cannot be drawn ({error})")
 
     def _how_to_continue(self) -> str:
         last = self.folder / "last.pth.tar"

@@ -1,0 +1,149 @@
+"""A file from its address: resumed where it broke off, checked, and put in place whole or not at all."""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urljoin
+
+import pooch
+import requests
+from tqdm import tqdm
+
+from utils.cli import UserError, print_note
+from utils.download.sources import Source
+
+TIMEOUT = 30  # seconds without an answer, or between two parts of a file
+CHUNK = 2**14  # bytes: when a connection breaks, those of an unfinished chunk are lost
+MAX_PAGE = 2**20  # bytes of a page that are read: one that says why there is no file is far shorter
+
+
+def fetch_first(sources: Sequence[Source], folder: Path) -> Path:
+    """`fetch` from the first of several addresses that has the file, under the name that it has there."""
+    for source in sources[:-1]:
+        try:
+            return fetch(source, folder / file_name(source.url))
+        except UserError as error:
+            print_note(source.url, f"{str(error).removeprefix(f'{source.url}: ')}; trying another address")
+    return fetch(sources[-1], folder / file_name(sources[-1].url))
+
+
+def file_name(url: str) -> str:
+    return url.split("?")[0].rsplit("/", 1)[-1]
+
+
+def fetch(source: Source, path: Path) -> Path:
+    """Download a file, unless it is at the path already (and has the SHA-256, where one is known); returns the path.
+
+    An unfinished download stays beside it as `.part`, and the next call goes on from there.
+
+    Raises:
+        UserError: the address cannot be reached or has no such file, the connection broke, or the SHA-256 is another.
+    """
+    pooch.get_logger().setLevel("WARNING")  # its notes are those of a cache
+    part = path.with_name(path.name + ".part")
+    downloader = functools.partial(resume, part=part)
+    try:
+        pooch.retrieve(source.url, source.sha256, path.name, path.parent, downloader=downloader)
+    except ValueError:  # pooch's, whose text is two lines
+        raise UserError(f"{source.url}: what came has not the SHA-256 that it should have; nothing is kept") from None
+    return path
+
+
+def resume(url: str, output_file: str, _: pooch.Pooch | None, part: Path) -> None:
+    """A downloader as pooch calls it, which writes to `part`, from its end on, and renames it to `output_file`."""
+    try:
+        with requests.Session() as session:
+            _receive(_open(session, url, part), part)
+    except requests.RequestException as error:
+        kept = f"; the same command goes on from {part}" if part.exists() else ""
+        raise UserError(f"{url}: {_cause(error)}{kept}") from None
+    except OSError as error:  # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(part)) from None
+    os.replace(part, output_file)
+
+
+def _open(session: requests.Session, url: str, part: Path) -> requests.Response:
+    """The answer that has the file, or the rest of it, also behind Google Drive's confirmation."""
+    response = _get(session, url, part)
+    page = _page(response)
+    if page and page.action:
+        response = _get(session, urljoin(response.url, page.action), part, page.fields)
+        page = _page(response)
+    if page:
+        raise UserError(f"{url}: answers with a page instead of the file ({page.title or 'without a title'})")
+    return response
+
+
+def _get(session: requests.Session, url: str, part: Path, fields: dict[str, str] | None = None) -> requests.Response:
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # the lengths told are then those of the file
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    response = session.get(url, params=fields, headers=headers, stream=True, timeout=TIMEOUT)
+    if response.status_code == requests.codes.requested_range_not_satisfiable:  # it has no more bytes
+        part.unlink()
+        return _get(session, url, part, fields)
+    response.raise_for_status()
+    return response
+
+
+def _receive(response: requests.Response, part: Path) -> None:
+    """Write an answer to a file, or to its end where the answer is the rest of it."""
+    start = part.stat().st_size if response.status_code == requests.codes.partial_content else 0
+    length = response.headers.get("Content-Length")
+    total = None if length is None else start + int(length)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False)
+    with bar, part.open("ab" if start else "wb") as file:
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:  # urllib3 1 does not say so
+        raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
+
+
+class Page(HTMLParser):
+    """What a page that comes instead of a file says: its title, and Google Drive's form to confirm a download.
+
+    Google Drive does not look for viruses in large files, and says so on a page with a form before it sends them.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.title, self.action, self.fields = "", "", {}
+        self._text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        if tag == "form" and values.get("id") == "download-form":
+            self.action = values.get("action", "")
+        elif tag == "input" and self.action and "name" in values:
+            self.fields[values["name"]] = values.get("value", "")
+
+    def handle_data(self, data: str) -> None:
+        self._text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "title" and not self.title:
+            self.title = re.sub(r"\s+", " ", self._text[-1] if self._text else "").strip()
+
+
+def _page(response: requests.Response) -> Page | None:
+    """The page that an answer is, if it is one."""
+    if not response.headers.get("Content-Type", "").startswith("text/html"):
+        return None
+    with response:
+        return Page(next(response.iter_content(MAX_PAGE), b"").decode(errors="replace"))
+
+
+def _cause(error: Exception) -> str:
+    """The innermost cause of an error of requests, whose own text is of several nested ones."""
+    if isinstance(error, requests.HTTPError):
+        return f"{error.response.status_code} {error.response.reason}"
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or str(error)
