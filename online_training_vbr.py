@@ -6,6 +6,7 @@
     python online_training_vbr.py -l 0 1 2 3 4 5 -d photos -t 200 --json dlm.json    # curves, and their BD-rate
 
 Every figure is of a real file, encoded and decoded. The decoder does not change: codec_vbr.py decodes the files.
+Started by torchrun, processes share the pictures.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from utils.codec.request import (
     add_target_arguments,
     make_request,
 )
-from utils.evaluation.results import Column, Result, Table, decibels, file_stem, mean, stem, to_json
+from utils.evaluation.results import Column, Result, Table, decibels, file_stem, mean, short_names, stem, to_json
 from utils.files import BUNDLED, atomic_write, write_json
 from utils.pictures import find_images_or_samples
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so th
     from models import TCM_VBR
     from utils.codec.encode import EncodeResult
     from utils.codec.refinement import Step
+    from utils.training.distributed import DistContext
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeRequest]]:
@@ -49,6 +51,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--out", metavar="DIR", help="write the files, for codec_vbr.py decode, over older ones")
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
     add("--json", metavar="FILE", help="write results in CompressAI's format, those without refinement and every step beside them")
+    add("--report", metavar="DIR", help="write a page: loss, bpp and PSNR over the steps, sizes against targets, every picture")
     add("--log", metavar="DIR", help="write every step for TensorBoard")
     cli.add_device_argument(parser, published=True)
     args = parser.parse_args(argv)
@@ -123,32 +126,36 @@ def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
 
 
 def encode_all(
-    model: "TCM_VBR", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace
+    model: "TCM_VBR", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace, context: "DistContext"
 ) -> tuple[list[list[Row]], int]:
-    """Every picture by every request; returns the rows of each request, and how many pictures failed."""
+    """Every picture by every request; returns the rows of each request, and how many pictures failed.
+
+    Processes share the pictures; all of them get all rows. A line is printed as soon as the main process has a row.
+    """
     from utils.evaluation.evaluate import for_each
     from utils.images import save_image
 
-    rows: list[list[Row]] = [[] for _ in requests]
-    failed, writer, steps = set(), None, max(1, args.steps)
+    writer, steps, mine = None, max(1, args.steps), context.share(paths)
+    found_rows: list[list[Row | None]] = []  # of each picture, by request
     if args.log:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.log)
-    bar = tqdm(total=len(paths) * len(requests) * steps, desc="refining" if args.steps else "encoding", unit="step", disable=None)
+    title, hidden = "refining" if args.steps else "encoding", None if context.is_main else True
+    bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
 
     def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
         return encode(model, name, image, requests[number], bar, writer)
 
-    print(TABLE.header)
-    jobs = for_each(paths, range(len(requests)), model.medians.device, work)
+    tell(context, TABLE.header)
+    jobs = for_each(mine, range(len(requests)), model.medians.device, work, short_names(paths))
     for count, (path, number, found) in enumerate(jobs, 1):
-        if found is None:
-            failed.add(path)
-        else:
+        if not number:
+            found_rows.append([])
+        found_rows[-1].append(found and found[0])
+        if found:
             row, decoded = found
-            rows[number].append(row)
-            tqdm.write(TABLE.row(row.result.image, [row]))
+            tell(context, TABLE.row(row.result.image, [row]))
             if row.encoded.note:
                 tqdm.write(f"{path}: the target is {row.encoded.note}", file=sys.stderr)
             if args.out:
@@ -160,11 +167,19 @@ def encode_all(
     bar.close()
     if writer:
         writer.close()
-    print(TABLE.rule)
+    pictures = context.join(found_rows)
+    rows = [[row for row in group if row] for group in zip(*pictures, strict=True)]
+    tell(context, TABLE.rule)
     for group in filter(None, rows):
         sizes = [replace(row, error=None if row.error is None else abs(row.error)) for row in group]
-        print(TABLE.row(f"mean of {len(group)}", sizes))
-    return rows, len(failed)
+        tell(context, TABLE.row(f"mean of {len(group)}", sizes))
+    return rows, sum(None in picture for picture in pictures)
+
+
+def tell(context: "DistContext", text: str) -> None:
+    """Print by the main process, above its progress bar."""
+    if context.is_main:
+        tqdm.write(text)
 
 
 def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
@@ -201,25 +216,52 @@ def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     return whole
 
 
+def write_report(folder: Path, whole: dict) -> Path:
+    """A page of what `json_of` returned; returns its path."""
+    from utils.evaluation import page, plots, report
+
+    sections = [report.targets(folder, [whole]), report.per_picture([whole])]
+    if refined := [image for image in whole["images"] if image["steps"]]:
+        alt = "Change of loss, bits per pixel and PSNR over the steps, a line for each picture; dots are the steps taken"
+        plot = plots.render(lambda: plots.steps_figure(refined), "steps", alt, folder)
+        text = "Change from the latents as the network makes them. A dot marks the step whose latents were coded."
+        sections.insert(0, page.Section("Refinement", text, [plot]))
+    written = page.Page(
+        f"Online training of latents: {whole['name']}", f"{whole['description']}.", [s for s in sections if s], report.facts(whole)
+    )
+    page.write_page(written, folder / "index.html")
+    return folder / "index.html"
+
+
 def main(argv: list[str] | None = None) -> int:
     args, requests = parse(argv)
     from utils.checkpoint import load_model
     from utils.evaluation.bd_rate import MIN_POINTS
+    from utils.evaluation.provenance import origin, provenance
+    from utils.training.distributed import DistContext
 
+    context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data)
-    model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate=True)
-    cli.print_weights(args.checkpoint)
+    model = load_model(args.checkpoint, context.device, variable_rate=True)
+    if context.is_main:
+        cli.print_weights(args.checkpoint)
     model.prepare()
-    rows, failed = encode_all(model, paths, requests, args)
+    rows, failed = encode_all(model, paths, requests, args, context)
+    context.close()
     if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
+    if not context.is_main:
+        return 0
+    whole = json_of(rows, args) | {"checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
     if args.json:
-        write_json(args.json, json_of(rows, args))
+        write_json(args.json, whole)
     errors = [abs(row.error) for row in rows[0] if row.error is not None]
     if errors and requests[0].has_target:
         print(f"size against target: mean |error| {mean(errors):.3f} %, worst {max(errors):.3f} %")
     if args.steps and len(requests) >= MIN_POINTS:
         print(bd_rate_of_refinement(rows))
+    if args.report:
+        print(write_report(Path(args.report), whole))
     return 1 if failed else 0
 
 

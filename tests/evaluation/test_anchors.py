@@ -1,11 +1,16 @@
 import io
-import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import eval_vbr
 from utils.evaluation import anchors
+from utils.images import to_pixels, to_tensor
+from utils.training.distributed import DistContext
+
+ALONE = DistContext(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -16,27 +21,39 @@ def picture(tmp_path):
     return tmp_path / "picture.png"
 
 
-def test_sizes_and_errors_are_those_of_pillows_files(picture, tmp_path, capsys):
-    assert anchors.main(["-d", str(picture), "--codecs", "jpeg", "--out", str(tmp_path / "out")]) == 0
-    rows = json.loads((tmp_path / "out" / "jpeg.json").read_text())["images"]
+def test_sizes_and_errors_are_those_of_pillows_files(picture):
+    (codec,) = anchors.measure_all(["jpeg"], [picture], ALONE)
     image = Image.open(picture)
-    for row in rows:
+    for row in codec["images"]:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=int(row["index"]), optimize=True, subsampling="4:2:0")
         assert row["bpp"] == pytest.approx(8 * len(file.getvalue()) / (90 * 120))
         error = np.square(np.asarray(Image.open(file), float) - np.asarray(image, float)).mean()
         assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
-    assert len(rows) == len({row["bpp"] for row in rows}) > 8
+    assert len(codec["images"]) == len(codec["results"]["bpp"]) == len({row["bpp"] for row in codec["images"]}) > 8
 
 
-def test_a_codec_that_pillow_lacks_is_named_and_left_out(picture, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", anchors.CODECS)
+def test_qualities_go_from_few_bits_to_many(name, picture):
+    if not anchors.available([name]):
+        pytest.skip(f"this Pillow has no {name}")
+    image = to_tensor(np.array(Image.open(picture).resize((360, 480))))
+    codec = anchors.CODECS[name]
+    low, _ = anchors.measure("picture", image, codec, codec.qualities[0])
+    high, decoded = anchors.measure("picture", image, codec, codec.qualities[-1])
+    assert low.bpp < high.bpp and low.psnr < high.psnr > 35 and low.ms_ssim < high.ms_ssim
+    assert np.abs(to_pixels(decoded).astype(float) - to_pixels(image)).mean() < 4
+    assert min(low.encode_seconds, low.decode_seconds) > 0
+
+
+def test_the_scripts_choices_are_the_codecs():
+    assert tuple(anchors.CODECS) == eval_vbr.ANCHORS
+
+
+def test_a_codec_that_pillow_lacks_is_named_and_left_out(monkeypatch, capsys):
     monkeypatch.setattr(anchors.features, "check", lambda name: False)
-    anchors.main(["-d", str(picture), "--out", str(tmp_path / "out")])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["jpeg.json"]
-    assert "avif" in capsys.readouterr().err
-
-
-def test_a_broken_picture_is_named_and_the_status_tells(picture, tmp_path, capsys):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert anchors.main(["-d", str(tmp_path), "--codecs", "jpeg", "--out", str(tmp_path / "out")]) == 1
-    assert "broken.png" in capsys.readouterr().err
+    monkeypatch.delitem(anchors.Image.SAVE, "JXL", raising=False)
+    monkeypatch.setattr(anchors.importlib, "import_module", lambda name: None)
+    assert anchors.available(["avif", "jpeg", "jpegxl", "jpeg"]) == ["jpeg"]
+    told = capsys.readouterr().err
+    assert "AVIF" in told and "pillow-jxl-plugin" in told

@@ -14,9 +14,11 @@ from typing import NamedTuple
 from models.lambdas import LADDERS
 from utils import cli
 from utils.evaluation.bd_rate import delta_quality, delta_rate, points_of, rising
-from utils.evaluation.results import Column, Table, decibels, finite, mean, mse_of_psnr
+from utils.evaluation.results import Column, Table, decibels, mean, mse_of_psnr
+from utils.files import finite
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
+_OF_A_RUN = ("compared", "summary", "rate_model", "made")  # keys of a file that are not of its first codec
 # Of the published curves those that are drawn and compared with: a standard or a paper each, old to new.
 DRAWN = ("bmshj2018-hyperprior", "mbt2018-mean", "BPG 4:4:4", "cheng2020-attn", "VTM", "TCM small N=64")
 
@@ -24,7 +26,8 @@ DRAWN = ("bmshj2018-hyperprior", "mbt2018-mean", "BPG 4:4:4", "cheng2020-attn", 
 class Point(NamedTuple):
     """A codec at one quality, means over pictures: PSNR in dB, MSE on the 0–255 scale, MS-SSIM in [0, 1].
 
-    The quality is an index of ours, or what the codec calls it; None where a codec has one rate, or it is not known.
+    The quality is an index of ours (the mean, where a target gave each picture its own), or what the codec calls it;
+    None where a codec has one rate, or it is not known.
     """
 
     quality: float | None
@@ -48,17 +51,18 @@ def points(codec: dict) -> list[Point]:
     if "images" in codec:
         for row in codec["images"]:
             mse = 0.0 if row["psnr"] is None else mse_of_psnr(row["psnr"])  # JSON has no infinity
-            groups[row["index"]].append((row["bpp"], row["psnr"], mse, row.get("ms_ssim")))
+            values = row["index"], row["bpp"], row["psnr"], mse, row["ms_ssim"]
+            groups[row["point"]].append(values)
     else:
         results = codec["results"]
         ms_ssim = results.get("ms-ssim-rgb", [None] * len(results["bpp"]))
         for bpp, psnr, value in zip(results["bpp"], results["psnr-rgb"], ms_ssim, strict=True):
-            groups[bpp].append((bpp, psnr, 0.0 if psnr is None else mse_of_psnr(psnr), value))
+            groups[bpp].append((None, bpp, psnr, 0.0 if psnr is None else mse_of_psnr(psnr), value))
     found = []
-    for key, rows in groups.items():
-        bpp, psnr, mse, ms_ssim = zip(*rows, strict=True)
-        quality = key if "images" in codec else None
-        found.append(Point(quality, mean(bpp), None if None in psnr else mean(psnr), mean(mse), mean(ms_ssim)))
+    for rows in groups.values():
+        index, bpp, psnr, mse, ms_ssim = zip(*rows, strict=True)
+        known = None if None in psnr else mean(psnr)
+        found.append(Point(mean(index), mean(bpp), known, mean(mse), mean(ms_ssim)))
     return sorted(found, key=lambda point: point.bpp)
 
 
@@ -94,8 +98,17 @@ def add_codecs(codecs: list[dict], file: str) -> None:
     """Add the codecs of a file; those that it was compared with only where there is none of their name yet."""
     for number, codec in enumerate(read_codecs(file)):
         if not number or all(other["name"] != codec["name"] for other in codecs):
-            kept = {key: value for key, value in codec.items() if key not in ("compared", "summary", "rate_model", "made")}
-            add_codec(codecs, kept, Path(file).stem)
+            add_codec(codecs, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
+
+
+def together(codecs: list[dict], files: list[str]) -> dict:
+    """The first of codecs, with the others and those of files under "compared", and their "summary"."""
+    found: list[dict] = []
+    for codec in codecs:
+        add_codec(found, codec, codec.get("checkpoint", {}).get("fingerprint", ""))
+    for file in files:
+        add_codecs(found, file)
+    return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
 
 
 def pictures(codec: dict) -> set[str]:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,16 @@ PUBLISHED_COLOR = "0.55"
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: what it is called as a file, what it shows in words, and its SVG on light and on dark ground."""
+    """A plot: what it is called as a file, what it shows in words, and its SVG on light and on dark ground.
+
+    A wide one is scrolled on a narrow screen; others shrink.
+    """
 
     name: str
     alt: str
     light: bytes
     dark: bytes
+    wide: bool
 
 
 def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plot:
@@ -40,7 +44,8 @@ def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plo
         with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=110)
     with style.context("dark_background"), matplotlib.rc_context(_SVG | _DARK):
-        return Plot(name, alt, light, _svg(draw()))
+        width, height = figure.get_size_inches()
+        return Plot(name, alt, light, _svg(draw()), bool(width > 2 * height))
 
 
 def _svg(figure: Figure) -> bytes:
@@ -66,7 +71,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
         published: drawn as dotted gray lines with their names at the end.
         metric: "psnr" or "ms-ssim".
     """
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
     drawn = [curve for codec in ours if (curve := curve_of(codec, metric))]
     for codec in ours:
@@ -96,7 +101,7 @@ def curve_of(codec: dict, metric: str) -> list[tuple[float, float]]:
 
 
 def steps_figure(images: list[dict]) -> Figure:
-    """Loss, bpp and PSNR of each picture over the steps of its refinement, from `image["steps"]`: change from step 0."""
+    """Change from step 0 of loss, bpp and PSNR of each picture while it was refined, from `image["steps"]`."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     titles = ("loss, change in %", "bits per pixel, change in %", "PSNR, change in dB")
     for number, (axes, title) in enumerate(zip(figure.subplots(1, 3), titles, strict=True)):
@@ -115,15 +120,13 @@ def steps_figure(images: list[dict]) -> Figure:
     return figure
 
 
-def targets_figure(errors: Iterable[tuple[str, float]]) -> Figure:
-    """The error of each file's size against its target, in percent."""
-    names, values = zip(*errors, strict=True)
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(names)), layout="constrained")
-    axes = axes_of(figure, "size against target, in percent", "")
-    axes.barh(range(len(names)), values)
-    axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.invert_yaxis()
-    axes.axvline(0, color=PUBLISHED_COLOR, linewidth=1)
+def targets_figure(errors: Sequence[float]) -> Figure:
+    """How far each file's size is from its target, in percent."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = axes_of(figure, "file, in the order of the table", "size against target (%)")
+    axes.axhline(0, color=PUBLISHED_COLOR, linewidth=1)
+    axes.plot(range(1, len(errors) + 1), errors, "o", markersize=5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

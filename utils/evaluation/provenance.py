@@ -7,10 +7,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from models import TCM
 from utils.device import processor
 from utils.training.distributed import DistContext
 
 PACKAGES = ("torch", "numpy", "compressai", "pillow", "pytorch-msssim")
+
+
+def origin(checkpoint: str, model: TCM) -> dict:
+    """Which weights results are of, in plain values."""
+    return {"file": Path(checkpoint).name, "fingerprint": model.fingerprint.hex()}
 
 
 def provenance(argv: list[str] | None, context: DistContext) -> dict:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models import TCM
+from models import TCM, TCM_VBR
 from utils.evaluation import anchors, rate_study
 from utils.evaluation.comparison import is_kodak, ms_ssim_decibels, points, published
 from utils.evaluation.evaluate import evaluate
 from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
-from utils.evaluation.plots import rd_figure, render
+from utils.evaluation.plots import rd_figure, render, targets_figure
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import read_image, to_pixels
 
@@ -71,6 +71,11 @@ def _version(codec: str, result: Result, decoded: Tensor) -> Version:
     return Version(codec, note, _crop(decoded))
 
 
+def study(model: TCM | None, shown: list[Path]) -> list[rate_study.Study]:
+    """The R-λ model of pictures; none without variable-rate weights."""
+    return rate_study.study_all(model, shown) if isinstance(model, TCM_VBR) else []
+
+
 # Sections ------------------------------------------------------------------------------------
 
 
@@ -88,10 +93,10 @@ def write_report(
     sections = [
         _curves(folder, codecs, ours, from_papers),
         _side_by_side(whole["summary"]),
-        Section("Pictures", _PICTURES_TEXT, viewers=viewers),
+        Section("Pictures", _PICTURES_TEXT, viewers=viewers) if viewers else None,
         _speed(whole["summary"]),
         _rate_model(folder, studies),
-        targets(codecs),
+        targets(folder, codecs),
         per_picture(codecs[:ours]),
     ]
     pictures = len({row["image"] for row in whole.get("images", ())})
@@ -159,7 +164,8 @@ def _side_by_side(summary: dict) -> Section:
             overlap = 100 * rate["overlap"] if rate.get("overlap") else None
             rows.append([codec["name"], title, rate["value"], quality["value"], low, high, overlap, rate["reason"]])
     first = codecs[0]["name"]
-    bd = Table(f"Bjøntegaard deltas of {first}; negative: fewer bits than the other codec at equal quality", columns, rows)
+    caption = f"Bjøntegaard deltas of {first}; a negative rate: fewer bits than the other codec at equal quality"
+    bd = Table(caption, columns, rows)
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
     text += ". The R-D loss needs no overlap of the curves; smaller is better."
     return Section("Side by side", text, tables=[loss, bd][: len(codecs)])
@@ -183,13 +189,13 @@ def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None
         for name, text in rate_study.MODELS.items()
     ]
     alt = "Bits measured against bits predicted by both models, and bits per pixel over λ; the fits are in the table"
-    text = f"Bits of {len(studies)} pictures at {len(rate_study.INDEXES)} rates, measured, and predicted from one trial. "
-    text += "A slope of one and R² of one mean that the model holds."
+    text = f"Bits of {len(studies)} pictures at {len(rate_study.INDEXES)} rates, measured and predicted from one trial."
+    text += " A slope of one and R² of one mean that the model holds."
     plot = render(lambda: rate_study.draw(studies), "rate_model", alt, folder)
     return Section("The R-λ model", text, [plot], [Table("Means over these pictures", columns, rows)])
 
 
-def targets(codecs: list[dict]) -> Section | None:
+def targets(folder: Path, codecs: list[dict]) -> Section | None:
     """How far files are from the sizes that were asked for, where there were such."""
     rows = [
         [codec["name"], row["image"], row["bpp"], 100 * row["error"], row["trials"]]
@@ -198,14 +204,19 @@ def targets(codecs: list[dict]) -> Section | None:
         if row.get("error") is not None
     ]
     columns = [Column("codec"), Column("picture"), Column("bpp", 4), Column("error (%)", 3, True), Column("trials")]
-    return _of_table("Rate control", "", "Size of each file against its target", columns, rows)
+    if not rows:
+        return None
+    alt = "Difference between the size of each file and its target in percent; the values are in the table"
+    plot = render(lambda: targets_figure([row[3] for row in rows]), "targets", alt, folder)
+    return Section("Rate control", "", [plot], [Table("Size of each file against its target", columns, rows)])
 
 
 def per_picture(codecs: list[dict]) -> Section | None:
     """The results of every picture."""
     columns = [Column("codec"), Column("picture"), Column("width"), Column("height"), Column("index", 2)]
     columns += [*_QUALITY_COLUMNS, Column("loss", 4), Column("encode (s)", 2), Column("decode (s)", 2)]
-    keys = ("image", "width", "height", "index", "bpp", "psnr", "ms_ssim_db", "loss", "encode_seconds", "decode_seconds")
+    keys = ("image", "width", "height", "index", "bpp", "psnr", "ms_ssim_db", "loss")
+    keys += ("encode_seconds", "decode_seconds")
     rows = [[codec["name"], *(row[key] for key in keys)] for codec in codecs for row in codec.get("images", ())]
     return _of_table("Every picture", "Press a title to sort by it.", "Every picture at every rate", columns, rows)
 

@@ -1,5 +1,6 @@
 """Results, as a table in the terminal, and as JSON in CompressAI's format. Needs no PyTorch, which takes seconds."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -120,19 +121,21 @@ FIELDS |= {"encoding_time": "encode_seconds", "decoding_time": "decode_seconds",
 
 
 def to_json(groups: list[list[Result]], name: str, description: str, results: list[Result] | None = None) -> dict:
-    """A codec in CompressAI's results format, with the index and the loss, and every result under `images`.
+    """A codec in CompressAI's results format, with the index and the loss, and every result under `images`: there
+    "point" is the position of its group.
 
     Args:
         groups: results whose means are the points of the curve.
         results: the same results, in the order in which `images` has them (default: that of the groups).
     """
+    point = {id(result): number for number, group in enumerate(groups) for result in group}
     means = {key: finite([mean(getattr(r, field) for r in group) for group in groups]) for key, field in FIELDS.items()}
     results = results or [result for group in groups for result in group]
     return {
         "name": name,
         "description": f"{description}, means over pictures",
         "results": {key: values for key, values in means.items() if any(value is not None for value in values)},
-        "images": finite([asdict(result) for result in results]),
+        "images": finite([asdict(result) | {"point": point[id(result)]} for result in results]),
     }
 
 

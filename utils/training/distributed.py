@@ -15,7 +15,7 @@ from utils import cli
 T = TypeVar("T")
 # How long a process waits for another one that hangs. gloo notices at once when one dies; with NCCL torchrun ends the
 # others half a minute later.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT, PATIENT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
 
 
 @dataclass
@@ -27,14 +27,13 @@ class DistContext:
     world_size: int = 1
 
     @classmethod
-    def from_environment(cls, device: str, timeout: timedelta = TIMEOUT, backend: str | None = None) -> "DistContext":
+    def from_environment(cls, device: str, sharing: bool = False) -> "DistContext":
         """Join the processes that torchrun started; without torchrun there is one process.
 
         With CUDA each process takes the GPU of its local rank. UserError where there is none.
 
         Args:
-            timeout: how long a process waits for another one.
-            backend: of torch.distributed (default: NCCL with CUDA, else gloo).
+            sharing: whether processes only share pictures. They then meet once, at the end, and wait long for that.
         """
         found = cli.pick_device(device)
         if "WORLD_SIZE" not in os.environ:
@@ -45,7 +44,8 @@ class DistContext:
                 raise cli.UserError(f"process {local} of this machine has no GPU: there are {count}")
             found = torch.device("cuda", local)
             torch.cuda.set_device(found)
-        dist.init_process_group(backend or ("nccl" if found.type == "cuda" else "gloo"), timeout=timeout)
+        backend = "nccl" if found.type == "cuda" and not sharing else "gloo"
+        dist.init_process_group(backend, timeout=PATIENT_TIMEOUT if sharing else TIMEOUT)
         return cls(found, dist.get_rank(), dist.get_world_size())
 
     @property

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+
+from models.lambdas import LADDER
+from utils import cli
+from utils.evaluation import comparison
+from utils.evaluation.results import Result, decibels, to_json
+
+
+def psnr(error: float) -> float:
+    return 10 * np.log10(255**2 / error)
+
+
+def codec(name: str, *rates: list[Result]) -> dict:
+    return json.loads(json.dumps(to_json(list(rates), name, "made up")))
+
+
+def result(index: float, bpp: float, error: float, image: str = "a", ms_ssim: float | None = None) -> Result:
+    return Result(image, 1000, 500, index, bpp, psnr(error) if error else np.inf, ms_ssim, None, None, 1.0, 2.0)
+
+
+def test_least_loss_takes_the_best_rate_for_each_lambda():
+    # Two rates of two pictures: 1 bit at MSE 10 and 30, 2 bits at MSE 2 and a perfect copy.
+    rates = [[result(0, 1, 10), result(0, 1, 30, "b")], [result(5, 2, 2), result(5, 2, 0, "b")]]
+    expected = [min(1 + 20 * lmbda, 2 + lmbda) for lmbda in LADDER]
+    row = comparison.compare([codec("c", *rates)])["codecs"][0]
+    assert row["least_loss"] == pytest.approx(expected) and row["mean_loss"] == pytest.approx(np.mean(expected))
+    assert row["encode_seconds_per_megapixel"] == pytest.approx(2) and row["decode_seconds"] == pytest.approx(2)
+
+
+def test_files_of_a_target_make_one_point_though_their_indexes_differ():
+    """Two pictures, each with the index at which its file has the size that was asked for."""
+    (point,) = comparison.points(codec("c", [result(1.25, 0.6, 10), result(3.75, 0.6, 30, "b")]))
+    assert point.bpp == pytest.approx(0.6) and point.mse == pytest.approx(20) and point.quality == pytest.approx(2.5)
+
+
+def test_ms_ssim_is_averaged_before_it_becomes_decibels():
+    (point,) = comparison.points(codec("c", [result(0, 1, 10, ms_ssim=0.9), result(0, 1, 10, "b", ms_ssim=0.98)]))
+    assert comparison.ms_ssim_decibels(point) == pytest.approx(decibels(0.94))
+
+
+def test_deltas_of_the_first_against_the_others():
+    """Ten percent fewer bits at every quality; quality that hardly overlaps; and too few points."""
+    errors = (80, 40, 20, 10, 5)
+    first = codec("first", *[[result(i, 0.9 * 2**i / 10, e, ms_ssim=1 - e / 1000)] for i, e in enumerate(errors)])
+    more = codec("more", *[[result(i, 2**i / 10, e, ms_ssim=1 - e / 1000)] for i, e in enumerate(errors)])
+    far = codec("far", *[[result(i, 2**i / 10, e / 14)] for i, e in enumerate(errors)])
+    few = codec("few", *[[result(i, 2**i / 10, e)] for i, e in enumerate(errors[:3])])
+    whole = comparison.together([first, more, far, few], [])
+    rows = {row["name"]: row for row in whole["summary"]["codecs"]}
+    for metric in ("psnr", "ms-ssim"):
+        assert rows["more"][f"bd_{metric}"]["rate"]["value"] == pytest.approx(-10, abs=0.01)
+        assert rows["more"][f"bd_{metric}"]["rate"]["overlap"] == pytest.approx(1)
+    assert rows["more"]["bd_psnr"]["quality"]["value"] > 0
+    assert rows["far"]["bd_psnr"]["rate"]["value"] is None
+    assert "of the shorter" in rows["far"]["bd_psnr"]["rate"]["reason"]
+    assert "no ms-ssim" in rows["far"]["bd_ms-ssim"]["rate"]["reason"]
+    assert "3 rising points" in rows["few"]["bd_psnr"]["rate"]["reason"]
+    lines = comparison.table(whole["summary"]).splitlines()
+    assert "-10.0" in lines[2] and len(lines) == 6
+
+
+def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):
+    one, two = codec("model", [result(0, 1, 10)]), codec("model", [result(0, 2, 10, "b")])
+    jpeg = codec("JPEG", [result(5, 1, 20)])
+    for name, first in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(first | {"compared": [jpeg], "summary": {}, "made": {}}))
+    whole = comparison.together([], [str(tmp_path / "one.json"), str(tmp_path / "two.json")])
+    assert [whole["name"], *(c["name"] for c in whole["compared"])] == ["model", "JPEG", "model (two)"]
+    assert "other pictures" in capsys.readouterr().err
+
+
+def test_compressais_own_files_are_read(tmp_path):
+    curve = {"name": "bmshj", "description": "", "results": {"bpp": [0.5, 0.2], "psnr-rgb": [30.0, 27.0]}}
+    (tmp_path / "c.json").write_text(json.dumps(curve))
+    (first,) = comparison.read_codecs(str(tmp_path / "c.json"))
+    assert [(p.bpp, p.psnr) for p in comparison.points(first)] == [(0.2, 27.0), (0.5, 30.0)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"name": "x", "images": []}', '{"name": "x", "images": [{"bpp": 1}]}']
+)
+def test_what_is_no_result_is_named(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(cli.UserError, match=r"r\.json"):
+        comparison.together([], [str(tmp_path / "r.json")])
+
+
+def test_published_curves_have_sources_and_are_for_kodak_alone():
+    for curve in comparison.published():
+        assert curve["source"] and curve["description"] == "published, not measured"
+        assert sorted(curve["results"]["bpp"]) == curve["results"]["bpp"]
+    kodak = [Result(f"kodim{i:02}.png", *((512, 768) if i % 5 else (768, 512)), 0, 1, 30) for i in range(1, 25)]
+    assert comparison.is_kodak(codec("c", kodak))
+    assert not comparison.is_kodak(codec("c", kodak[:8]))
+    kodak[3].width = 600
+    assert not comparison.is_kodak(codec("c", kodak))

@@ -1,0 +1,71 @@
+"""Measurements in several processes, as torchrun starts them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval_vbr
+import online_training_vbr
+from tests.training.test_trainer import ROOT, wait_for
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def without_times(file):
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if not re.search("seconds|_time$|^made$", k)}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(eval_vbr, ["--anchors", "jpeg", "-l", "0", "5"]), (online_training_vbr, ["-t", "2", "-l", "1", "4"])],
+    ids=["eval_vbr", "online_training_vbr"],
+)
+def test_two_processes_find_what_one_does(script, options, photos, varied_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it: sums over threads round differently
+    (photos / "p1.png").write_bytes(b"broken")  # shares are of all pictures, and results of those that can be read
+    pictures = [str(photos / f"p{i}.png") for i in range(4)]
+    common = ["-d", *pictures, "--checkpoint", varied_checkpoint, *options, "--json"]
+    name = f"{script.__name__}.py"
+    commands = {"one": [sys.executable, name], "two": [*TORCHRUN, name]}
+    for key, command in commands.items():
+        whole = [*command, *common, str(tmp_path / f"{key}.json")]
+        done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "p1.png" in done.stderr, done.stderr
+    one, two = (without_times(tmp_path / f"{key}.json") for key in commands)
+    assert len(one["images"]) == 6
+    assert one == two
+
+
+def test_a_dead_process_ends_the_run_with_a_message(photos, varied_checkpoint, tmp_path):
+    pictures = [str(photos / f"p{i}.png") for i in range(4)] * 40
+    command = [*TORCHRUN, "eval_vbr.py", "-d", *pictures, "--checkpoint", varied_checkpoint, "--real", "--json"]
+    with (tmp_path / "output").open("w") as output:
+        run = subprocess.Popen(
+            [*command, str(tmp_path / "rd.json")], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        wait_for(lambda: (tmp_path / "output").read_text().count("weights:"), run)  # the first process has its model
+        os.kill(children(run.pid)[-1], signal.SIGKILL)
+        assert run.wait(120) != 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    output = (tmp_path / "output").read_text()
+    assert not (tmp_path / "rd.json").exists()
+    assert "SIGKILL" in output or "another process of this run has ended" in output
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
