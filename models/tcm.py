@@ -7,7 +7,7 @@ them. TCM_VBR overrides what happens to the latent after `g_a` and before `g_s`.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -24,6 +24,7 @@ from models.config import PRESETS, TCMConfig
 from models.lambdas import MAX_INDEX, check_index
 from models.layers import ConvTransBlock, SWAtten
 from models.portable import EPSILON, crc_of, portable_indexes, table_index
+from models.precision import deterministic
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import (
     QuantizedLatents,
@@ -406,18 +407,6 @@ class TCM(CompressionModel):
         model = cls(infer_config(state_dict))
         model.load_state_dict(state_dict)
         return model.eval()
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 class _SubsampledConv(nn.Conv2d):
