@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from models import STRIDE
 from models.coding_tables import CodingTables, open_stream, to_symbols
 from models.config import PRESETS, TCMConfig
+from models.device import send
 from models.lambdas import MAX_INDEX, check_index
 from models.layers import ConvTransBlock, SWAtten
 from models.portable import EPSILON, crc_of, portable_indexes, table_index
@@ -192,7 +193,7 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self.forward_fromlatent(y, self.h_a(y), index, use_scale_table, noise=noise)
+        return self._reconstruct(y, self.h_a(y), index, use_scale_table, noise=noise)
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
@@ -205,7 +206,12 @@ class TCM(CompressionModel):
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
         of the rounded values.
         """
-        index = self.resolve_index(index, len(y))
+        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise)
+
+    def _reconstruct(
+        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool,
+        surrogate: Surrogate | None = None, noise: Noise = None,
+    ) -> dict:
         y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
@@ -504,7 +510,7 @@ class TCM_VBR(TCM):
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
             index = torch.rand(batch) * MAX_INDEX
-        return check_index(index, batch)
+        return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y · m and ln m, `[B, M, H/16, W/16]` both."""
