@@ -17,6 +17,7 @@ from models import TCM_VBR
 from models.config import PRESETS
 from utils import cli
 from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+from utils.device import choose_kernels_for_training
 from utils.training.distributed import DistContext
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
         raise cli.UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
+    choose_kernels_for_training()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, Path(folder))
         batch, device = trainer.next_batch(), trainer.device
