@@ -310,14 +310,15 @@ class TCM(CompressionModel):
         coder = SliceEncoder(y, self.num_slices)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder)
-        z_symbols, symbols, sigma = to_symbols(rounded), torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
+        rounded_y, sigma = torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
+        z_symbols, symbols = to_symbols(rounded), to_symbols(rounded_y)
         if not portable:
             indexes = table_index(self.gaussian_conditional, sigma).cpu()
             return QuantizedLatents(symbols, indexes, z_symbols, sigma, y_hat, None)
         lengths = self.coding_tables[0].code_lengths
         all_indexes, side_info = [], []
-        for z_one, y_one, sigma_one in zip(z_symbols, symbols, sigma, strict=True):
-            parts = lengths, y_one.flatten(), sigma_one.flatten()
+        for z_one, y_one, rounded_one, sigma_one in zip(z_symbols, symbols, rounded_y, sigma, strict=True):
+            parts = lengths, rounded_one.int().flatten(), sigma_one.flatten()
             indexes, scales = portable_indexes(self.gaussian_conditional, *parts, self.epsilon)
             all_indexes.append(indexes.view(y_one.shape))
             side_info.append(SideInfo(scales, crc_of(y_one, crc_of(z_one))))

@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> None:
     if not args.checkpoint:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
-    parts = tables.code_lengths, symbols.flatten(), sigma.flatten()
+    parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
     indexes = portable_indexes(model.gaussian_conditional, *parts, model.epsilon)[0].view(symbols.shape)
     stream = tables.encode(symbols, indexes)
 
