@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'data preparation, of the step':<36} {data / step:9.1%}")
     print(f"{'GMAC per step, forward and backward':<36} {macs / 1e9:9.0f}")
     print(f"{'of the ' + precision + ' matrix rate':<36} {macs / step / rate:9.0%}   ({rate / 1e12:.3f} TMAC/s)")
-    print(f"{'waits for the GPU in a step':<36} {len(waiting):9d}   {' '.join(waiting)}")
+    if device.type == "cuda":
+        print(f"{'waits for the GPU in a step':<36} {len(waiting):9d}   {' '.join(waiting)}")
     print(f"{'peak memory per sample (MiB)':<36} {peak / args.batch_size / 2**20:9.0f}")
 
 
