@@ -21,10 +21,10 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if [ $device = cuda ]; then
-    steps=40 batch=(-bs 32) sides=(--val-size 256) speed=(--runs 10) decoding=(--crop 256)
+    steps=40 batch=(-bs 32) sides=(--val-size 256) speed=(--runs 10) size=(--width 768 --height 512) decoding=(--crop 256)
 else
     export CUDA_TESTS_ON_CPU=1 TORCHDYNAMO_DISABLE=1 # --compile then compiles nothing, which would take minutes
-    steps=2 batch=(-bs 1 --patch-size 128) sides=(--val-size 128) speed=(--runs 1) decoding=(--crop 128 -l 2.5)
+    steps=2 batch=(-bs 1 --patch-size 128) sides=(--val-size 128) speed=(--runs 1) size=(--width 128 --height 128) decoding=(--crop 128 -l 2.5)
 fi
 if [ $# -eq 0 ]; then
     mkdir "$work/photographs"
@@ -60,7 +60,7 @@ title "training: patches a second, and where the host waits for the GPU"
 "$python" -m utils.benchmarks.training --device $device --amp --compile "${batch[@]}" "${speed[@]}"
 
 title "coding: seconds of each part"
-"$python" -m utils.benchmarks.speed --device $device "${speed[@]}"
+"$python" -m utils.benchmarks.speed --device $device "${size[@]}" "${speed[@]}"
 
 title "files decode on the other device"
 picture=$(find "$photographs" -type f \( -iname '*.png' -o -iname '*.jpg' -o -iname '*.jpeg' \) | sort | head -n 1 || true)
