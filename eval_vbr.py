@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so th
     from torch import Tensor
 
     from models import TCM
-    from utils.training.distributed import DistContext
+    from utils.distributed import DistContext
 
 ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
 
@@ -102,9 +102,9 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from utils.checkpoint import load_model
+    from utils.distributed import DistContext
     from utils.evaluation import anchors, comparison, rate_study, report
     from utils.evaluation.provenance import provenance
-    from utils.training.distributed import DistContext
 
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data) if args.measure else []

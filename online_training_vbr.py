@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so th
     from models import TCM_VBR
     from utils.codec.encode import EncodeResult
     from utils.codec.refinement import Step
-    from utils.training.distributed import DistContext
+    from utils.distributed import DistContext
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeRequest]]:
@@ -236,9 +236,9 @@ def write_report(folder: Path, whole: dict) -> Path:
 def main(argv: list[str] | None = None) -> int:
     args, requests = parse(argv)
     from utils.checkpoint import load_model
+    from utils.distributed import DistContext
     from utils.evaluation.bd_rate import MIN_POINTS
     from utils.evaluation.provenance import origin, provenance
-    from utils.training.distributed import DistContext
 
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data)

@@ -36,16 +36,18 @@ class CodingTables:
         return float(-(counts * np.log2(likeliest)).sum())
 
     def code_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
-        """Bits of each int32 symbol `[n]` with int32 indexes `[n]`: float32 `[n]`."""
+        """Bits of each int32 symbol `[n]` with int32 indexes `[n]`, on any device: float32 `[n]`."""
         reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
         if self._lengths is None:
             every = torch.arange(-reach, reach + 1, dtype=torch.int32).repeat(len(self.cdfs))
             rows = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
             self._lengths = self._compute_lengths(every, rows)
+        if self._lengths.device != symbols.device:
+            self._lengths = self._lengths.to(symbols.device)
         bits = self._lengths[indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
         far = symbols.abs() > reach
         if far.any():
-            bits[far] = self._compute_lengths(symbols[far], indexes[far])
+            bits[far] = self._compute_lengths(symbols[far].cpu(), indexes[far].cpu()).to(bits.device)
         return bits
 
     def _compute_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
@@ -90,9 +92,10 @@ def to_symbols(rounded: Tensor) -> Tensor:
     Raises:
         ValueError: one is not finite (its conversion to an int depends on the machine) or beyond LARGEST_SYMBOL.
     """
+    rounded = rounded.cpu()  # first: from a GPU a second answer would be another wait
     if not (rounded.abs() <= LARGEST_SYMBOL).all():  # a NaN compares false
         raise ValueError("the latent cannot be coded: it has values that are not finite, or enormous")
-    return rounded.int().cpu()
+    return rounded.int()
 
 
 def open_stream(stream: bytes, symbols: int) -> RansDecoder:

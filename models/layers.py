@@ -16,6 +16,7 @@ from torch import Tensor, nn
 # Elements that are computed at once, without gradients. On a CPU 1 MiB of input and 4 MiB of a transformer's hidden
 # layer stay in the cache; on a GPU the limit bounds the memory of large pictures.
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
+MAX_WINDOWS = 2**16 - 1  # of one call: CUDA's attention kernels have as many blocks in one dimension of their grid
 
 __all__ = ["WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock"]
 
@@ -45,6 +46,14 @@ def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     for start in range(size, len(x), size):
         out[start : start + size] = work(x[start : start + size])
     return out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of `[n, heads, tokens, d]` with a bias `[1 or n, heads, tokens, tokens]`, MAX_WINDOWS at a time."""
+    if len(q) <= MAX_WINDOWS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    parts = [x.expand(len(q), -1, -1, -1).split(MAX_WINDOWS) for x in (q, k, v, bias)]
+    return torch.cat([_attention(*part) for part in zip(*parts, strict=True)])
 
 
 class WMSA(nn.Module):
@@ -114,7 +123,7 @@ class WMSA(nn.Module):
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
             out = scores.softmax(-1).to(v.dtype) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+            out = _attention(q, k, v, bias.to(q.dtype))
         return self.linear(out.transpose(1, 2).reshape(n, tokens, C))
 
 

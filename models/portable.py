@@ -51,9 +51,9 @@ def choose_shifts(
     """The shift of every block, uint8 `[blocks]`, that costs fewest bits, with those of its listed positions.
 
     Args:
-        symbols, sigma: `[n]`, on the CPU.
+        symbols, sigma: `[n]`, on the device of the table.
     """
-    levels, step = gaussian.scale_table.cpu(), _log_step(gaussian)
+    levels, step = gaussian.scale_table, _log_step(gaussian)
     if len(levels) < 2:
         return np.zeros(count_blocks(len(sigma)), np.uint8)
     if count_blocks(len(sigma)) > BLOCKS_AT_ONCE:
@@ -63,23 +63,23 @@ def choose_shifts(
     live = (sigma > levels[0]).nonzero().flatten()  # the others have index 0 whatever their shift
     at = (sigma[live].clamp(max=9 * levels[-1]) / levels[0]).log() / step  # in rows: boundaries are whole numbers
     above = at.ceil().int().clamp(max=len(levels) - 1)
-    first = live.numpy() // BLOCK * 256
+    first = live // BLOCK * 256
     count = count_blocks(len(sigma)) * 256
-    cost = np.zeros(count)  # of each block at each shift, relative to the shift before; summed up below
-    listed = np.zeros(count)
+    # Of each block at each shift: bits relative to the shift before, summed up below, and listed positions.
+    cost, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)
     before = lengths(symbols[live], above)
     for passed in range(256 // SHIFTS_PER_ROW):  # the boundaries that a shift moves past a σ, one after the other
         until = (at - (above - 1 - passed)) * SHIFTS_PER_ROW
-        crossed, nearest = until.ceil().numpy().astype(int), until.round().numpy().astype(int)
+        crossed, nearest = until.ceil().long(), until.round().long()
         after = lengths(symbols[live], (above - 1 - passed).clamp(min=0))
-        real = (above > passed).numpy()  # there is such a boundary
+        real = above > passed  # there is such a boundary
         inside = real & (crossed < 256)
-        cost += np.bincount(first[inside] + crossed[inside], (after - before).numpy()[inside], count)
-        close = real & (nearest < 256) & (np.abs(until.numpy() - nearest) < epsilon / step * SHIFTS_PER_ROW)
-        listed += np.bincount(first[close] + nearest[close], minlength=count)
+        cost += torch.bincount((first + crossed)[inside], (after - before)[inside].double(), count)
+        close = real & (nearest < 256) & ((until.double() - nearest).abs() < epsilon / step * SHIFTS_PER_ROW)
+        listed += torch.bincount((first + nearest)[close], minlength=count)
         before = after
-    total = cost.reshape(-1, 256).cumsum(1) + _BITS_PER_LISTED * listed.reshape(-1, 256)
-    return total.argmin(1).astype(np.uint8)
+    total = cost.view(-1, 256).cumsum(1) + _BITS_PER_LISTED * listed.view(-1, 256)
+    return total.argmin(1).byte().cpu().numpy()
 
 
 def _log_step(gaussian: GaussianConditional) -> float:
@@ -94,15 +94,14 @@ def portable_indexes(
     """Indexes of one picture's positions, int32 `[n]` on the CPU, and what its file says of them: shifts and list.
 
     Args:
-        symbols: int32 `[n]`, on the CPU.
-        sigma: `[n]`, on the model's device.
+        symbols: int32 `[n]`, on the model's device as sigma `[n]`.
     """
-    shifts = choose_shifts(gaussian, lengths, symbols, sigma.cpu(), epsilon)
+    shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
     sigma = sigma * scale_factors(gaussian, shifts, len(sigma))
-    below, above = (table_index(gaussian, sigma * factor).cpu() for factor in (1 - epsilon, 1 + epsilon))
-    indexes, positions = table_index(gaussian, sigma).cpu(), (below != above).nonzero().flatten()
+    below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
+    indexes, positions = table_index(gaussian, sigma), (below != above).nonzero().flatten()
     sides = indexes[positions] != below[positions]
-    return indexes, shifts.tobytes() + pack_positions(positions.numpy(), sides.numpy())
+    return indexes.cpu(), shifts.tobytes() + pack_positions(positions.cpu().numpy(), sides.cpu().numpy())
 
 
 def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

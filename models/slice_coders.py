@@ -13,7 +13,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
-from models.coding_tables import CodingTables, open_stream, to_symbols
+from models.coding_tables import CodingTables, open_stream
 from models.portable import BELOW, crc_of, scale_factors, table_index, unpack_scales
 from models.side_info import SideInfo
 
@@ -87,8 +87,8 @@ class SliceEstimator:
 
 
 class SliceEncoder:
-    """Collects of y `[B, M, h, w]`, slice by slice, the `symbols`, int32 on the CPU, and the `sigma` that select their
-    rows of the scale table, on the model's device."""
+    """Collects of y `[B, M, h, w]`, slice by slice, the `symbols`, whole numbers as floats, and the `sigma` that select
+    their rows of the scale table, both on the model's device: a GPU need not wait between slices."""
 
     def __init__(self, y: Tensor, num_slices: int) -> None:
         self.slices = y.float().chunk(num_slices, 1)
@@ -97,7 +97,7 @@ class SliceEncoder:
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         symbols = torch.round(self.slices[len(self.symbols)] - mu)
-        self.symbols.append(to_symbols(symbols))
+        self.symbols.append(symbols)
         self.sigma.append(sigma)
         return symbols + mu
 
@@ -145,19 +145,21 @@ class SliceDecoder:
         if self.factors:
             sigma = sigma * torch.stack([factor[first : self.position] for factor in self.factors]).view(sigma.shape)
         indexes = table_index(self.gaussian, sigma).cpu()
-        if self.listed:
-            self._correct(first, indexes.flatten(1), table_index(self.gaussian, sigma * BELOW).cpu().flatten(1))
+        self._correct(first, indexes.flatten(1), sigma)
         decoded = []
         for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
             decoded.append(self.tables.decode(decoder, index))
             self.crcs[number] = crc_of(decoded[-1], self.crcs[number])
         return torch.stack(decoded).to(mu.device).type_as(mu) + mu
 
-    def _correct(self, first: int, indexes: Tensor, below: Tensor) -> None:
-        """Set the encoder's indexes at the listed positions of this slice, in place."""
+    def _correct(self, first: int, indexes: Tensor, sigma: Tensor) -> None:
+        """Set the encoder's indexes `[B, n]` at the listed positions of this slice, in place."""
         for number, (positions, above) in enumerate(self.listed):
             start, end = np.searchsorted(positions, (first, self.position))
+            if start == end:
+                continue
             here = torch.from_numpy(positions[start:end] - first)
-            corrected = below[number, here] + torch.from_numpy(above[start:end]).int()
+            below = table_index(self.gaussian, sigma[number].flatten()[here.to(sigma.device)] * BELOW).cpu()
+            corrected = below + torch.from_numpy(above[start:end]).int()
             # A malicious file may name a row beyond the table, and CompressAI's coder does not check.
             indexes[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)

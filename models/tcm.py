@@ -7,7 +7,7 @@ them. TCM_VBR overrides what happens to the latent after `g_a` and before `g_s`.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -21,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from models import STRIDE
 from models.coding_tables import CodingTables, open_stream, to_symbols
 from models.config import PRESETS, TCMConfig
+from models.device import send
 from models.lambdas import MAX_INDEX, check_index
 from models.layers import ConvTransBlock, SWAtten
 from models.portable import EPSILON, crc_of, portable_indexes, table_index
+from models.precision import deterministic
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import (
     QuantizedLatents,
@@ -191,7 +193,7 @@ class TCM(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self.forward_fromlatent(y, self.h_a(y), index, use_scale_table, noise=noise)
+        return self._reconstruct(y, self.h_a(y), index, use_scale_table, noise=noise)
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
@@ -204,7 +206,12 @@ class TCM(CompressionModel):
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
         of the rounded values.
         """
-        index = self.resolve_index(index, len(y))
+        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise)
+
+    def _reconstruct(
+        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool,
+        surrogate: Surrogate | None = None, noise: Noise = None,
+    ) -> dict:
         y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
@@ -303,14 +310,15 @@ class TCM(CompressionModel):
         coder = SliceEncoder(y, self.num_slices)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder)
-        z_symbols, symbols, sigma = to_symbols(rounded), torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
+        rounded_y, sigma = torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
+        z_symbols, symbols = to_symbols(rounded), to_symbols(rounded_y)
         if not portable:
             indexes = table_index(self.gaussian_conditional, sigma).cpu()
             return QuantizedLatents(symbols, indexes, z_symbols, sigma, y_hat, None)
         lengths = self.coding_tables[0].code_lengths
         all_indexes, side_info = [], []
-        for z_one, y_one, sigma_one in zip(z_symbols, symbols, sigma, strict=True):
-            parts = lengths, y_one.flatten(), sigma_one.flatten()
+        for z_one, y_one, rounded_one, sigma_one in zip(z_symbols, symbols, rounded_y, sigma, strict=True):
+            parts = lengths, rounded_one.int().flatten(), sigma_one.flatten()
             indexes, scales = portable_indexes(self.gaussian_conditional, *parts, self.epsilon)
             all_indexes.append(indexes.view(y_one.shape))
             side_info.append(SideInfo(scales, crc_of(y_one, crc_of(z_one))))
@@ -408,18 +416,6 @@ class TCM(CompressionModel):
         return model.eval()
 
 
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 class _SubsampledConv(nn.Conv2d):
     """A 1×1 convolution of stride 2, computed as one of stride 1 on every other pixel.
 
@@ -515,7 +511,7 @@ class TCM_VBR(TCM):
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
             index = torch.rand(batch) * MAX_INDEX
-        return check_index(index, batch)
+        return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y · m and ln m, `[B, M, H/16, W/16]` both."""

@@ -43,6 +43,14 @@ def processor(device: "torch.device") -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def choose_kernels_for_training() -> None:
+    """Let cuDNN time its kernels, and leave its attention out: gradients with a mask may be NaN (reported upstream)."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning each to the kernel.
 

@@ -9,7 +9,7 @@ import pytest
 import skimage.data
 import torch
 
-from models import portable
+from models import portable, slice_coders
 from models.portable import EPSILON, crc_of, pack_positions, unpack_positions
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import SliceDecoder
@@ -210,3 +210,30 @@ def test_larger_differences_are_an_error(tiny, picture, monkeypatch):
     disturbed(monkeypatch, 0.05)
     with pytest.raises(DecodingError, match="decoding went wrong"):
         decode(tiny, data)
+
+
+def test_a_gpu_is_not_read_between_slices(tiny, picture, monkeypatch):
+    """Encoding reads its symbols when all slices are done."""
+    y, z = latents(tiny, picture)
+    events, cpu, run_slices = [], torch.Tensor.cpu, tiny.run_slices
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: events.append(self.shape) or cpu(self))
+    monkeypatch.setattr(tiny, "run_slices", lambda *args: (run_slices(*args), events.append("end of the slices"))[0])
+    tiny.quantize(y, z)
+    assert events[0] == "end of the slices" and events.count(y.shape) == 1
+
+
+def test_rows_below_are_looked_up_where_positions_are_listed(tiny, picture, monkeypatch):
+    looked_up, table_index = [], slice_coders.table_index
+
+    def counted(gaussian, sigma):
+        looked_up.append(sigma.numel())
+        return table_index(gaussian, sigma)
+
+    monkeypatch.setattr(slice_coders, "table_index", counted)
+    tiny.epsilon = 1e-3
+    data = encode(tiny, picture, 2.0)
+    looked_up.clear()
+    decode(tiny, data)
+    coded, count = unpack(data), y_count(tiny, picture)
+    _, positions, _ = portable.unpack_scales(coded.side_info.scales, count)
+    assert len(positions) and sum(looked_up) == count + len(positions)

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 import eval_vbr
+from utils.distributed import DistContext
 from utils.evaluation import anchors
 from utils.images import to_pixels, to_tensor
-from utils.training.distributed import DistContext
 
 ALONE = DistContext(torch.device("cpu"))
 

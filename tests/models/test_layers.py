@@ -58,6 +58,30 @@ def test_pieces_change_nothing(monkeypatch):
         torch.testing.assert_close(block(x), whole.detach(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("type", ["W", "SW"])
+def test_more_windows_than_a_kernel_takes_are_attended_in_turn(monkeypatch, type):
+    torch.manual_seed(0)
+    attention = WMSA(32, 32, 8, 8, type)
+    torch.nn.init.normal_(attention.relative_position_params)
+    x = torch.randn(2, 16, 24, 32, requires_grad=True)
+    found, kernel, largest = [], torch.nn.functional.scaled_dot_product_attention, 0
+
+    def counted(q, *others, **more):
+        nonlocal largest
+        largest = max(largest, len(q))
+        return kernel(q, *others, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for limit, reached in ((12, 12), (5, 5)):  # of twelve windows
+        monkeypatch.setattr(layers, "MAX_WINDOWS", limit)
+        largest = 0
+        out = attention(x)
+        assert largest == reached
+        found.append((out, *torch.autograd.grad(out.square().sum(), (x, attention.relative_position_params))))
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_reach_everything():
     torch.manual_seed(0)
     block = ConvTransBlock(32, 32, 8, 8, 0, "SW")

@@ -332,3 +332,20 @@ def test_other_networks_are_refused():
         TCM.from_state_dict({"epoch": 3})
     with pytest.raises(ValueError, match="do not fit TCM: .*unknown: modnet_ga"):
         TCM.from_state_dict(TCM_VBR(**TINY).state_dict())
+
+
+def test_the_latent_is_float32_under_autocast(tiny):
+    """bfloat16 numbers above 128 are a step apart, and the latent is rounded to whole numbers."""
+    last, seen = tiny.g_a[-1], []
+    last.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tiny.features(x)
+    before, y = seen.pop()
+    assert before.dtype == torch.bfloat16 and y.dtype == torch.float32
+    with torch.no_grad():
+        exact = torch.nn.functional.conv2d(before.float(), last.weight, last.bias, stride=2, padding=1)
+        assert torch.equal(y, exact)
+        tiny.features(x)
+        before, y = seen.pop()
+        assert torch.equal(y, torch.nn.functional.conv2d(before, last.weight, last.bias, stride=2, padding=1))

@@ -16,7 +16,7 @@ from models.lambdas import LADDERS, index_to_lambda, middle_lambda
 from tests.conftest import TINY
 from utils import cli
 from utils.checkpoint import read_checkpoint
-from utils.training.distributed import DistContext
+from utils.distributed import DistContext
 from utils.training.klt_start import klt_start, quantization_step
 from utils.training.objectives import EntropyObjective, Objective
 from utils.training.schedule import Settings

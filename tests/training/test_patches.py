@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from utils.distributed import DistContext
 from utils.images import read_image, save_image
 from utils.pictures import ImageError, find_images
-from utils.training.distributed import DistContext
 from utils.training.patches import PatchDataset, batches, decoded_gigabytes, random_crop, read_all
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import resource
 import statistics
+import warnings
 from collections.abc import Callable, Collection
 
 import torch
@@ -13,6 +14,27 @@ from utils.device import timed
 WARM_UPS = 2  # untimed runs: memory is allocated and kernels are chosen in the first ones
 
 
+def waits(work: Callable[[], object], device: torch.device) -> list[str]:
+    """Where the host waits for a GPU while it does this work: a line each, as PyTorch's debug mode tells them."""
+    if device.type != "cuda":
+        return []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in told if "synchronizing CUDA operation" in str(w.message)]
+
+
+def peak_of(works: Collection[Callable[[], object]], device: torch.device) -> int:
+    """Peak bytes once each piece of work has been run."""
+    for work in works:
+        timed(work, device)
+    return peak_memory(device)
+
+
 def median_seconds(works: Collection[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
     """Median seconds of each piece of work.
 
@@ -22,11 +44,32 @@ def median_seconds(works: Collection[Callable[[], object]], device: torch.device
     return [statistics.median(seconds) for seconds in zip(*rounds[WARM_UPS:], strict=True)]
 
 
-def matrix_product(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """A product of two square matrices, whose rate is the one that networks are compared with."""
+def convolutions_use_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions are computed in TF32 there, as PyTorch's default is on a GPU that has it."""
+    if device.type != "cuda":
+        return False
+    return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def matrix_product(
+    device: torch.device, dtype: torch.dtype = torch.float32, tf32: bool = False
+) -> Callable[[], Tensor]:
+    """A product of two square matrices, whose rate is the one that networks of the same precision are compared with.
+
+    Make it after the peak memory has been read: on a GPU its matrices take 0.8 GB.
+    """
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return lambda: a @ b
+
+    def product() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            return a @ b
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return product
 
 
 def count_macs(work: Callable[[], object]) -> float:

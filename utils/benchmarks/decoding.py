@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from models import TCM
 from models.portable import scale_factors, table_index, unpack_scales
+from models.precision import deterministic
 from models.side_info import DecodingError
 from models.slice_coders import QuantizedLatents
-from models.tcm import deterministic
 from utils import cli
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage

@@ -5,7 +5,8 @@
 
 Weights are random unless --checkpoint is given: the arithmetic does not depend on them. The σ of random weights mean
 nothing, so the coder's symbols are then drawn with σ log-uniform in 0.11 … 1 (0.8 bits per symbol). GMAC are counted
-by PyTorch's FLOP counter; the rate to compare with is that of a float32 matrix product in this process.
+by PyTorch's FLOP counter; the rate to compare with is that of a matrix product in the same precision in this process:
+float32, and on a GPU TF32 for analysis and synthesis, whose convolutions PyTorch computes so by default.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from models.coding_tables import open_stream
 from models.config import PRESETS
 from models.portable import portable_indexes
 from utils import cli
-from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
+from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.checkpoint import load_model
 from utils.images import pad
 
@@ -61,19 +62,24 @@ def measure(args: argparse.Namespace) -> None:
     y, _ = model.analyze(x, index)
     quantized = model.quantize(y, model.h_a(y), portable=False)
     works = {
-        "float32 matrix product": matrix_product(device),
         "analysis": lambda: model.analyze(x, index),
         "hyper + slices": lambda: model.quantize(y, model.h_a(y), portable=False),
         "synthesis": lambda: model.synthesize(quantized.y_hat, index),
     }
+    peak, tf32 = peak_of(works.values(), device), convolutions_use_tf32(device)
+    references = {"float32 matrix product": matrix_product(device)}
+    if tf32:
+        references["TF32 matrix product"] = matrix_product(device, tf32=True)
+    works = references | works
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{args.width}×{args.height}, padded to {x.shape[3]}×{x.shape[2]}, N={model.N}, M={model.M}")
     print(f"{'':<22} {'seconds':>9} {'GMAC':>8} {'GMAC/s':>8} {'of matrix rate':>15}")
     seconds = median_seconds(works.values(), device, args.runs)
     measured = {name: (s, count_macs(work)) for (name, work), s in zip(works.items(), seconds, strict=True)}
     measured["analysis + synthesis"] = tuple(map(sum, zip(measured["analysis"], measured["synthesis"], strict=True)))
-    product_seconds, product_macs = measured["float32 matrix product"]
+    full = "float32 matrix product", "hyper + slices"  # deterministic() everywhere
     for name, (spent, macs) in measured.items():
+        product_seconds, product_macs = measured["TF32 matrix product" if tf32 and name not in full else full[0]]
         share = macs / spent / (product_macs / product_seconds)
         print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
 
@@ -81,7 +87,7 @@ def measure(args: argparse.Namespace) -> None:
     if not args.checkpoint:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
-    parts = tables.code_lengths, symbols.flatten(), sigma.flatten()
+    parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
     indexes = portable_indexes(model.gaussian_conditional, *parts, model.epsilon)[0].view(symbols.shape)
     stream = tables.encode(symbols, indexes)
 
@@ -98,7 +104,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, work in works.items():
         (spent,) = median_seconds([work], device, args.runs)
         print(f"{'coding y: ' + name:<22} {spent:9.3f}")
-    print(f"peak memory {peak_memory(device) / 2**20:.0f} MiB")
+    print(f"peak memory of the networks {peak / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

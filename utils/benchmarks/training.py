@@ -4,7 +4,8 @@
     python -m utils.benchmarks.training --preset full --amp --compile -bs 16
 
 Random weights and random photographs: the arithmetic does not depend on them. GMAC are counted by PyTorch's FLOP
-counter, forward and backward; the rate to compare with is that of a matrix product of the same precision.
+counter, forward and backward; the rate to compare with is that of a matrix product in the precision of the convolutions
+(TF32 on a GPU, without --amp).
 """
 
 import argparse
@@ -16,8 +17,9 @@ import torch
 from models import TCM_VBR
 from models.config import PRESETS
 from utils import cli
-from utils.benchmarks.common import count_macs, matrix_product, median_seconds, peak_memory
-from utils.training.distributed import DistContext
+from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
+from utils.device import choose_kernels_for_training
+from utils.distributed import DistContext
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset
 from utils.training.schedule import Settings
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
         raise cli.UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
+    choose_kernels_for_training()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, Path(folder))
         batch, device = trainer.next_batch(), trainer.device
@@ -70,10 +72,13 @@ def main(argv: list[str] | None = None) -> None:
             return trainer.objective(x, batch.rate_uniform, noise)
 
         macs = count_macs(lambda: forward()["total"].backward())
-        product = matrix_product(device, PRECISIONS.get(args.amp, torch.float32))
+        peak = peak_of((trainer.step, trainer.step), device)
+        waiting = waits(trainer.step, device)
+        tf32 = args.amp is None and convolutions_use_tf32(device)
+        product = matrix_product(device, PRECISIONS.get(args.amp, torch.float32), tf32)
         product_macs, works = count_macs(product), (product, forward, trainer.step, trainer.next_batch)
         product_seconds, forward_seconds, step, data = median_seconds(works, device, args.runs)
-    rate, precision = product_macs / product_seconds, args.amp or "float32"
+    rate, precision = product_macs / product_seconds, "TF32" if tf32 else args.amp or "float32"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
     print(f"{args.preset}, {args.batch_size} patches of {args.patch_size}×{args.patch_size}")
     print(f"{'patches per second':<36} {args.batch_size / step:9.2f}")
@@ -82,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'data preparation, of the step':<36} {data / step:9.1%}")
     print(f"{'GMAC per step, forward and backward':<36} {macs / 1e9:9.0f}")
     print(f"{'of the ' + precision + ' matrix rate':<36} {macs / step / rate:9.0%}   ({rate / 1e12:.3f} TMAC/s)")
-    print(f"{'peak memory per sample (MiB)':<36} {peak_memory(device) / args.batch_size / 2**20:9.0f}")
+    if device.type == "cuda":
+        print(f"{'waits for the GPU in a step':<36} {len(waiting):9d}   {' '.join(waiting)}")
+    print(f"{'peak memory per sample (MiB)':<36} {peak / args.batch_size / 2**20:9.0f}")
 
 
 if __name__ == "__main__":

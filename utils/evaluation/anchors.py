@@ -16,11 +16,11 @@ from torch import Tensor
 
 from utils import cli
 from utils.device import timed
+from utils.distributed import DistContext
 from utils.evaluation import evaluate
 from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
 from utils.pictures import read_pixels
-from utils.training.distributed import DistContext
 
 
 class Codec(NamedTuple):

@@ -15,11 +15,11 @@ from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
+from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import crop, pad, read_images, to_float, to_uint8
 from utils.metrics import bits, ms_ssim_value, psnr
 from utils.pictures import ImageError
-from utils.training.distributed import DistContext
 
 J, T = TypeVar("J"), TypeVar("T")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models import TCM
 from utils.device import processor
-from utils.training.distributed import DistContext
+from utils.distributed import DistContext
 
 PACKAGES = ("torch", "numpy", "compressai", "pillow", "pytorch-msssim")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from utils import cli
 from utils.training.schedule import Settings
 
 MAX_VALIDATION = 24  # photographs, where none are named
+MAX_WORKERS = 8  # processes that read photographs, where no number is given
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
@@ -20,9 +22,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--val", nargs="+", metavar="DIR", help=f"photographs to validate on (default: every 20th training photograph, at most {MAX_VALIDATION})")
     add("--val-size", type=int, default=256, metavar="N", help="center crop of the validation photographs; a multiple of 128")
     add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
-    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process")
+    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process; on a GPU try 32 and more, with --amp --compile, as far as its memory goes")
     add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this, and read again and again by workers otherwise")
-    add("-n", "--num-workers", type=int, default=4, metavar="W", help="processes that read photographs which are not kept")
+    add("-n", "--num-workers", type=int, metavar="W", help=f"processes that read photographs which are not kept (default: one for each core, at most {MAX_WORKERS}; cores are shared with the other processes of torchrun)")
 
     budget = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none")
     add = budget.add_argument
@@ -73,6 +75,8 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         for side in sides:
             if side <= 0 or side % STRIDE:
                 raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
+    if args.num_workers is None:
+        args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
         raise cli.UserError("--seed and --num-workers must not be negative")
     last = Path(args.save_path) / "last.pth.tar"
@@ -80,6 +84,12 @@ def check_run_arguments(args: argparse.Namespace) -> None:
         raise cli.UserError(f"{last}: nothing to resume")
     if not args.resume and last.exists():
         raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
+
+
+def default_workers() -> int:
+    """Readers of one process: its share of the cores that this program may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def make_settings(args: argparse.Namespace, photographs: int, world_size: int) -> Settings:

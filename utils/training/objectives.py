@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import TCM, TCM_VBR
+from models.device import send
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
 from utils.metrics import bits, psnr_of_mse, rate_distortion
 
@@ -70,7 +71,7 @@ class Objective(nn.Module):
     def lambdas(self, index: Tensor | float | None, x: Tensor) -> Tensor:
         """λ of each sample of x, `[B]`, on its device."""
         index = torch.as_tensor(index, dtype=torch.float32).expand(len(x))
-        return index_to_lambda(index, self.metric).to(x.device)
+        return send(index_to_lambda(index, self.metric), x.device)
 
     @torch.no_grad()
     def measure(self, model: TCM, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
@@ -161,7 +162,8 @@ class EntropyObjective(Objective):
     def _latents(self, x: Tensor, keys: Sequence[int]) -> Tensor:
         """The output of `g_a`, computed for patches whose latents are not kept yet."""
         if new := [i for i, key in enumerate(keys) if key not in self._kept]:
-            for i, latent in zip(new, self.model.features(x[new]).half(), strict=True):
+            patches = x[send(torch.tensor(new), x.device)]
+            for i, latent in zip(new, self.model.features(patches).half(), strict=True):
                 self._kept[keys[i]] = latent
         return torch.stack([self._kept[key] for key in keys]).float()
 
@@ -206,7 +208,7 @@ class StaticObjective(Objective):
         shape, _ = self.model.noise_shapes(*x.shape[2:])
         latents = x.new_empty(len(x), *shape)
         for number in index.unique().long().tolist():
-            chosen = (index == number).nonzero().flatten()
+            chosen = send((index == number).nonzero().flatten(), x.device)
             latents[chosen] = self.teachers[number](x[chosen])
         return latents
 

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from utils.distributed import DistContext
 from utils.images import read_image
 from utils.pictures import ImageError
-from utils.training.distributed import DistContext
 
 GOLDEN = (5**0.5 - 1) / 2
 MAX_UNREADABLE = 1000  # photographs in a row that cannot be used

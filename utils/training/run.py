@@ -10,10 +10,11 @@ from torch import Tensor
 
 from models import STRIDE, TCM
 from utils import cli
+from utils.device import choose_kernels_for_training
+from utils.distributed import DistContext
 from utils.images import center_crop
 from utils.pictures import find_images
 from utils.training.arguments import MAX_VALIDATION, make_settings
-from utils.training.distributed import DistContext
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, decoded_gigabytes, read_all, usable
 from utils.training.trainer import Trainer, compile_networks, read_run
@@ -40,8 +41,7 @@ def train(
     folder = Path(args.save_path)
     folder.mkdir(parents=True, exist_ok=True)  # an error here comes before any work
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients with a mask may be NaN (reported upstream)
+    choose_kernels_for_training()
     size, quiet = args.patch_size, not context.is_main
     state = read_run(folder) if args.resume else None
     objective, history = make_objective(args, context, state)

@@ -10,7 +10,7 @@ from models.config import PRESETS
 from models.lambdas import LADDERS
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint
-from utils.training.distributed import DistContext
+from utils.distributed import DistContext
 from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
 
 

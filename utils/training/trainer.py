@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import math
-import platform
 import signal
 import sys
 import time
@@ -21,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import TCM
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
+from utils.device import processor
+from utils.distributed import DistContext, is_lost_peer
 from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
 from utils.training.curves import draw_curves
-from utils.training.distributed import DistContext, is_lost_peer
+from utils.training.ema import ExponentialMovingAverage
 from utils.training.objectives import Objective
 from utils.training.patches import Batch, PatchDataset, batches
 from utils.training.schedule import Progress, Settings, budget_used, learning_rate
@@ -85,8 +85,10 @@ class Trainer:
         self.folder, self.settings, self.context, self.history = folder, settings, context, list(history)
         self.device = context.device
         self.progress = Progress()
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
+        self.ema = ExponentialMovingAverage(self.model)
         self.optimizers = make_optimizers(self.model, settings)
+        groups = self.optimizers["net"].param_groups
+        self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
         precision = PRECISIONS.get(settings.amp)
         objective.autocast, objective.balance = precision, settings.balance
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
@@ -94,14 +96,11 @@ class Trainer:
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.prefetched: Batch | None = None
         self.data_seconds = self.next_line = 0.0
+        self.lap = time.monotonic()  # when the processes last told each other how long they have trained
         self.unusable = {told for told in dataset.cache.values() if isinstance(told, str)}
-        self.stop = False
+        self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
         self.writer: SummaryWriter | None = None
-
-    def _average(self, ema: list[Tensor], new: list[Tensor], _: Tensor) -> None:
-        # The decay warms up, as a constant one would keep the first weights for long.
-        decay = min(self.settings.ema, (1 + self.progress.step) / (10 + self.progress.step))
-        torch._foreach_lerp_(ema, new, 1 - decay)  # as torch's get_ema_multi_avg_fn does
+        objective.train()
 
     # One step ---------------------------------------------------------------------------------
 
@@ -110,7 +109,6 @@ class Trainer:
         rate = learning_rate(self.progress, self.settings)
         for group in self.optimizers["net"].param_groups:
             group["lr"] = rate * group["factor"]
-        self.objective.train()
         batch = self.prefetched or self.next_batch()
         # Drop-path draws from PyTorch's generator, whose seed depends on the step and the process.
         seeds = np.random.SeedSequence((self.settings.seed, self.progress.step, self.context.rank))
@@ -122,11 +120,12 @@ class Trainer:
         self.scaler.scale(out.pop("total")).backward()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        parameters = [p for group in self.optimizers["net"].param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_max_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_max_norm or math.inf)
         self.prefetched = self.next_batch()  # while a GPU is still busy with the step
-        means = self.context.mean(torch.stack([value.detach().float() for value in out.values()]))
-        numbers = torch.cat([means, norm.detach().view(1)]).tolist()
+        logged = {**out, "gradient norm": norm}
+        seconds, self.lap = time.monotonic() - self.lap, time.monotonic()
+        means = torch.stack([value.detach().float() for value in logged.values()])
+        numbers, (seconds, waiting, stop) = self.context.exchange(means, seconds, self.data_seconds, float(self.stop))
         finite = bool(np.isfinite(numbers).all())
         for optimizer in self.optimizers.values():
             if finite:
@@ -134,12 +133,26 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         if finite:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.ema_decay())
         self.progress.skipped += not finite
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
         self.progress.step += 1
         self.progress.patches += self.settings.batch_size
-        return dict(zip([*out, "gradient norm"], numbers, strict=True)) | {"learning rate": rate}
+        self.progress.seconds += seconds
+        self.progress.waiting += waiting
+        self.all_stop = bool(stop)
+        times = {
+            "patches a second": self.settings.batch_size / seconds,
+            "share of the time waiting for patches": waiting / seconds,
+        }
+        return dict(zip(logged, numbers, strict=True)) | {"learning rate": rate} | times
+
+    def ema_decay(self) -> float:
+        """Rises from zero at the first step, as a constant decay would keep the first weights for long."""
+        progress = self.progress
+        if progress.step == progress.skipped:
+            return 0.0
+        return min(self.settings.ema, (1 + progress.step) / (10 + progress.step))
 
     @functools.cached_property
     def batches(self) -> Generator[Batch, None, None]:
@@ -167,9 +180,9 @@ class Trainer:
         shapes, samples = self.model.noise_shapes(*size), []
         for seed in seeds:
             generator.manual_seed(seed)
-            samples.append([torch.rand(shape, generator=generator, device=self.device) - 0.5 for shape in shapes])
+            samples.append([torch.rand(shape, generator=generator, device=self.device) for shape in shapes])
         y, z = zip(*samples, strict=True)
-        return torch.stack(y), torch.stack(z)
+        return torch.stack(y) - 0.5, torch.stack(z) - 0.5
 
     # The run ----------------------------------------------------------------------------------
 
@@ -198,16 +211,18 @@ class Trainer:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
     def _run(self) -> None:
+        self.lap = time.monotonic()
         bar_format, hidden = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}", None if self.context.is_main else True
         next_save = self.progress.seconds / 60 + self.settings.save_minutes
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
         with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
             while budget_used(self.progress, self.settings) < 1:
-                if self._timed_step(bar):
+                if self._logged_step(bar):
                     self.save()
                     self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
                     return
                 minutes = self.progress.seconds / 60
+                paused = time.monotonic()
                 if minutes >= next_validation:
                     next_validation = minutes + self.settings.validate_minutes
                     self.save()
@@ -215,16 +230,14 @@ class Trainer:
                 elif minutes >= next_save:
                     next_save = minutes + self.settings.save_minutes
                     self.save()
+                self.lap += time.monotonic() - paused
         self.save()  # first: what follows may be interrupted
         self.validate()
 
-    def _timed_step(self, bar: tqdm) -> bool:
-        """A step with its time and its log; returns whether any process was asked to stop."""
+    def _logged_step(self, bar: tqdm) -> bool:
+        """A step with its log; returns whether any process was asked to stop."""
         start = time.monotonic()
         values = self.step()
-        seconds, waiting, stop = self.context.max(time.monotonic() - start, self.data_seconds, float(self.stop))
-        self.progress.seconds += seconds
-        self.progress.waiting += waiting
         if self.progress.skipped_in_a_row:
             self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
@@ -238,18 +251,16 @@ class Trainer:
             self.next_line = start + SECONDS_PER_LINE
             self._print(f"{self._percent()} %, " + ", ".join(f"{name} {value}" for name, value in told.items()))
         if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
-            values["patches a second"] = self.settings.batch_size / seconds
-            values["share of the time waiting for patches"] = waiting / seconds
             values["skipped steps"] = self.progress.skipped
             for name, value in values.items():
                 self._log(SummaryWriter.add_scalar, f"training/{name}", value, self.progress.step)
-        return bool(stop)
+        return self.all_stop
 
     def validate(self) -> None:
         """Measure the EMA weights, write them for use, and log."""
         # Several processes must do the same, and a signal reaches them at different moments.
         alone = self.context.world_size == 1
-        found = validate(self.objective, self.ema.module, self.validation, self.context, lambda: self.stop and alone)
+        found = validate(self.objective, self.ema.model, self.validation, self.context, lambda: self.stop and alone)
         if found is None:
             self._print("stopped while validating; go on with --resume")
             return
@@ -262,7 +273,7 @@ class Trainer:
             self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
-            export_model(self.folder / "model.pth.tar", self.ema.module, [*self.history, self.record(result)])
+            export_model(self.folder / "model.pth.tar", self.ema.model, [*self.history, self.record(result)])
             self._draw_curves()
 
     def _log(self, write: Callable[..., None], *values) -> None:
@@ -312,7 +323,7 @@ class Trainer:
             **self.objective.describe(),
             "settings": asdict(self.settings),
             "photographs": len(self.dataset.paths),
-            "machine": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
+            "machine": processor(self.device),
             "processes": self.context.world_size,
             "patches_per_second": round(self.progress.patches / seconds, 2),
             "waiting_for_patches": round(self.progress.waiting / seconds, 4),
@@ -326,7 +337,7 @@ class Trainer:
             return
         state = describe(self.model) | {
             "state_dict": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
+            "ema": self.ema.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -349,7 +360,7 @@ class Trainer:
             if (before := state["settings"].get(name)) != value:
                 self._print(f"note: {name} was {before} in this run and is {value} from here on")
         self.model.load_state_dict(state["state_dict"])
-        self.ema.module.load_state_dict(state["ema"])
+        self.ema.model.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             groups = optimizer.param_groups
             try:
@@ -361,7 +372,6 @@ class Trainer:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        self.ema.n_averaged.fill_(self.progress.step - self.progress.skipped)
         self.history = state["training"]
         path = self.folder / "validation.jsonl"
         if self.context.is_main and path.exists():  # forget validations that will be made again
@@ -408,10 +418,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    return f"{name}, {torch.get_num_threads()} threads"

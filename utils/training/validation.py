@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from models import TCM, TCM_VBR
+from utils.distributed import DistContext
 from utils.images import to_float
-from utils.training.distributed import DistContext
 from utils.training.objectives import Objective
 
 

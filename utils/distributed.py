@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.device import send
 from utils import cli
 
 T = TypeVar("T")
@@ -52,19 +53,19 @@ class DistContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.div_(self.world_size)
+    def exchange(self, values: Tensor, *numbers: float) -> tuple[list[float], list[float]]:
+        """Means over the processes of values `[n]` on the device, and maxima of numbers of the host, the same in all.
 
-    def max(self, *values: float) -> list[float]:
-        """The maximum of each number over the processes, the same in all of them."""
+        One collective operation and one read of the device, as the host waits at each.
+        """
         if self.world_size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
+            return values.tolist(), list(numbers)
+        table = torch.zeros(self.world_size, len(values) + len(numbers), dtype=torch.float64, device=self.device)
+        table[self.rank, : len(values)] = values
+        table[self.rank, len(values) :] = send(torch.tensor(numbers, dtype=torch.float64), self.device)
+        dist.all_reduce(table)  # of zeros but in one row: what every process knows
+        means, largest = table.cpu().split((len(values), len(numbers)), dim=1)
+        return means.mean(0).tolist(), largest.amax(0).tolist()
 
     def gather(self, value: object) -> list:
         """The value of every process, by rank: a list that is the same in all of them. Values must be picklable."""

@@ -1,0 +1,42 @@
+"""The arithmetic of everything that steers entropy coding."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import backends
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning.
+
+    PyTorch 2.9 has a switch `fp32_precision` for all libraries, for each of them, and for each of its operations.
+    Only these are touched there: it refuses to read the older ones where a program has set both.
+    """
+    if not hasattr(backends, "fp32_precision"):
+        with _full_float32_before_2_9():
+            yield
+        return
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    values = [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    # From the general to the special, because a switch that is not set reads as the one above it, which stays so.
+    switches = (backends, cudnn, cudnn.conv, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    values += [(switch, "fp32_precision", "ieee") for switch in switches]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in values:
+            if (before := getattr(owner, name)) != value:
+                stack.callback(setattr, owner, name, before)
+                setattr(owner, name, value)
+        yield
+
+
+@contextlib.contextmanager
+def _full_float32_before_2_9() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
