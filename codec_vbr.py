@@ -17,6 +17,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -24,8 +25,15 @@ from tqdm import tqdm
 
 from models.side_info import DecodingError
 from utils import cli
-from utils.codec.bitstream import unpack
-from utils.codec.request import add_index_argument, add_refinement_arguments, add_target_arguments, make_request
+from utils.codec.bitstream import extremes, unpack
+from utils.codec.request import (
+    add_index_argument,
+    add_map_arguments,
+    add_refinement_arguments,
+    add_target_arguments,
+    check_map_arguments,
+    make_request,
+)
 from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels
 
@@ -54,6 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_index_argument(encoder, several=False, default="2.5 without a target")
     add_target_arguments(encoder)
     add_refinement_arguments(encoder, steps=0)
+    add_map_arguments(encoder)
     add("--background", default="white", metavar="COLOR", help="color under transparent pixels, by name or as #rrggbb")
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
     _add_common(encoder)
@@ -63,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "encode":
         args.request = make_request(encoder, args, args.lmd)
+        check_map_arguments(encoder, args)
     if args.command != "info" and args.threads is not None and args.threads < 1:
         parser.error("--threads must be 1 or more")
     if args.command != "info" and not 0 < args.max_megapixels < 2**32:
@@ -137,6 +147,10 @@ def info(source: Path) -> str:
     data = read_bytes(source)
     coded = unpack(data, max_pixels=2**32)
     rate = "fixed rate" if coded.index is None else f"index {coded.index:g}"
+    if coded.offsets:
+        lowest, highest = extremes(coded.index, coded.offsets)
+        share = 1 - coded.offsets.count(0) / len(coded.offsets)
+        rate += f" and a map of {lowest:g} to {highest:g} that differs from it in {share:.0%} of the picture"
     return (
         f"version {data[4]}, {coded.width}×{coded.height}, {len(data)} bytes, "
         f"{8 * len(data) / (coded.width * coded.height):.4f} bpp, {rate}, z {len(coded.z)} bytes, y {len(coded.y)} bytes, "
@@ -154,15 +168,21 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     )
     model = load()
     from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
+    from utils.codec.quality_map import QualityMap, psnr_by_region, region_of_arguments
     from utils.images import to_tensor
     from utils.metrics import psnr
 
     image, steps = to_tensor(pixels).to(model.medians.device), args.steps
+    request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-        result = encode.encode(model, image, args.request, lambda step: bar.update(step.number > 0))
+        result = encode.encode(model, image, request, lambda step: bar.update(step.number > 0))
     message = describe(result, pixels.shape[1], pixels.shape[0])
     if args.verify:
-        message += f", verified: {psnr(image, decode.decode(model, result.data)):.2f} dB"
+        decoded = decode.decode(model, result.data)
+        message += f", verified: {psnr(image, decoded):.2f} dB"
+        if request.quality_map:
+            regions = psnr_by_region(image, decoded, region_of_arguments(args, *pixels.shape[:2]))
+            message += ", {:.2f} dB inside and {:.2f} dB outside the region".format(*regions)
     write_bytes(target, result.data)
     return message
 

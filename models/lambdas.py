@@ -20,7 +20,7 @@ MAX_INDEX = float(len(LADDER) - 1)
 
 
 def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | float":
-    """λ of an index: a tensor `[B]` gives a tensor of its shape, a number gives a float."""
+    """λ of an index: a tensor gives a tensor of its shape, a number gives a float."""
     import torch
 
     if not isinstance(index, torch.Tensor):
@@ -38,15 +38,20 @@ def middle_lambda(metric: str = "mse") -> float:
 
 
 def check_index(index: "Tensor | float", batch: int) -> "Tensor":
-    """The index of every image as a float32 tensor `[batch]`.
+    """The index of every image as a float32 tensor `[batch]`, or of every place `[batch, 1, h, w]`.
 
-    Takes a number, or a tensor of 1 or `batch` elements. ValueError if one is not within [0, 5].
+    Takes a number, a tensor of 1 or `batch` elements, or maps `[1 or batch, 1, h, w]` on the grid of the latent, one
+    place for 16×16 pixels. ValueError if an index is not within [0, 5].
     """
     import torch
 
-    index = torch.as_tensor(index, dtype=torch.float32).flatten()
+    index = torch.as_tensor(index, dtype=torch.float32)
+    if index.dim() != 4:
+        index = index.flatten()
+    elif index.shape[1] != 1:
+        raise ValueError(f"a map of indexes must be [B, 1, h, w], not {list(index.shape)}")
     if len(index) not in (1, batch):
         raise ValueError(f"{len(index)} indexes for {batch} images: give one, or one per image")
-    if not ((index >= 0) & (index <= MAX_INDEX)).all():  # written so that a NaN is refused too
-        raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.tolist()}")
-    return index.expand(batch)
+    if not (index.numel() and (index >= 0).all() and (index <= MAX_INDEX).all()):  # NaN is refused too
+        raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.flatten()[:8].tolist()}")
+    return index.expand(batch, *index.shape[1:])

@@ -40,7 +40,8 @@ from models.state_dict import empty_tables, explain_mismatch, infer_config, norm
 
 __all__ = ["LAE", "PRESETS", "TCM", "TCM_VBR", "TCMConfig", "fcn", "mask"]
 
-RateIndex = Tensor | float | None  # in [0, 5], one for all images or one per image, `[B]`
+# In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
+RateIndex = Tensor | float | None
 Noise = tuple[Tensor, Tensor] | None  # added to y and to z
 
 
@@ -126,7 +127,7 @@ class TCM(CompressionModel):
     # What TCM_VBR overrides ------------------------------------------------------------------
 
     def resolve_index(self, index: RateIndex, batch: int) -> Tensor | None:
-        """The rate index of each image, `[batch]`; None stays None, as a fixed-rate model needs no index."""
+        """The rate index as `check_index` returns it; None stays None, as a fixed-rate model needs no index."""
         return None if index is None else check_index(index, batch)
 
     def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -465,12 +466,14 @@ class mask(nn.Module):
         return self.alpha * self.latent_attn(y)
 
     def rate(self, index: Tensor) -> Tensor:
-        """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`.
+        """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`.
 
         It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step
         where the latent is 128.
         """
         with torch.autocast(self.alpha.device.type, enabled=False):
+            if index.dim() == 4:
+                return self.lmd_map(index.to(self.alpha).movedim(1, -1)).movedim(-1, 1)
             return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
 
     @staticmethod

@@ -15,7 +15,9 @@ def bits(likelihoods: Tensor) -> Tensor:
     return -likelihoods.flatten(1).log2().sum(1)
 
 
-def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") -> dict[str, Tensor]:
+def rate_distortion(
+    out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse", weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """The training loss mean_b(λ_b · D_b) + bpp (TCSVT 2025).
 
     Args:
@@ -23,6 +25,7 @@ def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") ->
         x: images `[B, 3, H, W]` in [0, 1].
         lmbda: λ of each sample, `[B]`.
         metric: D is 255² · MSE for "mse", 1 − MS-SSIM for "ms-ssim" (sides above 160 then).
+        weights: of the squared errors in D, `[1 or B, 1, H, W]`. MS-SSIM has no errors of pixels, and no weights.
 
     Returns:
         `loss` (scalar, for the optimizer), and per sample `[B]`: `bpp`, `bpp_z` (the part of it that z
@@ -34,7 +37,7 @@ def rate_distortion(out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse") ->
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
     mse = 255**2 * (x_hat - x).square().mean((1, 2, 3))
     if metric == "mse":
-        distortion = mse
+        distortion = mse if weights is None else 255**2 * (weights * (x_hat - x).square()).mean((1, 2, 3))
     else:  # contiguous: depthwise convolutions of channels-last images may run in TF32 on a GPU
         distortion = 1 - ms_ssim(x_hat.contiguous(), x.contiguous(), data_range=1.0, size_average=False)
     loss = (lmbda * distortion).mean() + bpp.mean()
@@ -46,9 +49,10 @@ def psnr_of_mse(mse: Tensor | float) -> Tensor:
     return 10 * torch.log10(255**2 / torch.as_tensor(mse))
 
 
-def mse(a: Tensor, b: Tensor) -> float:
-    """Mean squared error of two uint8 images of one shape, on the 0–255 scale."""
-    return float((a.double() - b.double()).square().mean())
+def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> float:
+    """Mean squared error of two uint8 images of one shape, on the 0–255 scale, with weights `[1, H, W]` or without."""
+    errors = (a.double() - b.double()).square()
+    return float((errors if weights is None else errors * weights).mean())
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -64,9 +68,12 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
     return float(ms_ssim(a[None].float().contiguous(), b[None].float().contiguous(), data_range=255))
 
 
-def distortion(a: Tensor, b: Tensor, metric: str) -> float | None:
-    """D of the loss for two uint8 images `[3, H, W]`: MSE, or 1 − MS-SSIM (None where that cannot be computed)."""
+def distortion(a: Tensor, b: Tensor, metric: str, weights: Tensor | None = None) -> float | None:
+    """D of the loss for two uint8 images `[3, H, W]`: MSE, or 1 − MS-SSIM (None where that cannot be computed).
+
+    weights: as those of `mse`; MS-SSIM has none.
+    """
     if metric == "mse":
-        return mse(a, b)
+        return mse(a, b, weights)
     value = ms_ssim_value(a, b)
     return None if value is None else 1 - value

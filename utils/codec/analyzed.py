@@ -7,7 +7,8 @@ from torch import Tensor
 
 from models import TCM, TCM_VBR
 from models.slice_coders import QuantizedLatents
-from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack
+from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
+from utils.codec.quality_map import QualityMap, distortion_weights
 from utils.codec.rate_model import RateModel
 from utils.images import pad, to_float
 
@@ -30,16 +31,18 @@ class AnalyzedImage:
         height, width, pixels: of the original.
         x: padded picture `[1, 3, H, W]` in [0, 1].
         rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
+        quality_map: where the index differs from that of the file; None where it is the same everywhere.
     """
 
     @torch.no_grad()
-    def __init__(self, model: TCM, image: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: TCM, image: Tensor, quality_map: QualityMap | None = None) -> None:
+        self.model, self.quality_map = model, quality_map
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         self.x = pad(to_float(image))
         self.y_before_lae = model.features(self.x)
-        self.rate_model = RateModel(model, self.y_before_lae) if isinstance(model, TCM_VBR) else None
+        variable = isinstance(model, TCM_VBR)
+        self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 
     @torch.no_grad()
     def latents(self, index: float | None) -> tuple[Tensor, Tensor]:
@@ -54,12 +57,25 @@ class AnalyzedImage:
     def quantize_latents(self, index: float | None, y: Tensor, z: Tensor) -> TrialEncode:
         """The symbols of given latents, as `latents` returns them, for a file of this index."""
         quantized = self.model.quantize(y, z)
-        return TrialEncode(index, quantized, 8 * HEADER_BYTES + CODER_BITS + self.model.count_bits(quantized)[0])
+        overhead = 8 * (HEADER_BYTES + len(pack_offsets(self.offsets(index)))) + CODER_BITS
+        return TrialEncode(index, quantized, overhead + self.model.count_bits(quantized)[0])
+
+    def offsets(self, index: float | None) -> bytes:
+        """The map in a file of this index; nothing where the index is the same everywhere."""
+        return self.quality_map.cell_offsets(index) if self.quality_map else b""
+
+    def distortion_weights(self, index: float) -> Tensor | None:
+        """λ of every pixel in units of that of the file's index, `[1, 1, height, width]`; None without a map."""
+        if self.quality_map is None:
+            return None
+        places = self.rate_model.index_of_places(index).to(self.x.device)
+        return distortion_weights(places, index, self.model.metric, self.height, self.width)
 
     def write(self, trial: TrialEncode) -> bytes:
         """The file. Sets `trial.bits` to its size."""
         coded = self.model.encode_symbols(trial.quantized)
         (y,), (z,), (side_info,) = *coded["strings"], coded["side_info"]
-        data = pack(CodedImage(self.width, self.height, trial.index, y, z, self.model.fingerprint, side_info))
+        parts = y, z, self.model.fingerprint, side_info, self.offsets(trial.index)
+        data = pack(CodedImage(self.width, self.height, trial.index, *parts))
         trial.bits = 8.0 * len(data)
         return data

@@ -6,7 +6,7 @@ The padding and the sizes of z and y follow from width and height. Nothing is al
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models import STRIDE
 from models.lambdas import MAX_INDEX
@@ -14,11 +14,12 @@ from models.side_info import SideInfo
 from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC, VERSION = b"TVBR", 3
-FIXED_RATE = 1  # flag: made by a fixed-rate TCM, the index means nothing
+FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate TCM, the index means nothing; a map of offsets from the index
+STEPS = 16  # per index: offsets are multiples of 1/16
 
 # Magic, version, flags, width, height, index, fingerprint, lengths of z and of the side information, CRC of symbols.
 _HEADER = struct.Struct("<4sBBHHf8sIII")
-_CRC = struct.Struct("<I")
+_CRC = _MAP_LENGTH = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 
 
@@ -28,7 +29,11 @@ class BitstreamError(ValueError):
 
 @dataclass(frozen=True)
 class CodedImage:
-    """Contents of a file: size in pixels, rate index (None for a fixed rate), streams, weights, side information."""
+    """Contents of a file: size in pixels, rate index (None for a fixed rate), streams, weights, side information.
+
+    Where the index differs from place to place there are `offsets`, int8 steps of 1/16 for each element of z's grid,
+    row by row: the index there is index + offset / 16.
+    """
 
     width: int
     height: int
@@ -37,6 +42,7 @@ class CodedImage:
     z: bytes
     fingerprint: bytes
     side_info: SideInfo
+    offsets: bytes = b""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,12 +54,12 @@ def pack(coded: CodedImage) -> bytes:
     """The file of a coded picture. ValueError if a side is over MAX_SIDE."""
     if not (0 < coded.width <= MAX_SIDE and 0 < coded.height <= MAX_SIDE):
         raise ValueError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {coded.width}×{coded.height}")
-    scales, flags = coded.side_info.scales, FIXED_RATE if coded.index is None else 0
+    scales, flags = coded.side_info.scales, FIXED_RATE if coded.index is None else MAP if coded.offsets else 0
     header = _HEADER.pack(
         MAGIC, VERSION, flags, coded.width, coded.height, coded.index or 0.0, coded.fingerprint,
         len(coded.z), len(scales), coded.side_info.crc,
     )
-    payload = coded.z + scales + coded.y
+    payload = pack_offsets(coded.offsets) + coded.z + scales + coded.y
     return header + _CRC.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
@@ -74,10 +80,13 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
     if zlib.crc32(payload, zlib.crc32(header)) != crc:
         raise BitstreamError("the file is damaged: its checksum does not fit")
     _, _, flags, width, height, index, fingerprint, z_length, scales_length, symbols_crc = _HEADER.unpack(header)
-    if flags & ~FIXED_RATE:
+    if flags not in (0, FIXED_RATE, MAP):
         raise BitstreamError(f"the file uses features (flags {flags:#x}) of a newer program")
-    start = z_length + scales_length
-    if start > len(payload):
+    map_length = 0
+    if flags & MAP and len(payload) >= _MAP_LENGTH.size:
+        map_length = _MAP_LENGTH.size + _MAP_LENGTH.unpack_from(payload)[0]
+    start = map_length + z_length + scales_length
+    if start > len(payload) or (flags & MAP and not map_length):
         raise BitstreamError("the file is damaged: its header does not fit its length")
     if not width or not height:
         raise BitstreamError("the file is damaged: a picture without pixels")
@@ -87,5 +96,34 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
         most = f"{max_pixels / 1e6:.0f} megapixels"
         raise BitstreamError(f"{width}×{height} is more than {most}: refused, as it may be an attack")
     index = None if flags & FIXED_RATE else index
-    side_info = SideInfo(payload[z_length:start], symbols_crc)
-    return CodedImage(width, height, index, payload[start:], payload[:z_length], fingerprint, side_info)
+    z, scales, y = payload[map_length : map_length + z_length], payload[map_length + z_length : start], payload[start:]
+    coded = CodedImage(width, height, index, y, z, fingerprint, SideInfo(scales, symbols_crc))
+    if flags & MAP:
+        coded = replace(coded, offsets=_unpack_offsets(payload[_MAP_LENGTH.size : map_length], coded))
+    return coded
+
+
+def pack_offsets(offsets: bytes) -> bytes:
+    """A map as it stands in a file; nothing without a map."""
+    packed = zlib.compress(offsets, 9)
+    return _MAP_LENGTH.pack(len(packed)) + packed if offsets else b""
+
+
+def _unpack_offsets(packed: bytes, coded: CodedImage) -> bytes:
+    count, decompressor = math.prod(coded.shape), zlib.decompressobj()
+    try:
+        offsets = decompressor.decompress(packed, count + 1)
+    except zlib.error:
+        offsets = b""
+    if len(offsets) != count or not decompressor.eof or decompressor.unused_data:
+        raise BitstreamError("the file is damaged: its map of rate indexes does not fit the picture")
+    for extreme in extremes(coded.index, offsets):
+        if not 0 <= extreme <= MAX_INDEX:
+            raise BitstreamError(f"the file is damaged: a rate index of {extreme:g} in its map")
+    return offsets
+
+
+def extremes(index: float, offsets: bytes) -> tuple[float, float]:
+    """The smallest and the largest index of a map."""
+    signed = memoryview(offsets).cast("b")
+    return index + min(signed) / STEPS, index + max(signed) / STEPS

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from models import TCM, TCM_VBR
 from utils.codec.bitstream import BitstreamError, CodedImage, unpack
+from utils.codec.quality_map import index_of_places
 from utils.device import out_of_memory_as_value_error
 from utils.files import MAX_PIXELS
 from utils.images import crop, to_uint8
@@ -27,5 +28,8 @@ def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -
         raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")
     if (coded.index is None) == isinstance(model, TCM_VBR):
         raise BitstreamError("encoded with weights of another kind (fixed-rate or variable-rate)")
-    out = model.decompress([[coded.y], [coded.z]], coded.shape, coded.index, [coded.side_info])
+    index = coded.index
+    if coded.offsets:
+        index = index_of_places(coded.index, coded.offsets, coded.shape)
+    out = model.decompress([[coded.y], [coded.z]], coded.shape, index, [coded.side_info])
     return to_uint8(crop(out["x_hat"], coded.height, coded.width)[0])

@@ -89,9 +89,9 @@ def encode(
     """
     variable = isinstance(model, TCM_VBR)
     if request.needs_variable_rate and not variable:
-        raise UserError("fixed-rate weights (a TCM): rate targets and refinement need variable-rate weights")
+        raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")
     start = clock(image.device)
-    analyzed = AnalyzedImage(model, image)
+    analyzed = AnalyzedImage(model, image, request.quality_map)
     target, controller = request.target(analyzed.pixels), RateController(analyzed)
     if target is None:
         trial = analyzed.quantize(request.index if variable else None)
@@ -124,10 +124,11 @@ def _refine(
 ) -> Refinement:
     """Refine a trial encode and keep the best file, each candidate really decoded and measured."""
     model, pixels, start = analyzed.model, analyzed.pixels, clock(image.device)
+    weights = analyzed.distortion_weights(trial.index)
 
     def measure(data: bytes, index: float) -> MeasuredFile:
         decoded = decode(model, data)
-        found = distortion(image, decoded, model.metric)
+        found = distortion(image, decoded, model.metric, None if weights is None else weights[0])
         if found is None:
             raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
         return MeasuredFile(data, index, 8 * len(data) / pixels, found, psnr(image, decoded))

@@ -21,6 +21,7 @@ from torch import Tensor
 from models import TCM_VBR
 from models.lambdas import MAX_INDEX
 from models.portable import table_index
+from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, index_of_places
 
 GRID = np.linspace(0, MAX_INDEX, 51)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
@@ -109,17 +110,25 @@ class RateModel:
     Args:
         model: TCM_VBR.
         y: `[1, M, h, w]`, g_a of the image.
+        quality_map: where the index differs from that of the file, which is then the index that the model is asked for.
     """
 
     @torch.no_grad()
-    def __init__(self, model: TCM_VBR, y: Tensor) -> None:
+    def __init__(self, model: TCM_VBR, y: Tensor, quality_map: QualityMap | None = None) -> None:
+        self.quality_map = quality_map
         self.mask, self.gaussian, self.y = model.modnet_ga.mask, model.gaussian_conditional, y
         self.content = self.mask.content(y)
 
     @torch.no_grad()
     def log_m(self, index: float) -> Tensor:
         """ln m `[1, M, h, w]`."""
-        return self.mask.log_m(self.mask.rate(torch.tensor([float(index)])), self.content)
+        return self.mask.log_m(self.mask.rate(self.index_of_places(index)), self.content)
+
+    def index_of_places(self, index: float) -> Tensor:
+        """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
+        if self.quality_map is None:
+            return torch.tensor([float(index)])
+        return index_of_places(index, self.quality_map.cell_offsets(index), self.quality_map.cells.shape)
 
     def scaled(self, index: float) -> Tensor:
         """The latent that is coded, y · m `[1, M, h, w]`."""
@@ -139,7 +148,13 @@ class RateModel:
         weights = sensitivity(self.gaussian)[table_index(self.gaussian, sigma).long()].flatten()
         chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
         weights, content = weights[chosen] / math.log(2), self.content.flatten()[chosen]
-        channels = chosen // math.prod(self.y.shape[2:])
-        rates = self.mask.rate(torch.from_numpy(GRID).float()).flatten(1)  # [51, M]
-        log_m = (self.mask.log_m(rate[channels], content) for rate in rates)
+        height, width = self.y.shape[2:]
+        channels, places = chosen // (height * width), chosen % (height * width)
+        indexes, cells = torch.from_numpy(GRID)[:, None], places * 0
+        if self.quality_map:
+            indexes = torch.from_numpy(self.quality_map.indexes(GRID))  # [51, K]
+            every = torch.from_numpy(self.quality_map.cells).to(places.device)
+            cells = every[places // width // LATENTS_PER_CELL, places % width // LATENTS_PER_CELL]
+        rates = self.mask.rate(indexes.flatten().float()).view(*indexes.shape, -1)  # [51, K, M]
+        log_m = (self.mask.log_m(rate[cells, channels], content) for rate in rates)
         return RateCurve([float((values * weights).double().sum()) for values in log_m])

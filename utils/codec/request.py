@@ -6,8 +6,12 @@ Plain data: reading the arguments needs no PyTorch, whose import takes seconds.
 import argparse
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from models.lambdas import MAX_INDEX
+
+if TYPE_CHECKING:
+    from utils.codec.quality_map import QualityMap
 
 CAP_MARGIN = 3e-3  # how far under a cap is aimed, relatively
 
@@ -68,6 +72,7 @@ class EncodeRequest:
         max_trials: with a target, indexes to try before the one to encode at.
         refinement: of the latents (DLM); zero steps for none.
         keep_rate: refine towards less distortion at the size of the index's file, not towards the least loss.
+        quality_map: where the index differs from that of the file, which a target then solves for.
     """
 
     index: float | None = None
@@ -77,6 +82,7 @@ class EncodeRequest:
     max_trials: int = 3
     refinement: RefinementSettings = field(default_factory=lambda: RefinementSettings(0))
     keep_rate: bool = False
+    quality_map: "QualityMap | None" = None
 
     def target(self, pixels: int) -> Target | None:
         """The target for a picture of this many pixels."""
@@ -92,7 +98,7 @@ class EncodeRequest:
 
     @property
     def needs_variable_rate(self) -> bool:
-        return self.has_target or self.refinement.steps > 0
+        return self.has_target or self.refinement.steps > 0 or self.quality_map is not None
 
 
 # The arguments that make a request ------------------------------------------------------------
@@ -121,6 +127,35 @@ def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> Non
     add("--method", choices=METHODS, default=RefinementSettings.method, help=methods)
     add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
     add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target (default: the method's, in brackets)")
+
+
+def add_map_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --mask and --roi, of which one may be given, and --mask-index and --mask-weight, likewise."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--mask", metavar="PICTURE", help="a region with an index of its own: white in a picture of the same size; gray is in between. It is as exact as cells of 64×64 pixels")
+    group.add_argument("--roi", metavar="X,Y,W,H", type=parse_box, action="append", help="the same as a rectangle in pixels, from the upper left corner; may be repeated")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--mask-index", type=float, metavar="INDEX", help="index of the region; -l is that of the rest, and a target is met by the rest")
+    group.add_argument("--mask-weight", type=float, metavar="STEPS", help="instead, how far the region's index lies above that of the rest; a target moves both")
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """A rectangle from "X,Y,W,H", in pixels."""
+    x, y, width, height = map(int, text.split(","))
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise ValueError
+    return x, y, width, height
+
+
+def check_map_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with the parser's error where the arguments of `add_map_arguments` do not make a region and its index."""
+    region, rate = args.mask or args.roi, (args.mask_index, args.mask_weight)
+    if bool(region) != (rate != (None, None)):
+        parser.error("a region needs --mask or --roi, and --mask-index or --mask-weight")
+    if args.mask_index is not None and not 0 <= args.mask_index <= MAX_INDEX:
+        parser.error(f"--mask-index: must lie in [0, {MAX_INDEX:g}], not {args.mask_index:g}")
+    if args.mask_weight is not None and not 0 < abs(args.mask_weight) <= MAX_INDEX:
+        parser.error(f"--mask-weight: must lie within ±{MAX_INDEX:g} and not be 0, not {args.mask_weight:g}")
 
 
 def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, index: float | None) -> EncodeRequest:

@@ -1,0 +1,252 @@
+"""Several qualities in one picture: the map, its place in the file, rate control and refinement with it."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import codec_vbr
+from models.lambdas import index_to_lambda
+from models.side_info import SideInfo
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
+from utils.codec.decode import decode
+from utils.codec.encode import encode
+from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region
+from utils.codec.rate_control import RateController
+from utils.codec.request import EncodeRequest, RefinementSettings, Target
+from utils.images import crop, to_uint8
+from utils.metrics import mse
+
+HEIGHT, WIDTH = 300, 400  # padded to 384×512: 42 above, 56 to the left
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    small = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(4))
+    return to_uint8(torch.nn.functional.interpolate(small, (HEIGHT, WIDTH), mode="bicubic")[0].clamp(0, 1))
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), np.float32)
+    mask[22:150, 8:136] = 1  # cells 1 and 2 in both directions, exactly
+    return mask
+
+
+def test_cells_have_the_index_of_the_largest_share_of_their_pixels(mask):
+    mask[299, 399] = 0.5  # gray: half way between, in the last cell that the picture reaches
+    found = QualityMap.from_mask(mask, index=4.0)
+    offsets = np.frombuffer(found.cell_offsets(1.0), np.int8).reshape(6, 8)
+    expected = np.zeros((6, 8))
+    expected[1:3, 1:3], expected[5, 7] = 48, 24
+    assert (offsets == expected).all()
+    index = index_of_places(1.0, offsets.tobytes(), (6, 8))
+    assert index.shape == (1, 1, 24, 32) and index[0, 0, 4:12, 4:12].unique().tolist() == [4]
+    assert index[0, 0, :4].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("rate", [{"index": 5.0}, {"index": 0.0}, {"above": 4.0}, {"above": -3.0}])
+def test_no_index_leaves_its_range(mask, rate):
+    found = QualityMap.from_mask(mask, **rate)
+    for base in np.linspace(0, 5, 301):
+        indexes = np.float64(np.float32(base)) + found.offsets(base) / 16
+        assert (indexes >= 0).all() and (indexes <= 5).all()
+        wanted = rate.get("index", np.clip(base + rate.get("above", 0), 0, 5))
+        assert abs(indexes[found.weights == 1] - wanted).max() <= 1 / 16
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.4])
+def test_a_mask_of_one_value_tells_nothing_apart(value):
+    with pytest.raises(ValueError, match=r"the mask (is empty|has one value)"):
+        QualityMap.from_mask(np.full((HEIGHT, WIDTH), value), index=4.0)
+
+
+def test_a_map_of_one_index_is_that_index(varied, picture):
+    x = torch.rand(1, 3, 128, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = varied(x, 1.5), varied(x, torch.full((1, 1, 8, 16), 1.5))
+    assert torch.allclose(found["x_hat"], expected["x_hat"], atol=1e-5)
+    assert torch.allclose(found["latent"], expected["latent"], rtol=1e-5)
+    places = torch.full((1, 1, 8, 16), 1.5)
+    coded = varied.compress(x, places)
+    decoded = varied.decompress(coded["strings"], coded["shape"], places)["x_hat"]
+    assert torch.allclose(decoded, expected["x_hat"].clamp(0, 1), atol=1e-5)
+
+
+def test_places_have_the_scale_of_their_index(varied):
+    y = torch.randn(1, varied.M, 8, 8)
+    places = torch.full((1, 1, 8, 8), 1.0)
+    places[..., 4:] = 4.0
+    with torch.no_grad():
+        indexes = places, torch.tensor([1.0]), torch.tensor([4.0])
+        mixed, low, high = (varied.modulate(y, index)[1] for index in indexes)
+    assert torch.allclose(mixed[..., :4], low[..., :4], atol=1e-6)
+    assert torch.allclose(mixed[..., 4:], high[..., 4:], atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [[[[6.0]]], [[[float("nan")]]], torch.zeros(1, 2, 8, 8), torch.zeros(3, 1, 8, 8)])
+def test_wrong_maps_are_refused_by_the_model(varied, index):
+    with pytest.raises(ValueError):
+        varied(torch.zeros(1, 3, 128, 128), torch.as_tensor(index))
+
+
+def test_a_file_with_a_map_decodes_to_what_the_encoder_saw(varied, picture, mask):
+    """And a picture without one costs no byte."""
+    request = EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0))
+    result = encode(varied, picture, request)
+    analyzed = AnalyzedImage(varied, picture, request.quality_map)
+    trial = analyzed.quantize(1.0)
+    with torch.no_grad():
+        x_hat = varied.synthesize(trial.quantized.y_hat, analyzed.rate_model.index_of_places(1.0))
+    seen = to_uint8(crop(x_hat.clamp(0, 1), HEIGHT, WIDTH)[0])
+    decoded = decode(varied, result.data)
+    assert (decoded.int() - seen.int()).abs().max() <= 1
+    coded = unpack(result.data)
+    assert len(coded.offsets) == 48 and coded.index == 1
+    plain = unpack(encode(varied, picture, EncodeRequest(1.0)).data)
+    assert plain.offsets == b"" and len(pack(plain)) == 38 + len(plain.z) + len(plain.y) + len(plain.side_info.scales)
+    low, high = (decode(varied, encode(varied, picture, EncodeRequest(index)).data) for index in (1.0, 4.0))
+    for other, cells in ((high, np.s_[:, 60:120, 40:100]), (low, np.s_[:, 250:, 300:])):
+        assert (decoded[cells].int() - other[cells].int()).abs().float().mean() < 3
+
+
+def mapped(offsets: bytes, index: float = 1.0) -> CodedImage:
+    coded = {"y": b"yyyy", "z": b"zz", "fingerprint": b"weights!"}
+    return CodedImage(WIDTH, HEIGHT, index, **coded, side_info=SideInfo(b"list", 7), offsets=offsets)
+
+
+def test_bad_maps_are_one_line_each():
+    fine = bytes([0] * 47 + [64])
+    assert unpack(pack(mapped(fine))).offsets == fine
+    for wrong in (fine[:-1], fine + b"\0", bytes(100_000)):  # too few, too many, a bomb
+        with pytest.raises(BitstreamError, match="does not fit the picture"):
+            unpack(pack(mapped(wrong)))
+    for value, told in ((65, "5.0625"), (-17, "-0.0625"), (-128, "-7")):
+        with pytest.raises(BitstreamError, match=f"a rate index of {told} in its map"):
+            unpack(pack(mapped(bytes([0] * 47 + [value % 256]))))
+
+
+def test_damaged_maps_are_refused_whatever_their_bytes():
+    random = np.random.default_rng(0)
+    data = pack(mapped(bytes(random.integers(0, 48, 48, dtype=np.uint8))))
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for position in random.integers(38, len(data) - 10, 2):
+            damaged[position] = random.integers(256)
+        damaged[34:38] = struct.pack("<I", zlib.crc32(bytes(damaged[38:]), zlib.crc32(bytes(damaged[:34]))))
+        try:
+            found = unpack(bytes(damaged))
+            assert len(found.offsets) == 48
+        except BitstreamError:
+            refused += 1
+    assert refused > 250
+
+
+@pytest.mark.parametrize("rate", [{"index": 4.5}, {"above": 2.0}])
+def test_targets_are_met_with_a_map(varied, picture, mask, rate):
+    analyzed = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, **rate))
+    low, high = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, 5.0))
+    for share in (0.2, 0.5, 0.8):
+        target = Target(low + share * (high - low))
+        trial, data = RateController(analyzed).encode(target)
+        assert 8 * len(data) == pytest.approx(target.bits, rel=0.01)
+        region = trial.index + analyzed.quality_map.offsets(trial.index)[-1] / 16
+        assert region == pytest.approx(rate.get("index", min(5, trial.index + 2)), abs=1 / 16)
+
+
+def test_the_rate_model_follows_a_map(varied, picture, mask):
+    """Its shape is the sum over places of s · log2 m, as without a map where both regions have one index."""
+    same = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, above=1e-9)).rate_model
+    plain = AnalyzedImage(varied, picture).rate_model
+    sigma = torch.rand(plain.y.shape, generator=torch.Generator().manual_seed(0)) * 4
+    assert np.allclose(same.curve(sigma).shape, plain.curve(sigma).shape, rtol=1e-4)
+    kept = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, index=2.5)).rate_model
+    rise, less = (np.ptp(model.curve(sigma).shape) for model in (plain, kept))
+    assert 0.8 * rise < less < 0.97 * rise  # of 48 cells four are kept
+
+
+def test_refinement_weighs_errors_by_the_map(varied, picture, mask):
+    quality_map = QualityMap.from_mask(mask, index=4.0)
+    analyzed = AnalyzedImage(varied, picture, quality_map)
+    weights = analyzed.distortion_weights(1.0)
+    assert weights.shape == (1, 1, HEIGHT, WIDTH)
+    assert weights[0, 0, 100, 60] == pytest.approx(index_to_lambda(4.0) / index_to_lambda(1.0))
+    assert weights[0, 0, 0, 0] == pytest.approx(1)
+    result = encode(varied, picture, EncodeRequest(1.0, refinement=RefinementSettings(6), quality_map=quality_map))
+    refinement = result.refinement
+    decoded = decode(varied, refinement.before.data)
+    assert refinement.before.distortion == pytest.approx(mse(picture, decoded, weights[0]))
+    assert refinement.chosen and refinement.loss_change < 0
+    assert unpack(result.data).offsets
+
+
+def test_quality_inside_and_outside():
+    region = np.zeros((4, 4))
+    region[:2] = 1
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    decoded = image.clone()
+    decoded[:, :2], decoded[:, 2:] = 1, 10
+    assert psnr_by_region(image, decoded, region) == pytest.approx((48.13, 28.13), abs=0.01)
+
+
+# codec_vbr.py ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(varied_checkpoint, picture, tmp_path):
+    """Encode the picture with arguments; returns the status and the file."""
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+
+    def encode(*more) -> tuple[int, bytes]:
+        file = tmp_path / "p.tvbr"
+        arguments = ["encode", tmp_path / "p.png", file, "--checkpoint", varied_checkpoint, "--force", *more]
+        status = codec_vbr.main(list(map(str, arguments)))
+        return status, file.read_bytes() if file.exists() else b""
+
+    return encode
+
+
+def test_masks_and_boxes_on_the_command_line(call, mask, tmp_path, capsys):
+    Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "mask.png")
+    rates = ("-l", 1, "--mask-index", 4, "--verify")
+    status, by_mask = call("--mask", tmp_path / "mask.png", *rates)
+    assert status == 0 and "dB inside" in capsys.readouterr().err
+    assert call("--roi", "8,22,128,128", *rates) == (0, by_mask)
+    (tmp_path / "p.tvbr").write_bytes(by_mask)
+    assert codec_vbr.main(["info", str(tmp_path / "p.tvbr")]) == 0
+    assert "a map of 1 to 4 that differs from it in 8% of the picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--roi", "8,22,128,128"], "needs --mask or --roi, and --mask-index or --mask-weight"),
+        (["--mask-index", "4"], "needs --mask or --roi, and --mask-index or --mask-weight"),
+        (["--roi", "8,22,128,128", "--mask-index", "7"], "must lie in"),
+        (["--roi", "8,22,128", "--mask-index", "4"], "--roi"),
+        (["--roi", "8,22,128,0", "--mask-index", "4"], "--roi"),
+        (["--roi", "8,22,8,8", "--mask-index", "4", "--mask-weight", "1"], "not allowed"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, more, told, capsys):
+    with pytest.raises(SystemExit):
+        call("-l", 1, *more)
+    assert told in capsys.readouterr().err
+
+
+def test_masks_that_do_not_fit_are_one_line_each(call, tmp_path, capsys):
+    size = HEIGHT, WIDTH
+    for name, pixels in (("small", np.eye(100)), ("empty", np.zeros(size)), ("full", np.ones(size))):
+        Image.fromarray((255 * pixels).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    told = {"small": "100×100 pixels, the picture 400×300", "empty": "empty", "full": "one value", "none": "none.png"}
+    for name, text in told.items():
+        assert call("-l", 1, "--mask", tmp_path / f"{name}.png", "--mask-index", 4) == (1, b"")
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and text in lines[0]
+    assert call("-l", 1, "--roi", "350,0,100,100", "--mask-index", 4) == (1, b"")
+    assert "does not lie within the picture" in capsys.readouterr().err

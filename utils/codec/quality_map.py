@@ -1,0 +1,119 @@
+"""Several qualities in one picture: where, and by how much, the rate index differs from that of the file.
+
+The network's rate enters through f_λ(index) alone, channel by channel, and m scales every place of the latent by
+itself. So an index for each place is as good as one for all, and R = Σ log m + C holds as it stands.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.lambdas import MAX_INDEX, index_to_lambda
+from utils.codec.bitstream import STEPS
+from utils.images import crop, pad
+from utils.metrics import psnr
+from utils.pictures import read_pixels
+
+CELL = 64  # pixels: the grid of a map is that of z
+LATENTS_PER_CELL, PIXELS_PER_LATENT = 4, 16
+
+
+@dataclass(frozen=True)
+class QualityMap:
+    """A region of a picture, and its index.
+
+    Attributes:
+        weights: different shares of the region in a cell, in [0, 1], `[K]`. Shares between 0 and 1 interpolate.
+        cells: which of them each cell has, `[h, w]` of z.
+        index: of the region, whatever the index of the file; or
+        above: how far the region's index lies above that of the file.
+    """
+
+    weights: np.ndarray
+    cells: np.ndarray
+    index: float | None = None
+    above: float | None = None
+
+    @classmethod
+    def from_mask(cls, mask: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
+        """The map of a mask `[H, W]` in [0, 1], as large as the picture. A cell has the largest value of its pixels.
+
+        Raises:
+            ValueError: the mask is empty, or has one value everywhere.
+        """
+        if not mask.any():
+            raise ValueError("the mask is empty: it is black everywhere")
+        if np.ptp(mask) == 0:
+            raise ValueError("the mask has one value everywhere: it tells no region from the rest")
+        padded = pad(torch.from_numpy(mask.astype(np.float32))[None, None])
+        shares = (F.max_pool2d(padded, CELL)[0, 0] * 255).round().numpy() / 255
+        weights, cells = np.unique(shares, return_inverse=True)
+        if len(weights) == 1:
+            raise ValueError("the mask has one value in every cell of 64×64 pixels: it tells no region from the rest")
+        return cls(weights, cells.reshape(shares.shape), index, above)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":
+        """The map that `add_map_arguments` name for a picture, if they do.
+
+        Raises:
+            ImageError, ValueError: the mask cannot be read, or does not fit the picture.
+        """
+        if not (args.mask or args.roi):
+            return None
+        return cls.from_mask(region_of_arguments(args, height, width), args.mask_index, args.mask_weight)
+
+    def offsets(self, base: float | np.ndarray) -> np.ndarray:
+        """Offsets in steps of 1/16 from the index of the file, such that all lie within [0, 5]: int8 `[…, K]`."""
+        base = np.asarray(base, np.float32).astype(np.float64)[..., None]  # the file holds float32
+        top = base + self.above if self.index is None else self.index
+        wanted = np.round(STEPS * self.weights * (np.clip(top, 0, MAX_INDEX) - base))
+        return np.clip(wanted, np.ceil(-STEPS * base), np.floor(STEPS * (MAX_INDEX - base))).astype(np.int8)
+
+    def indexes(self, base: float | np.ndarray) -> np.ndarray:
+        """The index of each of `weights`, `[…, K]`."""
+        return np.asarray(base, np.float64)[..., None] + self.offsets(base) / STEPS
+
+    def cell_offsets(self, base: float) -> bytes:
+        """The offsets of every cell, as the file holds them."""
+        return self.offsets(base)[self.cells].tobytes()
+
+
+def region_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
+    """The share of the region in every pixel, float `[height, width]` in [0, 1], by --mask or --roi."""
+    if args.mask:
+        gray = read_pixels(args.mask, background="black").astype(np.float32).mean(2) / 255
+        if gray.shape != (height, width):
+            found = f"{gray.shape[1]}×{gray.shape[0]}"
+            raise ValueError(f"the mask {args.mask} has {found} pixels, the picture {width}×{height}")
+        return gray
+    mask = np.zeros((height, width), np.float32)
+    for x, y, box_width, box_height in args.roi:
+        if x + box_width > width or y + box_height > height:
+            box = f"{x},{y},{box_width},{box_height}"
+            raise ValueError(f"--roi {box} does not lie within the picture, {width}×{height}")
+        mask[y : y + box_height, x : x + box_width] = 1
+    return mask
+
+
+def index_of_places(base: float, offsets: bytes, shape: tuple[int, int]) -> Tensor:
+    """The index of every place of the latent, `[1, 1, 4h, 4w]`, from the offsets of z's cells, of a shape (h, w)."""
+    index = base + torch.frombuffer(bytearray(offsets), dtype=torch.int8).view(shape) / STEPS
+    return index.repeat_interleave(LATENTS_PER_CELL, 0).repeat_interleave(LATENTS_PER_CELL, 1)[None, None]
+
+
+def distortion_weights(index: Tensor, base: float, metric: str, height: int, width: int) -> Tensor:
+    """λ of every pixel, in units of that of the file's index: `[1, 1, height, width]`."""
+    weights = index_to_lambda(index, metric) / index_to_lambda(base, metric)
+    scale = PIXELS_PER_LATENT
+    return crop(weights.repeat_interleave(scale, 2).repeat_interleave(scale, 3), height, width)
+
+
+def psnr_by_region(image: Tensor, decoded: Tensor, region: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB of uint8 images `[3, H, W]` where the region's share `[H, W]` is above one half, and elsewhere."""
+    inside = torch.from_numpy(region > 0.5).to(image.device)
+    return psnr(image[:, inside], decoded[:, inside]), psnr(image[:, ~inside], decoded[:, ~inside])
