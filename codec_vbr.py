@@ -168,7 +168,7 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     )
     model = load()
     from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
-    from utils.codec.quality_map import QualityMap, psnr_by_region, region_of_arguments
+    from utils.codec.quality_map import QualityMap, psnr_by_region
     from utils.images import to_tensor
     from utils.metrics import psnr
 
@@ -181,7 +181,7 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
         decoded = decode.decode(model, result.data)
         message += f", verified: {psnr(image, decoded):.2f} dB"
         if request.quality_map:
-            regions = psnr_by_region(image, decoded, region_of_arguments(args, *pixels.shape[:2]))
+            regions = psnr_by_region(image, decoded, request.quality_map.region)
             message += ", {:.2f} dB inside and {:.2f} dB outside the region".format(*regions)
     write_bytes(target, result.data)
     return message

@@ -12,13 +12,14 @@ and make the exit status 1. Started by torchrun, processes share the pictures.
 """
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
-from utils.codec.request import add_index_argument
-from utils.evaluation.results import RESULTS_TABLE, Result, file_stem, mean, stem, to_json
+from utils.codec.request import add_index_argument, add_map_arguments, check_map_arguments
+from utils.evaluation.results import Result, file_stem, mean, results_table, stem, to_json
 from utils.files import BUNDLED, write_json
 from utils.pictures import find_images, find_images_or_samples
 
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
     add_index_argument(parser, several=True, default="all six")
     add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first are compared with the others (default: vbr_models/{BUNDLED.name})")
+    add_map_arguments(parser)
     add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of estimating")
     add("--anchors", nargs="*", choices=ANCHORS, metavar="CODEC", help=f"compare with these codecs on the same pictures (no name: all of {', '.join(ANCHORS)}); implies --real")
     add("--compare", nargs="+", default=[], metavar="JSON", help="compare with results of earlier runs; without -d, --checkpoint and --anchors nothing is measured")
@@ -54,10 +56,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     others = (args.lmd, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None)
     if args.rate_model and (any(others) or len(args.checkpoint or ()) > 1):
         parser.error("--rate-model goes with -d, --json and one --checkpoint: it has its own rates, and compares nothing")
+    check_map_arguments(parser, args)
     if args.show and not args.report:
         parser.error("--show names pictures for the page of --report")
     args.measure = bool(args.data or args.checkpoint or args.anchors is not None or not args.compare)
-    args.real |= args.anchors is not None or args.report is not None
+    args.real |= args.anchors is not None or args.report is not None or bool(args.mask or args.roi)
     args.anchors = list(ANCHORS) if args.anchors == [] else args.anchors or []
     args.checkpoint = args.checkpoint or [str(BUNDLED)]
     return args
@@ -68,6 +71,7 @@ def measure(
 ) -> tuple[dict, int]:
     """The weights of a file as a codec in CompressAI's format, and how many pictures failed. Prints their table."""
     from models import TCM_VBR
+    from utils.codec.quality_map import QualityMap
     from utils.evaluation.evaluate import evaluate, measure_all
     from utils.evaluation.provenance import origin
     from utils.images import save_image
@@ -78,7 +82,8 @@ def measure(
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
-        result, decoded = evaluate(model, name, image, index, args.real)
+        quality_map = QualityMap.from_arguments(args, *image.shape[1:])
+        result, decoded = evaluate(model, name, image, index, args.real, quality_map)
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
@@ -88,11 +93,12 @@ def measure(
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
     if context.is_main:
-        print(RESULTS_TABLE.header)
+        table = results_table(bool(args.mask or args.roi))
+        print(table.header)
         if args.per_image:
-            print(*(RESULTS_TABLE.row(result.image, [result]) for result in results), RESULTS_TABLE.rule, sep="\n")
+            print(*(table.row(result.image, [result]) for result in results), table.rule, sep="\n")
         for group in groups:
-            print(RESULTS_TABLE.row(f"mean of {len(group)}", group))
+            print(table.row(f"mean of {len(group)}", group))
         if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     codec = to_json(groups, stem(file), "real files" if args.real else "estimated from likelihoods", results)
@@ -102,6 +108,7 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from utils.checkpoint import load_model
+    from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
     from utils.evaluation import anchors, comparison, rate_study, report
     from utils.evaluation.provenance import provenance
@@ -129,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     if whole["compared"]:
         print(comparison.table(whole["summary"]))
     if args.report:
-        viewers = report.make_viewers(model, whole, paths, shown, known) if model else []
+        map_of = functools.partial(QualityMap.from_arguments, args)
+        viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
         studies = report.study(model, shown)
         whole["rate_model"] = rate_study.summary(studies) if studies else None
         print(report.write_report(Path(args.report), whole, ours, viewers, studies))

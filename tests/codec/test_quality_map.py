@@ -1,5 +1,6 @@
 """Several qualities in one picture: the map, its place in the file, rate control and refinement with it."""
 
+import json
 import struct
 import zlib
 
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 
 import codec_vbr
+import eval_vbr
 from models.lambdas import index_to_lambda
 from models.side_info import SideInfo
+from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
@@ -186,8 +189,8 @@ def test_refinement_weighs_errors_by_the_map(varied, picture, mask):
 
 
 def test_quality_inside_and_outside():
-    region = np.zeros((4, 4))
-    region[:2] = 1
+    region = np.zeros((4, 4), bool)
+    region[:2] = True
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
     decoded = image.clone()
     decoded[:, :2], decoded[:, 2:] = 1, 10
@@ -250,3 +253,18 @@ def test_masks_that_do_not_fit_are_one_line_each(call, tmp_path, capsys):
         assert len(lines) == 1 and text in lines[0]
     assert call("-l", 1, "--roi", "350,0,100,100", "--mask-index", 4) == (1, b"")
     assert "does not lie within the picture" in capsys.readouterr().err
+
+
+def test_evaluation_tells_the_quality_of_the_region(varied_checkpoint, picture, tmp_path, capsys):
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+    arguments = ["-d", str(tmp_path / "p.png"), "--checkpoint", varied_checkpoint, "-l", "1", "--json"]
+    eval_vbr.main([*arguments, str(tmp_path / "r.json"), "--roi", "8,22,128,128", "--mask-index", "4"])
+    assert "inside dB" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "r.json").read_text())["images"]
+    mask = np.zeros((HEIGHT, WIDTH), np.float32)
+    mask[22:150, 8:136] = 1
+    quality_map = QualityMap.from_mask(mask, index=4.0)
+    model = load_model(varied_checkpoint)
+    decoded = decode(model, encode(model, picture, EncodeRequest(1.0, quality_map=quality_map)).data)
+    expected = psnr_by_region(picture, decoded, quality_map.region)
+    assert (row["psnr_inside"], row["psnr_outside"]) == pytest.approx(expected) and row["loss"] is None

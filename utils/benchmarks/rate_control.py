@@ -16,8 +16,9 @@ from utils import cli
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.encode import encode
+from utils.codec.quality_map import QualityMap
 from utils.codec.rate_control import RateController
-from utils.codec.request import EncodeRequest, Target
+from utils.codec.request import EncodeRequest, Target, add_map_arguments, check_map_arguments
 from utils.device import clock, timed
 from utils.evaluation.results import short_names
 from utils.files import BUNDLED, write_json
@@ -34,13 +35,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--targets", type=int, default=5, metavar="N", help="targets per picture and mode")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--json", metavar="FILE", help="write every target, size and time")
+    add_map_arguments(parser)
     cli.add_device_argument(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_map_arguments(parser, args)
+    return args
 
 
-def measure(model: TCM_VBR, name: str, image: Tensor, targets: int) -> list[dict]:
+def measure(model: TCM_VBR, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
-    analyzed = AnalyzedImage(model, image)
+    analyzed = AnalyzedImage(model, image, quality_map)
     smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))
     _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
     rows = []
@@ -49,7 +53,7 @@ def measure(model: TCM_VBR, name: str, image: Tensor, targets: int) -> list[dict
             share = (number + 0.5) / targets
             target = Target(float(round(smallest + share * (largest - smallest))), cap)
             start = clock(image.device)
-            controller = RateController(AnalyzedImage(model, image))
+            controller = RateController(AnalyzedImage(model, image, quality_map))
             analysis_end = clock(image.device)
             trial, data = controller.encode(target, max_trials)
             end = clock(image.device)
@@ -78,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     model.prepare()
     names, rows = short_names(paths), []
     for path in tqdm(paths, unit="image", disable=None):
-        rows += measure(model, names[path], read_image(path).to(device), args.targets)
+        image = read_image(path).to(device)
+        quality_map = QualityMap.from_arguments(args, *image.shape[1:])
+        rows += measure(model, names[path], image, args.targets, quality_map)
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]

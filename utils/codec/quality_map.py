@@ -29,12 +29,14 @@ class QualityMap:
     Attributes:
         weights: different shares of the region in a cell, in [0, 1], `[K]`. Shares between 0 and 1 interpolate.
         cells: which of them each cell has, `[h, w]` of z.
+        region: pixels whose share is above one half, bool `[H, W]`.
         index: of the region, whatever the index of the file; or
         above: how far the region's index lies above that of the file.
     """
 
     weights: np.ndarray
     cells: np.ndarray
+    region: np.ndarray
     index: float | None = None
     above: float | None = None
 
@@ -54,7 +56,7 @@ class QualityMap:
         weights, cells = np.unique(shares, return_inverse=True)
         if len(weights) == 1:
             raise ValueError("the mask has one value in every cell of 64×64 pixels: it tells no region from the rest")
-        return cls(weights, cells.reshape(shares.shape), index, above)
+        return cls(weights, cells.reshape(shares.shape), mask > 0.5, index, above)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":
@@ -65,7 +67,7 @@ class QualityMap:
         """
         if not (args.mask or args.roi):
             return None
-        return cls.from_mask(region_of_arguments(args, height, width), args.mask_index, args.mask_weight)
+        return cls.from_mask(_mask_of_arguments(args, height, width), args.mask_index, args.mask_weight)
 
     def offsets(self, base: float | np.ndarray) -> np.ndarray:
         """Offsets in steps of 1/16 from the index of the file, such that all lie within [0, 5]: int8 `[…, K]`."""
@@ -83,8 +85,7 @@ class QualityMap:
         return self.offsets(base)[self.cells].tobytes()
 
 
-def region_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
-    """The share of the region in every pixel, float `[height, width]` in [0, 1], by --mask or --roi."""
+def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
     if args.mask:
         gray = read_pixels(args.mask, background="black").astype(np.float32).mean(2) / 255
         if gray.shape != (height, width):
@@ -114,6 +115,6 @@ def distortion_weights(index: Tensor, base: float, metric: str, height: int, wid
 
 
 def psnr_by_region(image: Tensor, decoded: Tensor, region: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB of uint8 images `[3, H, W]` where the region's share `[H, W]` is above one half, and elsewhere."""
-    inside = torch.from_numpy(region > 0.5).to(image.device)
+    """PSNR in dB of uint8 images `[3, H, W]` inside and outside a region, bool `[H, W]`."""
+    inside = torch.from_numpy(region).to(image.device)
     return psnr(image[:, inside], decoded[:, inside]), psnr(image[:, ~inside], decoded[:, ~inside])

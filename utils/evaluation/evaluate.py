@@ -13,6 +13,7 @@ from models.lambdas import index_to_lambda
 from utils import cli
 from utils.codec.decode import decode
 from utils.codec.encode import encode
+from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
@@ -77,18 +78,25 @@ def measure_all(
     return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)
 
 
-def evaluate(model: TCM, name: str, image: Tensor, index: float | None, real: bool) -> tuple[Result, Tensor]:
+def evaluate(
+    model: TCM, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None
+) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
         real: encode, decode and count the bytes, instead of estimating.
+        quality_map: of a region with another index; real files only. There is no loss then, as there is no one λ.
 
     Raises:
         ValueError: it cannot be coded, or has no room on the GPU.
     """
     if real:
-        encoded = encode(model, image, EncodeRequest(index))
-        return evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
+        encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map))
+        result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
+        if quality_map:
+            result.loss = None
+            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
+        return result, decoded
     count, decoded = estimate(model, image, index)
     return _result(model, name, image, index, count, decoded), decoded
 

@@ -1,14 +1,18 @@
 """The report of eval_vbr.py: plots, tables and pictures of its JSON, as one page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from models import TCM, TCM_VBR
+from utils.codec.encode import encode
+from utils.codec.quality_map import QualityMap, psnr_by_region
+from utils.codec.request import EncodeRequest
 from utils.evaluation import anchors, rate_study
 from utils.evaluation.comparison import is_kodak, ms_ssim_decibels, points, published
-from utils.evaluation.evaluate import evaluate
+from utils.evaluation.evaluate import evaluate, evaluate_file
 from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
 from utils.evaluation.plots import rd_figure, render, targets_figure
 from utils.evaluation.results import Result, decibels, short_names
@@ -29,14 +33,18 @@ def spread(paths: Sequence[Path], count: int = PICTURES) -> list[Path]:
 # Pictures ------------------------------------------------------------------------------------
 
 
-def make_viewers(model: TCM, whole: dict, paths: list[Path], shown: list[Path], codecs: list[str]) -> list[Viewer]:
+def make_viewers(
+    model: TCM, whole: dict, paths: list[Path], shown: list[Path], codecs: list[str],
+    map_of: Callable[[int, int], QualityMap | None],
+) -> list[Viewer]:
     """A viewer for each picture that was measured: the original, the model's at a low rate, and each codec's of
-    the size nearest to that.
+    the size nearest to that. With a region also the model's of that size without one.
 
     Args:
         whole: the JSON, whose first codec is the model.
         paths: all pictures, by which their short names were made.
         codecs: of anchors.CODECS, those that were measured.
+        map_of: the map of a picture of a height and width.
     """
     names, found = short_names(paths), []
     indexes = {row["index"] for row in whole["images"]}
@@ -47,28 +55,50 @@ def make_viewers(model: TCM, whole: dict, paths: list[Path], shown: list[Path], 
         if not any(row["image"] == name for row in whole["images"]):
             continue  # it could not be measured
         image = read_image(path).to(model.medians.device)
-        result, decoded = evaluate(model, name, image, index, real=True)
-        versions = [Version("original", "8 bits a sample", _crop(image)), _version(whole["name"], result, decoded)]
+        quality_map = map_of(*image.shape[1:])
+        middle = _middle(image, quality_map)
+        result, decoded = evaluate(model, name, image, index, True, quality_map)
+        title = f"{whole['name']}, with a region" if quality_map else whole["name"]
+        versions = [Version("original", "8 bits a sample", _crop(image, middle))]
+        versions.append(_version(title, result, decoded, middle))
+        if quality_map:
+            size = round(result.bpp * image.shape[1] * image.shape[2] / 8)
+            plain = encode(model, image, EncodeRequest(bytes=size))
+            result, decoded = evaluate_file(model, name, image, plain.index, plain.data, plain.seconds)
+            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
+            versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle))
         for codec in (anchors.CODECS[key] for key in codecs):
             own = [row for row in rows[codec.title] if row["image"] == name]
             quality = min(own, key=lambda row: abs(row["bpp"] - result.bpp))["index"]
-            versions.append(_version(codec.title, *anchors.measure(name, image.cpu(), codec, quality)))
+            versions.append(_version(codec.title, *anchors.measure(name, image.cpu(), codec, quality), middle))
         left = 2 if len(versions) > 2 else 0
         found.append(Viewer(f"{name}, {result.width}×{result.height}", versions, left, 1))
     return found
 
 
-def _crop(image: Tensor):
-    width, height = (min(size, side) for size, side in zip(CROP, (image.shape[2], image.shape[1]), strict=True))
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return to_pixels(image[:, top : top + height, left : left + width])
+def _middle(image: Tensor, quality_map: QualityMap | None) -> tuple[int, int]:
+    """Row and column of the middle of a picture, or of its region."""
+    if quality_map is None:
+        return image.shape[1] // 2, image.shape[2] // 2
+    rows, columns = quality_map.region.nonzero()
+    return int(rows.min() + rows.max() + 1) // 2, int(columns.min() + columns.max() + 1) // 2
 
 
-def _version(codec: str, result: Result, decoded: Tensor) -> Version:
+def _crop(image: Tensor, middle: tuple[int, int]) -> np.ndarray:
+    sides = []
+    for at, size, side in zip(middle, reversed(CROP), image.shape[1:], strict=True):
+        start = max(0, min(at - size // 2, side - size))
+        sides.append(slice(start, start + size))
+    return to_pixels(image[:, sides[0], sides[1]])
+
+
+def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int]) -> Version:
     note = f"{round(result.bpp * result.width * result.height / 8):,} bytes, {result.bpp:.3f} bpp, {result.psnr:.2f} dB"
     if result.ms_ssim is not None:
         note += f", MS-SSIM {decibels(result.ms_ssim):.2f} dB"
-    return Version(codec, note, _crop(decoded))
+    if result.psnr_inside is not None:
+        note += f", {result.psnr_inside:.2f} dB inside the region and {result.psnr_outside:.2f} dB outside"
+    return Version(codec, note, _crop(decoded, middle))
 
 
 def study(model: TCM | None, shown: list[Path]) -> list[rate_study.Study]:
@@ -107,8 +137,9 @@ def write_report(
 
 
 _PICTURES_TEXT = (
-    "Crops from the middle, one pixel of the picture to one of the page. Choose what lies left and right, and drag the "
-    "divider, or move it with the arrow keys. Every codec has the quality whose file is nearest in size to ours."
+    "Crops around the middle of a picture, or of its region, one pixel of the picture to one of the page. Choose what "
+    "lies left and right, and drag the divider, or move it with the arrow keys. Every codec has the quality whose file "
+    "is nearest in size to ours."
 )
 
 

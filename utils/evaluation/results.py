@@ -19,6 +19,7 @@ class Result:
         ms_ssim, ms_ssim_db: None for pictures that are too small.
         loss: bpp + λ · D, with D = MSE on the 0–255 scale or 1 − MS-SSIM; None without an index.
         encode_seconds, decode_seconds: None for estimates.
+        psnr_inside, psnr_outside: of a region with an index of its own; None without one.
     """
 
     image: str
@@ -32,6 +33,8 @@ class Result:
     loss: float | None = None
     encode_seconds: float | None = None
     decode_seconds: float | None = None
+    psnr_inside: float | None = None
+    psnr_outside: float | None = None
 
     def distortion(self, metric: str) -> float | None:
         """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
@@ -93,8 +96,7 @@ def decibels(ms_ssim: float) -> float:
     return -10 * math.log10(1 - ms_ssim) if ms_ssim < 1 else math.inf
 
 
-RESULTS_TABLE = Table(
-    "image", 30,
+_COLUMNS = (
     Column("index", 5, 2, lambda result: result.index),
     Column("bpp", 8, 4, lambda result: result.bpp),
     Column("PSNR dB", 8, 2, lambda result: result.psnr),
@@ -102,6 +104,15 @@ RESULTS_TABLE = Table(
     Column("encode s", 9, 2, lambda result: result.encode_seconds),
     Column("decode s", 9, 2, lambda result: result.decode_seconds),
 )
+_REGION_COLUMNS = (
+    Column("inside dB", 9, 2, lambda result: result.psnr_inside),
+    Column("outside dB", 10, 2, lambda result: result.psnr_outside),
+)
+
+
+def results_table(region: bool) -> Table:
+    """The table of results, with or without the PSNR inside and outside of a region."""
+    return Table("image", 30, *_COLUMNS, *(_REGION_COLUMNS if region else ()))
 
 
 def short_names(paths: list[Path]) -> dict[Path, str]:
