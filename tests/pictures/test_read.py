@@ -137,6 +137,8 @@ def test_color_chunks_of_png(smooth):
     assert np.array_equal(by_number, by_primaries) and not np.array_equal(by_number, as_it_is)
     pixels, notes = read(png(smooth, (b"cICP", bytes([9, 16, 0, 1]))))  # PQ
     assert np.array_equal(pixels, as_it_is) and "cICP 9, 16" in notes[0]
+    pixels, notes = read(png(smooth, (b"cICP", bytes([1]))))
+    assert np.array_equal(pixels, as_it_is) and "cICP is broken" in notes[0]
 
 
 def test_primaries_are_converted_as_imagecms_converts_a_profile_of_them():

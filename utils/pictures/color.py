@@ -61,7 +61,10 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
     rgb = (image.convert("RGBA") if transparent else image).convert("RGB")
     if image.format != "PNG":
         return rgb
-    if cicp := _png_cicp(data):
+    cicp = _png_cicp(data)
+    if cicp and len(cicp) != 4:
+        note("its chunk cICP is broken and was ignored")
+    elif cicp:
         primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
         if primaries is None or transfer is None:
             note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
