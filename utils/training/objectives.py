@@ -10,6 +10,7 @@ from models import TCM, TCM_VBR
 from models.device import send
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
 from utils.metrics import bits, psnr_of_mse, rate_distortion
+from utils.training.maps import draw_maps, pixel_weights
 
 Noise = tuple[Tensor, Tensor]
 
@@ -33,7 +34,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.metric = model, metric
         self.autocast: torch.dtype | None = None
-        self.balance = 0.0
+        self.balance = self.map_share = 0.0
         self.frozen: list[nn.Module] = []  # these stay in evaluation mode, without drop-path in their latents
 
     def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -47,11 +48,14 @@ class Objective(nn.Module):
         Returns:
             `total`, which has the gradients, and scalars to log: `loss` and others.
         """
-        index = self.index(rate_uniform)
+        index = places = self.index(rate_uniform)
+        lmbda, weights = self.lambdas(index, x), None
+        if self.map_share:
+            places = draw_maps(index, rate_uniform, *x.shape[2:], self.map_share)
+            weights = pixel_weights(places, lmbda, self.metric)
         with self.autocasting(x):
-            out = self.model(x, index, noise=noise)
-        lmbda = self.lambdas(index, x)
-        losses = rate_distortion(out, x, lmbda, self.metric)
+            out = self.model(x, places, noise=noise)
+        losses = rate_distortion(out, x, lmbda, self.metric, weights)
         aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
         return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
 

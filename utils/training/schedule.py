@@ -20,6 +20,7 @@ class Settings:
     density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
     transform_factor: float = 1.0  # learning rate of g_a and g_s, in the same units
     balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
+    map_share: float = 0.0  # of the patches whose index differs from place to place
     schedule: str = "cosine"
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # of "step", as shares of the budget: epochs 50, 100, 150 of 200
     warmup: int = 200  # steps

@@ -90,7 +90,8 @@ class Trainer:
         groups = self.optimizers["net"].param_groups
         self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
         precision = PRECISIONS.get(settings.amp)
-        objective.autocast, objective.balance = precision, settings.balance
+        objective.autocast = precision
+        objective.balance, objective.map_share = settings.balance, settings.map_share
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective

@@ -1,0 +1,52 @@
+"""Maps of rate indexes for training, so that the networks meet several qualities in one picture."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.lambdas import MAX_INDEX, index_to_lambda
+from utils.codec.quality_map import CELL, LATENTS_PER_CELL, PIXELS_PER_LATENT
+
+MAX_BLOCKS = 3
+
+
+def draw_maps(index: Tensor, rate_uniform: Tensor, height: int, width: int, share: float) -> Tensor:
+    """The index of every place of the latents of patches, `[B, 1, height / 16, width / 16]`.
+
+    Most have the patch's own index everywhere. A share of them have blocks of another index, or a smooth field.
+
+    Args:
+        index: of each patch, `[B]`.
+        rate_uniform: in [0, 1), `[B]`; what is drawn for a patch is a function of it.
+        height, width: of the patches, in pixels.
+    """
+    size = height // CELL, width // CELL
+    samples = zip(index.tolist(), rate_uniform.tolist(), strict=True)
+    cells = torch.stack([_draw_map(*sample, size, share) for sample in samples])
+    return cells.repeat_interleave(LATENTS_PER_CELL, 1).repeat_interleave(LATENTS_PER_CELL, 2)[:, None]
+
+
+def _draw_map(index: float, rate_uniform: float, size: tuple[int, int], share: float) -> Tensor:
+    random = np.random.default_rng(int(rate_uniform * 2**32))
+    cells = torch.full(size, index)
+    if random.random() >= share:
+        return cells
+    if random.random() < 0.5:
+        ends = torch.from_numpy(random.uniform(0, MAX_INDEX, (1, 1, 2, 2))).float()
+        return F.interpolate(ends, size, mode="bilinear", align_corners=True)[0, 0]
+    for _ in range(random.integers(1, MAX_BLOCKS + 1)):
+        (top, bottom), (left, right) = (np.sort(random.integers(0, side + 1, 2)) for side in size)
+        cells[top : bottom + 1, left : right + 1] = random.uniform(0, MAX_INDEX)
+    return cells
+
+
+def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
+    """λ of every pixel in units of that of its patch: `[B, 1, height, width]`.
+
+    Args:
+        places: `[B, 1, h, w]`.
+        lmbda: of each patch, `[B]`.
+    """
+    weights = index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1)
+    return weights.repeat_interleave(PIXELS_PER_LATENT, 2).repeat_interleave(PIXELS_PER_LATENT, 3)
