@@ -13,6 +13,7 @@ and make the exit status 1. Started by torchrun, processes share the pictures.
 
 import argparse
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,14 +54,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for index in args.lmd or ():
         if not 0 <= index <= MAX_INDEX:
             parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
-    others = (args.lmd, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None)
-    if args.rate_model and (any(others) or len(args.checkpoint or ()) > 1):
+    region, several = args.mask or args.roi, len(args.checkpoint or ()) > 1
+    others = (args.lmd, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
+    if args.rate_model and (any(others) or several):
         parser.error("--rate-model goes with -d, --json and one --checkpoint: it has its own rates, and compares nothing")
     check_map_arguments(parser, args)
     if args.show and not args.report:
         parser.error("--show names pictures for the page of --report")
+    if args.rate_model and "WORLD_SIZE" in os.environ:
+        parser.error("--rate-model runs in one process: leave out torchrun")
+    if args.save and several:
+        parser.error("--save takes the reconstructions of one --checkpoint")
     args.measure = bool(args.data or args.checkpoint or args.anchors is not None or not args.compare)
-    args.real |= args.anchors is not None or args.report is not None or bool(args.mask or args.roi)
+    if not args.measure and (args.lmd or region or args.save or args.per_image):
+        parser.error("--compare alone measures nothing: name pictures with -d")
+    args.real |= args.anchors is not None or args.report is not None or bool(region)
+    args.lmd = list(dict.fromkeys(args.lmd or ())) or None
     args.anchors = list(ANCHORS) if args.anchors == [] else args.anchors or []
     args.checkpoint = args.checkpoint or [str(BUNDLED)]
     return args
@@ -77,8 +86,6 @@ def measure(
     from utils.images import save_image
 
     variable = isinstance(model, TCM_VBR)
-    if args.lmd and not variable:
-        raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
@@ -107,6 +114,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    from models import TCM_VBR
     from utils.checkpoint import load_model
     from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
@@ -115,34 +123,44 @@ def main(argv: list[str] | None = None) -> int:
 
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data) if args.measure else []
-    shown = find_images(args.show) if args.show else report.spread(paths)
-    model, codecs, failed = None, [], 0
-    for file in reversed(args.checkpoint) if args.measure else ():  # the first last: its model makes the page's pictures
-        model = load_model(file, context.device, variable_rate=bool(args.rate_model))
+    # What may be wrong is found before hours of measuring.
+    shown = report.named(find_images(args.show), paths) if args.show else report.spread(paths)
+    earlier = [(file, comparison.read_codecs(file)) for file in args.compare]
+    if args.report:
+        Path(args.report).mkdir(parents=True, exist_ok=True)
+    files = args.checkpoint if args.measure else []
+    models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]
+    for file, model in zip(files, models, strict=True):
+        if args.lmd and not isinstance(model, TCM_VBR):
+            raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
         if context.is_main:
             cli.print_weights(file)
         model.prepare()
-        if args.rate_model:
-            return rate_study.run(model, paths, Path(args.rate_model), args.json)
+    if args.rate_model:
+        return rate_study.run(models[0], paths, Path(args.rate_model), args.json)
+    codecs, failed = [], 0
+    for file, model in zip(files, models, strict=True):
         codec, broken = measure(model, file, paths, args, context)
-        codecs.insert(0, codec)
+        codecs.append(codec)
         failed = max(failed, broken)
     ours, known = max(1, len(codecs)), anchors.available(args.anchors)
     codecs += anchors.measure_all(known, paths, context)
     context.close()
     if not context.is_main:
         return 0
-    whole = comparison.together(codecs, args.compare) | {"made": provenance(argv, context)}
+    whole = comparison.together(codecs, earlier) | {"made": provenance(argv, context)}
     if whole["compared"]:
         print(comparison.table(whole["summary"]))
-    if args.report:
-        map_of = functools.partial(QualityMap.from_arguments, args)
-        viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
-        studies = report.study(model, shown)
-        whole["rate_model"] = rate_study.summary(studies) if studies else None
-        print(report.write_report(Path(args.report), whole, ours, viewers, studies))
     if args.json:
         write_json(args.json, whole)
+    if args.report:
+        model, map_of = next(iter(models), None), functools.partial(QualityMap.from_arguments, args)
+        viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
+        if studies := report.study(model, shown):
+            whole["rate_model"] = rate_study.summary(studies)
+        print(report.write_report(Path(args.report), whole, ours, viewers, studies))
+        if args.json:
+            write_json(args.json, whole)
     return 1 if failed else 0
 
 

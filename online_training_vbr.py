@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--log", metavar="DIR", help="write every step for TensorBoard")
     cli.add_device_argument(parser, published=True)
     args = parser.parse_args(argv)
-    return args, [make_request(parser, args, index) for index in args.lmd or [None]]
+    return args, [make_request(parser, args, index) for index in dict.fromkeys(args.lmd or [None])]
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError("none of the pictures could be coded")
     if not context.is_main:
         return 0
-    whole = json_of(rows, args) | {"checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
+    whole = json_of(rows, args) | {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
     if args.json:
         write_json(args.json, whole)
     errors = [abs(row.error) for row in rows[0] if row.error is not None]

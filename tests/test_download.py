@@ -240,6 +240,8 @@ def test_pictures_of_an_archive(server, tmp_path, monkeypatch):
 
 LINK = zipfile.ZipInfo("valid/link.png")
 LINK.create_system, LINK.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+LZMA = zipfile.ZipInfo("a.png")  # unpacks to any size, whatever it claims
+LZMA.compress_type = zipfile.ZIP_LZMA
 
 
 @pytest.mark.parametrize(("members", "cause"), [
@@ -249,6 +251,7 @@ LINK.create_system, LINK.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
     ([(LINK, b"/etc/passwd"), ("b.png", picture(2))], "leads out of its folder"),
     ([("a/a.png", picture(1)), ("b/a.png", picture(2))], "a.png twice"),
     ([("a.png", bytes(2**26 + 1)), ("b.png", picture(2))], "a.png with 67108865 bytes"),
+    ([(LZMA, picture(1)), ("b.png", picture(2))], "compressed in a way that is not expected"),
     ([("a.png", picture(1))], "1 pictures instead of 2"),
     ([("a.png", picture(1)), ("b.png", picture(2)[:-30])], "cannot be read as a picture"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""One training process, or several that torchrun started."""
+"""One process, or several that torchrun started: to train, or to share pictures."""
 
 import os
 from collections.abc import Sequence

@@ -62,6 +62,19 @@ def test_no_index_leaves_its_range(mask, rate):
         assert abs(indexes[found.weights == 1] - wanted).max() <= 1 / 16
 
 
+def test_a_gray_mask_has_a_region_too(mask):
+    found = QualityMap.from_mask(0.4 * mask, index=5.0)
+    assert (found.region == (mask > 0)).all() and found.indexes(0.0).tolist() == [0, 2]
+
+
+def test_a_map_belongs_to_one_size_and_has_one_index(varied, picture, mask):
+    with pytest.raises(ValueError, match="another size"):
+        encode(varied, picture[:, :200], EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0)))
+    for rate in ({}, {"index": 4.0, "above": 1.0}):
+        with pytest.raises(ValueError, match="give one of both"):
+            QualityMap.from_mask(mask, **rate)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.4])
 def test_a_mask_of_one_value_tells_nothing_apart(value):
     with pytest.raises(ValueError, match=r"the mask (is empty|has one value)"):

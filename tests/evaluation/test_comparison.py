@@ -36,6 +36,18 @@ def test_files_of_a_target_make_one_point_though_their_indexes_differ():
     assert point.bpp == pytest.approx(0.6) and point.mse == pytest.approx(20) and point.quality == pytest.approx(2.5)
 
 
+def test_a_perfect_ms_ssim_has_no_place_on_a_curve():
+    rates = [[result(i, 2.0**i, 10 / 2**i, ms_ssim=1 - (0.1 / 2**i if i < 4 else 0))] for i in range(5)]
+    rows = comparison.compare([codec("one", *rates), codec("two", *rates)])["codecs"]
+    assert rows[1]["bd_ms-ssim"]["rate"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_regions_have_no_loss():
+    row = result(0, 1, 10)
+    row.psnr_inside, row.psnr_outside = 40.0, 30.0
+    assert comparison.compare([codec("c", [row])])["codecs"][0]["least_loss"] is None
+
+
 def test_ms_ssim_is_averaged_before_it_becomes_decibels():
     (point,) = comparison.points(codec("c", [result(0, 1, 10, ms_ssim=0.9), result(0, 1, 10, "b", ms_ssim=0.98)]))
     assert comparison.ms_ssim_decibels(point) == pytest.approx(decibels(0.94))
@@ -67,7 +79,8 @@ def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):
     jpeg = codec("JPEG", [result(5, 1, 20)])
     for name, first in (("one", one), ("two", two)):
         (tmp_path / f"{name}.json").write_text(json.dumps(first | {"compared": [jpeg], "summary": {}, "made": {}}))
-    whole = comparison.together([], [str(tmp_path / "one.json"), str(tmp_path / "two.json")])
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
+    whole = comparison.together([], [(file, comparison.read_codecs(file)) for file in files])
     assert [whole["name"], *(c["name"] for c in whole["compared"])] == ["model", "JPEG", "model (two)"]
     assert "other pictures" in capsys.readouterr().err
 
@@ -75,17 +88,25 @@ def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):
 def test_compressais_own_files_are_read(tmp_path):
     curve = {"name": "bmshj", "description": "", "results": {"bpp": [0.5, 0.2], "psnr-rgb": [30.0, 27.0]}}
     (tmp_path / "c.json").write_text(json.dumps(curve))
+    curve["results"]["psnr"] = curve["results"].pop("psnr-rgb")  # its other name
+    (tmp_path / "d.json").write_text(json.dumps(curve))
+    assert comparison.points(curve) == comparison.points(comparison.read_codecs(str(tmp_path / "d.json"))[0])
     (first,) = comparison.read_codecs(str(tmp_path / "c.json"))
     assert [(p.bpp, p.psnr) for p in comparison.points(first)] == [(0.2, 27.0), (0.5, 30.0)]
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"name": "x", "images": []}', '{"name": "x", "images": [{"bpp": 1}]}']
+    "content",
+    [
+        *("", "{}", "[]", '{"name": "x", "images": []}', '{"name": "x", "images": [{"bpp": 1}]}'),
+        '{"name": "x", "metric": "foo", "results": {"bpp": [1], "psnr": [30]}}',
+        json.dumps({"name": "x", "images": [{"index": 0, "bpp": 1, "psnr": 3, "ms_ssim": None, "point": 0}]}),
+    ],
 )
 def test_what_is_no_result_is_named(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(cli.UserError, match=r"r\.json"):
-        comparison.together([], [str(tmp_path / "r.json")])
+        comparison.read_codecs(str(tmp_path / "r.json"))
 
 
 def test_published_curves_have_sources_and_are_for_kodak_alone():

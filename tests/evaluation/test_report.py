@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import eval_vbr
 import online_training_vbr
+from utils import cli
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"  # a name that must not become part of the page
@@ -119,6 +121,26 @@ def test_the_same_command_gives_the_same_json_but_for_times(report, tmp_path):
     whole = {key: value for key, value in whole.items() if key != "rate_model"}  # of the page alone
     assert timeless(again) == timeless(whole)
     assert whole["made"]["versions"]["torch"] and len(whole["checkpoint"]["fingerprint"]) >= 16
+
+
+def test_what_is_wrong_is_said_before_anything_is_measured(report, made_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_vbr, "measure", None)  # which would fail
+    arguments = report[2][: report[2].index("--json")]
+    (tmp_path / "file").write_text("")
+    for more in (["--compare", str(tmp_path / "none.json")], ["--report", str(tmp_path / "file")]):
+        with pytest.raises((cli.UserError, OSError), match=re.escape(more[1])):
+            eval_vbr.main([*arguments, *more])
+    with pytest.raises(cli.UserError, match="p1.png: not one of the pictures"):
+        eval_vbr.main([*arguments, "--report", str(tmp_path / "page"), "--show", str(made_photos / "p1.png")])
+
+
+def test_names_that_are_no_utf8_and_look_like_formulas(made_photos, varied_checkpoint, tmp_path):
+    name = os.fsdecode(b"_a$_{$\xff.png")
+    shutil.copy(made_photos / "p0.png", tmp_path / name)
+    arguments = ["-d", str(tmp_path / name), "--checkpoint", varied_checkpoint, "--report", str(tmp_path / "page")]
+    with contextlib.redirect_stdout(None):  # whose encoding cli.run takes care of
+        assert online_training_vbr.main([*arguments, "-t", "1", "-l", "1"]) == 0
+    assert r"_a$_{$\udcff.png" in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_files_alone_make_a_page_too(report, tmp_path, capsys):

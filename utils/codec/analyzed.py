@@ -39,6 +39,8 @@ class AnalyzedImage:
         self.model, self.quality_map = model, quality_map
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
+        if quality_map and quality_map.region.shape != (self.height, self.width):
+            raise ValueError("the map of qualities was made for a picture of another size")
         self.x = pad(to_float(image))
         self.y_before_lae = model.features(self.x)
         variable = isinstance(model, TCM_VBR)

@@ -29,7 +29,7 @@ class QualityMap:
     Attributes:
         weights: different shares of the region in a cell, in [0, 1], `[K]`. Shares between 0 and 1 interpolate.
         cells: which of them each cell has, `[h, w]` of z.
-        region: pixels whose share is above one half, bool `[H, W]`.
+        region: pixels whose share is above the middle of all shares, bool `[H, W]`.
         index: of the region, whatever the index of the file; or
         above: how far the region's index lies above that of the file.
     """
@@ -39,6 +39,10 @@ class QualityMap:
     region: np.ndarray
     index: float | None = None
     above: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.index is None) == (self.above is None):
+            raise ValueError("a region has an index of its own, or one above that of the file: give one of both")
 
     @classmethod
     def from_mask(cls, mask: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
@@ -56,7 +60,7 @@ class QualityMap:
         weights, cells = np.unique(shares, return_inverse=True)
         if len(weights) == 1:
             raise ValueError("the mask has one value in every cell of 64×64 pixels: it tells no region from the rest")
-        return cls(weights, cells.reshape(shares.shape), mask > 0.5, index, above)
+        return cls(weights, cells.reshape(shares.shape), mask > (mask.min() + mask.max()) / 2, index, above)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":

@@ -141,9 +141,12 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_box(text: str) -> tuple[int, int, int, int]:
     """A rectangle from "X,Y,W,H", in pixels."""
-    x, y, width, height = map(int, text.split(","))
+    try:
+        x, y, width, height = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not X,Y,W,H in whole pixels") from None
     if min(x, y) < 0 or min(width, height) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is no rectangle within a picture")
     return x, y, width, height
 
 

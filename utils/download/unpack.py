@@ -31,7 +31,8 @@ def unpack(path: Path, archive: Archive, folder: Path) -> None:
             unpacked.mkdir()
             members = _pictures(file, path, archive)
             for name, member in tqdm(members.items(), desc="unpacking", disable=None, leave=False):
-                (unpacked / name).write_bytes(file.read(member))
+                with file.open(member) as picture:  # no more than it claims, which was checked
+                    (unpacked / name).write_bytes(picture.read(member.file_size))
             check_pictures(unpacked, archive.pictures)
             if folder.exists():
                 folder.rmdir()  # it is empty, or this fails
@@ -50,8 +51,10 @@ def _pictures(file: zipfile.ZipFile, path: Path, archive: Archive) -> dict[str, 
         hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
         if hidden or place.suffix.lower() not in suffixes() or archive.folder not in (*place.parts[:-1], ""):
             continue
-        if member.file_size > MAX_BYTES or place.name in found:
+        known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without bounds
+        if member.file_size > MAX_BYTES or place.name in found or not known:
             cause = "twice" if place.name in found else f"with {member.file_size} bytes"
+            cause = cause if known else "compressed in a way that is not expected"
             raise UserError(f"{path}: refused: it holds {place.name} {cause}")
         found[place.name] = member
     if len(found) != archive.pictures:  # before a byte is unpacked

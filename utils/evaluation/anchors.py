@@ -97,6 +97,8 @@ def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Res
 
 def measure_all(names: list[str], paths: list[Path], context: DistContext) -> list[dict]:
     """Codecs on pictures, at all their qualities, in CompressAI's format."""
+    if not names:
+        return []
     jobs = [(name, quality) for name in names for quality in CODECS[name].qualities]
 
     def work(picture: str, image: Tensor, job: tuple[str, float]) -> tuple[str, Result]:

@@ -7,6 +7,7 @@ Several files make one curve: six fixed-rate models are six files of one point.
 
 import argparse
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,16 +51,21 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
 
 
 def points_of(codec: dict, metric: str) -> Curve:
-    """Points (bpp, quality in dB) of a codec in CompressAI's format; without perfect copies, whose PSNR is infinite.
+    """Points (bpp, quality in dB) of a codec in CompressAI's format; without perfect copies, which have infinite dB.
 
     Raises:
         KeyError, ValueError, TypeError: it has no such curve.
     """
     convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain MS-SSIM
     results = codec["results"]
-    key = next((name for name in METRICS[metric] if name in results), METRICS[metric][0])
-    pairs = zip(results["bpp"], results[key], strict=True)
-    return [(float(bpp), convert(value)) for bpp, value in pairs if value is not None]
+    pairs = zip(results["bpp"], results[key_of(results, metric)], strict=True)
+    found = ((float(bpp), math.inf if value is None else convert(value)) for bpp, value in pairs)
+    return [(bpp, quality) for bpp, quality in found if math.isfinite(quality)]
+
+
+def key_of(results: dict, metric: str) -> str:
+    """The name of a metric in CompressAI's results; the usual one where there is none."""
+    return next((name for name in METRICS[metric] if name in results), METRICS[metric][0])
 
 
 def rising(points: Iterable[tuple[float, float]]) -> tuple[Curve, Curve]:

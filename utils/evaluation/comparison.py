@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 from models.lambdas import LADDERS
 from utils import cli
-from utils.evaluation.bd_rate import delta_quality, delta_rate, points_of, rising
+from utils.evaluation.bd_rate import delta_quality, delta_rate, key_of, points_of, rising
 from utils.evaluation.results import Column, Table, decibels, mean, mse_of_psnr
 from utils.files import finite
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
 _OF_A_RUN = ("compared", "summary", "rate_model", "made")  # keys of a file that are not of its first codec
-# Of the published curves those that are drawn and compared with: a standard or a paper each, old to new.
-DRAWN = ("bmshj2018-hyperprior", "mbt2018-mean", "BPG 4:4:4", "cheng2020-attn", "VTM", "TCM small N=64")
 
 
 class Point(NamedTuple):
@@ -55,8 +53,8 @@ def points(codec: dict) -> list[Point]:
             groups[row["point"]].append(values)
     else:
         results = codec["results"]
-        ms_ssim = results.get("ms-ssim-rgb", [None] * len(results["bpp"]))
-        for bpp, psnr, value in zip(results["bpp"], results["psnr-rgb"], ms_ssim, strict=True):
+        ms_ssim = results.get(key_of(results, "ms-ssim"), [None] * len(results["bpp"]))
+        for bpp, psnr, value in zip(results["bpp"], results[key_of(results, "psnr")], ms_ssim, strict=True):
             groups[bpp].append((None, bpp, psnr, 0.0 if psnr is None else mse_of_psnr(psnr), value))
     found = []
     for rows in groups.values():
@@ -78,7 +76,11 @@ def read_codecs(file: str) -> list[dict]:
         for codec in codecs:
             if not (points(codec) and isinstance(codec["name"], str)):
                 raise ValueError("no results")
+            if codec.get("metric", "mse") not in LADDERS:
+                raise ValueError(f"an unknown metric, {codec['metric']}")
             points_of(codec, "psnr")
+            for row in codec.get("images", ()):
+                _ = row["image"], row["width"], row["height"], row["encode_seconds"], row["decode_seconds"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else error
         raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
@@ -87,27 +89,35 @@ def read_codecs(file: str) -> list[dict]:
 
 def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
     """Add a codec, and the name of where it comes from where its own is taken. Says so where it has other pictures."""
-    if any(other["name"] == codec["name"] for other in codecs):
-        codec = codec | {"name": f"{codec['name']} ({source})"}
+    taken, number = {other["name"] for other in codecs}, 1
+    name = codec["name"]
+    while name in taken:
+        name = f"{codec['name']} ({source}{f', {number}' if number > 1 else ''})"
+        number += 1
+    codec = codec | {"name": name}
     if codecs and "images" in codec and "images" in codecs[0] and pictures(codec) != pictures(codecs[0]):
         cli.print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
     codecs.append(codec)
 
 
-def add_codecs(codecs: list[dict], file: str) -> None:
+def add_codecs(codecs: list[dict], file: str, found: list[dict]) -> None:
     """Add the codecs of a file; those that it was compared with only where there is none of their name yet."""
-    for number, codec in enumerate(read_codecs(file)):
+    for number, codec in enumerate(found):
         if not number or all(other["name"] != codec["name"] for other in codecs):
             add_codec(codecs, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
 
 
-def together(codecs: list[dict], files: list[str]) -> dict:
-    """The first of codecs, with the others and those of files under "compared", and their "summary"."""
+def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
+    """The first of codecs, with the others and those of files under "compared", and their "summary".
+
+    Args:
+        files: names, and what `read_codecs` returned.
+    """
     found: list[dict] = []
     for codec in codecs:
         add_codec(found, codec, codec.get("checkpoint", {}).get("fingerprint", ""))
-    for file in files:
-        add_codecs(found, file)
+    for file, codecs in files:
+        add_codecs(found, file, codecs)
     return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
 
 
@@ -123,13 +133,17 @@ def is_kodak(codec: dict) -> bool:
 
 
 def published() -> list[dict]:
-    """Curves of Kodak from papers and from CompressAI, each with its source."""
-    found = {codec["name"]: codec for codec in json.loads(PUBLISHED.read_text())}
-    return [found[name] | {"description": "published, not measured"} for name in DRAWN]
+    """Curves of Kodak from papers and from CompressAI, each with its source, to be drawn beside what is measured."""
+    return [codec | {"description": "published, not measured"} for codec in json.loads(PUBLISHED.read_text())]
 
 
 def least_losses(codec: dict, metric: str) -> list[float] | None:
-    """For each λ of the ladder the least over a codec's rates of λ · D + bpp, means over pictures; needs no overlap."""
+    """For each λ of the ladder the least over a codec's rates of λ · D + bpp, means over pictures; needs no overlap.
+
+    None where D is not known, or where regions have another λ than the rest.
+    """
+    if any(row.get("psnr_inside") is not None for row in codec.get("images", ())):
+        return None
     known = [(point.bpp, d) for point in points(codec) if (d := point.distortion(metric)) is not None]
     return [min(bpp + lmbda * d for bpp, d in known) for lmbda in LADDERS[metric]] if known else None
 

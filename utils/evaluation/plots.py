@@ -76,10 +76,10 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     drawn = [curve for codec in ours if (curve := curve_of(codec, metric))]
     for codec in ours:
         bpp, quality = _columns(curve_of(codec, metric))
-        axes.plot(bpp, quality, "o-", linewidth=2, markersize=5, label=codec["name"], zorder=3)
+        axes.plot(bpp, quality, "o-", linewidth=2, markersize=5, label=label(codec["name"]), zorder=3)
     for codec in others:
         bpp, quality = _columns(curve_of(codec, metric))
-        axes.plot(bpp, quality, ".--", linewidth=1.2, markersize=4, label=codec["name"])
+        axes.plot(bpp, quality, ".--", linewidth=1.2, markersize=4, label=label(codec["name"]))
     inside = [point for curve in drawn for point in curve]
     if inside:
         limits = [1.25 * max(bpp for bpp, _ in inside), *(f(q for _, q in inside) for f in (min, max))]
@@ -109,8 +109,8 @@ def steps_figure(images: list[dict]) -> Figure:
             columns = _columns(image["steps"])
             bpp, mse, loss = columns
             values = (_percent(loss), _percent(bpp), _gain(mse))[number]
-            label = image["image"] + ("" if image["index"] is None else f", index {image['index']:.2f}")
-            (line,) = axes.plot(values, linewidth=1.3, label=label)
+            text = image["image"] + ("" if image["index"] is None else f", index {image['index']:.2f}")
+            (line,) = axes.plot(values, linewidth=1.3, label=label(text))
             chosen = image["chosen_step"]
             axes.plot(chosen, values[chosen], "o", color=line.get_color(), markersize=4)
         axes.set(xlabel="step", title=title)
@@ -130,6 +130,12 @@ def targets_figure(errors: Sequence[float]) -> Figure:
     return figure
 
 
+def label(name: str) -> str:
+    """A name as matplotlib shows it as it is: it would hide a leading underscore, and read dollars as formulas."""
+    text = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def _columns(rows: Iterable[Iterable[float]]) -> list[list[float]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[], []]
 
@@ -139,4 +145,4 @@ def _percent(values: list[float]) -> list[float]:
 
 
 def _gain(mse: list[float]) -> list[float]:
-    return [10 * math.log10(mse[0] / value) for value in mse]
+    return [10 * math.log10(mse[0] / value) if value and mse[0] else math.nan for value in mse]

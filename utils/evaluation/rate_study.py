@@ -143,6 +143,8 @@ def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> i
         UserError: none of the pictures could be measured.
     """
     studies = study_all(model, paths)
+    if not studies:
+        raise UserError("none of the pictures could be measured")
     found = summary(studies)
     print(table(found["means"]))
     with atomic_write(picture) as file:
@@ -153,10 +155,7 @@ def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> i
 
 
 def study_all(model: TCM_VBR, paths: list[Path]) -> list[Study]:
-    """Study those of the pictures that can be measured. UserError where there is none."""
+    """Study those of the pictures that can be measured."""
     jobs = for_each(paths, [None], model.medians.device, lambda name, image, _: study(model, name, image))
     bar = tqdm(jobs, total=len(paths), desc="21 rates of each", unit="image", disable=None)
-    studies = [found for _, _, found in bar if found is not None]
-    if not studies:
-        raise UserError("none of the pictures could be measured")
-    return studies
+    return [found for _, _, found in bar if found is not None]

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from models import TCM, TCM_VBR
+from utils.cli import UserError
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
@@ -28,6 +29,15 @@ def spread(paths: Sequence[Path], count: int = PICTURES) -> list[Path]:
     """Some of the pictures, spread evenly over all of them."""
     count = min(count, len(paths))
     return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
+
+
+def named(shown: Sequence[Path], paths: Sequence[Path]) -> list[Path]:
+    """Pictures that a user names, as they are among `paths`. UserError where one is not."""
+    known = {path.resolve(): path for path in paths}
+    for path in shown:
+        if path.resolve() not in known:
+            raise UserError(f"--show {path}: not one of the pictures that are measured (-d)")
+    return [known[path.resolve()] for path in shown]
 
 
 # Pictures ------------------------------------------------------------------------------------
@@ -102,7 +112,7 @@ def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int
 
 
 def study(model: TCM | None, shown: list[Path]) -> list[rate_study.Study]:
-    """The R-λ model of pictures; none without variable-rate weights."""
+    """The R-λ model of those pictures that can be measured; none without variable-rate weights."""
     return rate_study.study_all(model, shown) if isinstance(model, TCM_VBR) else []
 
 

@@ -93,7 +93,7 @@ def write_page(page: Page, path: Path) -> None:
         page=page, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
     )
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names may be no UTF-8
 
 
 def _hash(text: str) -> str:
