@@ -1,6 +1,9 @@
 """Switches of floating point: as they must be inside `deterministic`, and as they were after it."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import backends
 from models import precision
 from models.precision import deterministic
 
+ROOT = Path(__file__).resolve().parents[2]
 NEW = hasattr(backends, "fp32_precision")
 new_switches = pytest.mark.skipif(not NEW, reason="PyTorch 2.9 brought these switches")
 SWITCHES = {
@@ -56,11 +60,17 @@ def test_a_program_that_uses_tf32_decodes_in_float32(restored, switched):
 
 
 @new_switches
-def test_a_switch_that_follows_another_still_does_afterwards(restored):
-    with deterministic():
-        pass
-    backends.fp32_precision = "tf32"
-    assert precisions()["matrix products"] == "tf32"
+def test_a_switch_that_follows_another_still_does_afterwards():
+    """In a new process: whoever has set a switch once has ended its following another."""
+    code = """
+from torch import backends
+from models.precision import deterministic
+with deterministic():
+    assert backends.cuda.matmul.fp32_precision == "ieee"
+backends.fp32_precision = "tf32"
+assert backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_older_switches_are_restored_too():
