@@ -71,7 +71,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
         published: drawn as dotted gray lines with their names at the end.
         metric: "psnr" or "ms-ssim".
     """
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
     drawn = [curve for codec in ours if (curve := curve_of(codec, metric))]
     for codec in ours:
@@ -90,7 +90,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
             bpp, quality, linestyle=":", marker=marker, color=PUBLISHED_COLOR, linewidth=1, markersize=3.5,
             label=f"{codec['name']}, published", zorder=1,
         )  # fmt: skip
-    axes.legend(fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)  # inside it would cover curves
     return figure
 
 
