@@ -185,8 +185,11 @@ def test_offline_is_one_line_and_a_status(server, tmp_path):
 def test_ctrl_c_leaves_what_is_resumed(server, tmp_path):
     server.files["/kodim01.png"], server.breaks_after, server.hangs = DATA, 100_000, True
     command = [sys.executable, "-m", "utils.download", "kodak", "--out", str(tmp_path), "--base-url", server.url]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    part, until = tmp_path / "kodim01.png.part", time.monotonic() + 120
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let their background jobs ignore it
+    )  # fmt: skip
+    part, until = tmp_path / "kodim01.png.part", time.monotonic() + 60
     while time.monotonic() < until and not (part.exists() and part.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
