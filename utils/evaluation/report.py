@@ -141,7 +141,8 @@ def write_report(
     ]
     pictures = len({row["image"] for row in whole.get("images", ())})
     lead = f"{whole['name']}, {whole['description']}. {pictures} pictures"
-    page = Page(f"Rate and distortion of {whole['name']}", f"{lead}.", [s for s in sections if s], facts(whole))
+    told = facts(whole) + [(f"curve of {codec['name']}", f"published: {codec['source']}") for codec in from_papers]
+    page = Page(f"Rate and distortion of {whole['name']}", f"{lead}.", [s for s in sections if s], told)
     write_page(page, folder / "index.html")
     return folder / "index.html"
 
@@ -185,8 +186,7 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
     columns = [Column("codec"), Column("index", 2), *_QUALITY_COLUMNS]
     text = "Higher and further left is better. MS-SSIM is averaged first, and then turned into decibels."
     if from_papers:
-        sources = "; ".join(f"{codec['name']}: {codec['source']}" for codec in from_papers)
-        text += f" Dotted gray curves are published, not measured ({sources})."
+        text += " Dotted gray curves are published, not measured; their sources are at the end of the page."
     return Section("Rate and distortion", text, plots, [Table("Means over the pictures", columns, rows)])
 
 
@@ -205,6 +205,8 @@ def _side_by_side(summary: dict) -> Section:
             overlap = 100 * rate["overlap"] if rate.get("overlap") else None
             rows.append([codec["name"], title, rate["value"], quality["value"], low, high, overlap, rate["reason"]])
     first = codecs[0]["name"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     caption = f"Bjøntegaard deltas of {first}; a negative rate: fewer bits than the other codec at equal quality"
     bd = Table(caption, columns, rows)
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
