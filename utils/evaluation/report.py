@@ -150,7 +150,7 @@ def write_report(
 _PICTURES_TEXT = (
     "Crops around the middle of a picture, or of its region, one pixel of the picture to one of the page. Choose what "
     "lies left and right, and drag the divider, or move it with the arrow keys. Every codec has the quality whose file "
-    "is nearest in size to ours."
+    "is nearest in size to ours, which may be off by a fifth. Sizes and decibels are of the whole picture."
 )
 
 
@@ -174,7 +174,7 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
             continue
         shown = [codec for codec in from_papers if metric == "psnr" or "ms-ssim-rgb" in codec["results"]]
         names = ", ".join(codec["name"] for codec in codecs + shown)
-        alt = f"{title} against bits per pixel of {names}; the values are in the tables"
+        alt = f"{title} against bits per pixel of {names}; the tables below have losses and BD-rates"
         curves = codecs[:ours], codecs[ours:], shown
         name = f"rd_{metric.replace('-', '_')}"
         plots.append(render(lambda c=curves, m=metric: rd_figure(*c, m), name, alt, folder))
@@ -210,7 +210,11 @@ def _side_by_side(summary: dict) -> Section:
     caption = f"Bjøntegaard deltas of {first}; a negative rate: fewer bits than the other codec at equal quality"
     bd = Table(caption, columns, rows)
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
-    text += ". The R-D loss needs no overlap of the curves; smaller is better."
+    text += (
+        ". The R-D loss needs no overlap of the curves; smaller is better. It averages D, where BD-rate averages "
+        "decibels. JPEG 2000 spends equal bits on all pictures here, which raises its mean PSNR, so that the two "
+        "may disagree."
+    )
     return Section("Side by side", text, tables=[loss, bd][: len(codecs)])
 
 
@@ -227,13 +231,20 @@ def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None
         return None
     means = rate_study.summary(studies)["means"]
     columns = [Column("R = … + C"), Column("slope", 3), Column("R²", 4), Column("error of one trial (%)", 2)]
+    columns += [Column(f"slope {i}–{i + 1}", 2) for i in range(5)]
     rows = [
-        [text, means[name]["slope"], means[name]["r2"], 100 * means[name]["one_probe_error"]]
+        [text, *(means[name][key] for key in ("slope", "r2")), 100 * means[name]["one_probe_error"]]
+        + means[name]["slope_between_indices"]
         for name, text in rate_study.MODELS.items()
     ]
     alt = "Bits measured against bits predicted by both models, and bits per pixel over λ; the fits are in the table"
     text = f"Bits of {len(studies)} pictures at {len(rate_study.INDEXES)} rates, measured and predicted from one trial."
-    text += " A slope of one and R² of one mean that the model holds."
+    text += (
+        " R is the size in bits, m the scale that the network gives a latent for a rate index, C a constant of the"
+        " picture, s(σ) how much the bits of a latent of scale σ follow m. The first model is the paper's, the second"
+        " is what rate control uses. A model holds where its slope is near one between all indexes (medians), not"
+        " only in the mean."
+    )
     plot = render(lambda: rate_study.draw(studies), "rate_model", alt, folder)
     return Section("The R-λ model", text, [plot], [Table("Means over these pictures", columns, rows)])
 
