@@ -14,6 +14,7 @@ and make the exit status 1. Started by torchrun, processes share the pictures.
 import argparse
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so th
     from torch import Tensor
 
     from models import TCM
+    from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
 
 ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
@@ -76,11 +78,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(
-    model: "TCM", file: str, paths: list[Path], args: argparse.Namespace, context: "DistContext"
+    model: "TCM", file: str, paths: list[Path], args: argparse.Namespace, context: "DistContext",
+    map_of: Callable[[int, int], "QualityMap | None"],
 ) -> tuple[dict, int]:
-    """The weights of a file as a codec in CompressAI's format, and how many pictures failed. Prints their table."""
+    """The weights of a file as a codec in CompressAI's format, and how many pictures failed. Prints their table.
+
+    map_of: the map of a picture of a height and width.
+    """
     from models import TCM_VBR
-    from utils.codec.quality_map import QualityMap
     from utils.evaluation.evaluate import evaluate, measure_all
     from utils.evaluation.provenance import origin
     from utils.images import save_image
@@ -89,8 +94,7 @@ def measure(
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
-        quality_map = QualityMap.from_arguments(args, *image.shape[1:])
-        result, decoded = evaluate(model, name, image, index, args.real, quality_map)
+        result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]))
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
@@ -138,9 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         model.prepare()
     if args.rate_model:
         return rate_study.run(models[0], paths, Path(args.rate_model), args.json)
+    map_of = functools.cache(functools.partial(QualityMap.from_arguments, args))  # a mask is read once a size
     codecs, failed = [], 0
     for file, model in zip(files, models, strict=True):
-        codec, broken = measure(model, file, paths, args, context)
+        codec, broken = measure(model, file, paths, args, context, map_of)
         codecs.append(codec)
         failed = max(failed, broken)
     ours, known = max(1, len(codecs)), anchors.available(args.anchors)
@@ -154,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_json(args.json, whole)
     if args.report:
-        model, map_of = next(iter(models), None), functools.partial(QualityMap.from_arguments, args)
+        model = next(iter(models), None)
         viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
         if studies := report.study(model, shown):
             whole["rate_model"] = rate_study.summary(studies)

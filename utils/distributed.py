@@ -21,7 +21,7 @@ TIMEOUT, PATIENT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
 
 @dataclass
 class DistContext:
-    """The processes of a run: each has a part of every batch, and only the main one writes files."""
+    """The processes of a run: each has a part of every batch, or of the pictures; the main one tells results."""
 
     device: torch.device
     rank: int = 0

@@ -35,9 +35,10 @@ def rate_distortion(
     x_hat = out["x_hat"].float()
     bpp_z = bits(out["likelihoods"]["z"]) / pixels
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
-    mse = 255**2 * (x_hat - x).square().mean((1, 2, 3))
+    errors = (x_hat - x).square()
+    mse = 255**2 * errors.mean((1, 2, 3))
     if metric == "mse":
-        distortion = mse if weights is None else 255**2 * (weights * (x_hat - x).square()).mean((1, 2, 3))
+        distortion = mse if weights is None else 255**2 * (weights * errors).mean((1, 2, 3))
     else:  # contiguous: depthwise convolutions of channels-last images may run in TF32 on a GPU
         distortion = 1 - ms_ssim(x_hat.contiguous(), x.contiguous(), data_range=1.0, size_average=False)
     loss = (lmbda * distortion).mean() + bpp.mean()

@@ -71,7 +71,7 @@ def test_a_map_belongs_to_one_size_and_has_one_index(varied, picture, mask):
     with pytest.raises(ValueError, match="another size"):
         encode(varied, picture[:, :200], EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0)))
     for rate in ({}, {"index": 4.0, "above": 1.0}):
-        with pytest.raises(ValueError, match="give one of both"):
+        with pytest.raises(ValueError, match="exactly one of them"):
             QualityMap.from_mask(mask, **rate)
 
 

@@ -1,8 +1,9 @@
 import torch
 
 from models.lambdas import index_to_lambda
+from utils.codec.quality_map import pixel_weights
 from utils.metrics import rate_distortion
-from utils.training.maps import draw_maps, pixel_weights
+from utils.training.maps import draw_maps
 from utils.training.objectives import Objective
 
 UNIFORM = torch.rand(400, generator=torch.Generator().manual_seed(0))

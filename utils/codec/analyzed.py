@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from models import TCM, TCM_VBR
+from models.lambdas import index_to_lambda
 from models.slice_coders import QuantizedLatents
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
-from utils.codec.quality_map import QualityMap, distortion_weights
+from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
-from utils.images import pad, to_float
+from utils.images import crop, pad, to_float
 
 CODER_BITS = 96  # what the final states and whole words of both streams add to the code lengths, give or take 32
 
@@ -70,8 +71,9 @@ class AnalyzedImage:
         """λ of every pixel in units of that of the file's index, `[1, 1, height, width]`; None without a map."""
         if self.quality_map is None:
             return None
-        places = self.rate_model.index_of_places(index).to(self.x.device)
-        return distortion_weights(places, index, self.model.metric, self.height, self.width)
+        metric, places = self.model.metric, self.rate_model.index_of_places(index)
+        lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.x.device)
+        return crop(pixel_weights(places, lmbda, metric), self.height, self.width)
 
     def write(self, trial: TrialEncode) -> bytes:
         """The file. Sets `trial.bits` to its size."""

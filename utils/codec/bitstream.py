@@ -105,8 +105,10 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
 
 def pack_offsets(offsets: bytes) -> bytes:
     """A map as it stands in a file; nothing without a map."""
+    if not offsets:
+        return b""
     packed = zlib.compress(offsets, 9)
-    return _MAP_LENGTH.pack(len(packed)) + packed if offsets else b""
+    return _MAP_LENGTH.pack(len(packed)) + packed
 
 
 def _unpack_offsets(packed: bytes, coded: CodedImage) -> bytes:

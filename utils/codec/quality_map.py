@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.codec.bitstream import STEPS
-from utils.images import crop, pad
+from utils.images import pad
 from utils.metrics import psnr
 from utils.pictures import read_pixels
 
@@ -42,7 +42,7 @@ class QualityMap:
 
     def __post_init__(self) -> None:
         if (self.index is None) == (self.above is None):
-            raise ValueError("a region has an index of its own, or one above that of the file: give one of both")
+            raise ValueError("a region needs either index or above, exactly one of them")
 
     @classmethod
     def from_mask(cls, mask: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
@@ -105,17 +105,25 @@ def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.
     return mask
 
 
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """x `[…, h, w]` with every element factor × factor times."""
+    return x.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
 def index_of_places(base: float, offsets: bytes, shape: tuple[int, int]) -> Tensor:
     """The index of every place of the latent, `[1, 1, 4h, 4w]`, from the offsets of z's cells, of a shape (h, w)."""
     index = base + torch.frombuffer(bytearray(offsets), dtype=torch.int8).view(shape) / STEPS
-    return index.repeat_interleave(LATENTS_PER_CELL, 0).repeat_interleave(LATENTS_PER_CELL, 1)[None, None]
+    return enlarge(index, LATENTS_PER_CELL)[None, None]
 
 
-def distortion_weights(index: Tensor, base: float, metric: str, height: int, width: int) -> Tensor:
-    """λ of every pixel, in units of that of the file's index: `[1, 1, height, width]`."""
-    weights = index_to_lambda(index, metric) / index_to_lambda(base, metric)
-    scale = PIXELS_PER_LATENT
-    return crop(weights.repeat_interleave(scale, 2).repeat_interleave(scale, 3), height, width)
+def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
+    """λ of every pixel in units of that of its image, `[B, 1, 16h, 16w]` on the device of `lmbda`.
+
+    Args:
+        places: index of every place of the latents, `[B, 1, h, w]`.
+        lmbda: of each image, `[B]`.
+    """
+    return enlarge(index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1), PIXELS_PER_LATENT)
 
 
 def psnr_by_region(image: Tensor, decoded: Tensor, region: np.ndarray) -> tuple[float, float]:

@@ -152,6 +152,7 @@ def descend(
     surrogate, original = SURROGATES[settings.method], crop(image.x, *size)
     lmbda = index_to_lambda(start.index, model.metric)
     places, weights = image.rate_model.index_of_places(start.index), image.distortion_weights(start.index)
+    rate_weight = torch.tensor([lmbda], device=image.x.device)
     y, z = (latent.clone().requires_grad_() for latent in image.latents(start.index))
     step_size = settings.learning_rate or METHODS[settings.method].learning_rate
     step_size *= CONTROLLED_STEP if constraint else 1
@@ -176,8 +177,7 @@ def descend(
                     y, z, places, use_scale_table=True, surrogate=lambda r, t=temperature: surrogate(r, t)
                 )
                 out["x_hat"] = crop(out["x_hat"], *size).clamp(0, 1)
-                weight = torch.tensor([lmbda], device=y.device)
-                losses = rate_distortion(out, original, weight, model.metric, weights)
+                losses = rate_distortion(out, original, rate_weight, model.metric, weights)
             coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))
             overhead = overhead if steps else start.bits - coded  # of the file: header, side information, whole words
             bpp, distortion = (coded + overhead) / image.pixels, float(losses["distortion"].detach())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from models.lambdas import LADDERS
 from utils import cli
 from utils.evaluation.bd_rate import delta_quality, delta_rate, key_of, points_of, rising
-from utils.evaluation.results import Column, Table, decibels, mean, mse_of_psnr
+from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
@@ -35,9 +35,8 @@ class Point(NamedTuple):
     ms_ssim: float | None
 
     def distortion(self, metric: str) -> float | None:
-        if metric == "mse":
-            return self.mse
-        return None if self.ms_ssim is None else 1 - self.ms_ssim
+        """D of the loss, as `distortion_of`."""
+        return distortion_of(metric, self.mse, self.ms_ssim)
 
 
 def points(codec: dict) -> list[Point]:
@@ -45,22 +44,20 @@ def points(codec: dict) -> list[Point]:
 
     Where a file has no pictures the MSE is that of the mean PSNR, which is less than the mean of the MSE.
     """
-    groups = defaultdict(list)
+    groups = defaultdict(list)  # rows of index, bpp, PSNR and MS-SSIM by rate
     if "images" in codec:
         for row in codec["images"]:
-            mse = 0.0 if row["psnr"] is None else mse_of_psnr(row["psnr"])  # JSON has no infinity
-            values = row["index"], row["bpp"], row["psnr"], mse, row["ms_ssim"]
-            groups[row["point"]].append(values)
+            groups[row["point"]].append((row["index"], row["bpp"], row["psnr"], row["ms_ssim"]))
     else:
         results = codec["results"]
         ms_ssim = results.get(key_of(results, "ms-ssim"), [None] * len(results["bpp"]))
         for bpp, psnr, value in zip(results["bpp"], results[key_of(results, "psnr")], ms_ssim, strict=True):
-            groups[bpp].append((None, bpp, psnr, 0.0 if psnr is None else mse_of_psnr(psnr), value))
+            groups[bpp].append((None, bpp, psnr, value))
     found = []
     for rows in groups.values():
-        index, bpp, psnr, mse, ms_ssim = zip(*rows, strict=True)
-        known = None if None in psnr else mean(psnr)
-        found.append(Point(mean(index), mean(bpp), known, mean(mse), mean(ms_ssim)))
+        index, bpp, psnr, ms_ssim = zip(*rows, strict=True)
+        mse = mean(0.0 if value is None else mse_of_psnr(value) for value in psnr)  # JSON has no infinity
+        found.append(Point(mean(index), mean(bpp), None if None in psnr else mean(psnr), mse, mean(ms_ssim)))
     return sorted(found, key=lambda point: point.bpp)
 
 

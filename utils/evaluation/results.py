@@ -37,10 +37,15 @@ class Result:
     psnr_outside: float | None = None
 
     def distortion(self, metric: str) -> float | None:
-        """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
-        if metric == "mse":
-            return mse_of_psnr(self.psnr)
-        return None if self.ms_ssim is None else 1 - self.ms_ssim
+        """D of the loss, as `distortion_of`."""
+        return distortion_of(metric, mse_of_psnr(self.psnr), self.ms_ssim)
+
+
+def distortion_of(metric: str, mse: float, ms_ssim: float | None) -> float | None:
+    """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
+    if metric == "mse":
+        return mse
+    return None if ms_ssim is None else 1 - ms_ssim
 
 
 def mse_of_psnr(psnr: float) -> float:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.lambdas import MAX_INDEX, index_to_lambda
-from utils.codec.quality_map import CELL, LATENTS_PER_CELL, PIXELS_PER_LATENT
+from models.lambdas import MAX_INDEX
+from utils.codec.quality_map import CELL, LATENTS_PER_CELL, enlarge
 
 MAX_BLOCKS = 3
 
@@ -24,7 +24,7 @@ def draw_maps(index: Tensor, rate_uniform: Tensor, height: int, width: int, shar
     size = height // CELL, width // CELL
     samples = zip(index.tolist(), rate_uniform.tolist(), strict=True)
     cells = torch.stack([_draw_map(*sample, size, share) for sample in samples])
-    return cells.repeat_interleave(LATENTS_PER_CELL, 1).repeat_interleave(LATENTS_PER_CELL, 2)[:, None]
+    return enlarge(cells, LATENTS_PER_CELL)[:, None]
 
 
 def _draw_map(index: float, rate_uniform: float, size: tuple[int, int], share: float) -> Tensor:
@@ -39,14 +39,3 @@ def _draw_map(index: float, rate_uniform: float, size: tuple[int, int], share: f
         (top, bottom), (left, right) = (np.sort(random.integers(0, side + 1, 2)) for side in size)
         cells[top : bottom + 1, left : right + 1] = random.uniform(0, MAX_INDEX)
     return cells
-
-
-def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
-    """λ of every pixel in units of that of its patch: `[B, 1, height, width]`.
-
-    Args:
-        places: `[B, 1, h, w]`.
-        lmbda: of each patch, `[B]`.
-    """
-    weights = index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1)
-    return weights.repeat_interleave(PIXELS_PER_LATENT, 2).repeat_interleave(PIXELS_PER_LATENT, 3)

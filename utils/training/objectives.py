@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from models import TCM, TCM_VBR
 from models.device import send
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
-from utils.training.maps import draw_maps, pixel_weights
+from utils.training.maps import draw_maps
 
 Noise = tuple[Tensor, Tensor]
 
