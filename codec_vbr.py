@@ -160,7 +160,7 @@ def info(source: Path) -> str:
 
 def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
     """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
-    pixels = read_pixels(
+    pixels = read_pixels(  # which `image` below shares
         read_bytes(source) if str(source) == "-" else source,
         args.background,
         int(args.max_megapixels * 1e6),

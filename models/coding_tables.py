@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
+PART = 2**22  # symbols that the coder is handed at once
 
 
 class CodingTables:
@@ -65,25 +66,43 @@ class CodingTables:
 
     def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
         """Bits of the stream that `encode` would write, without the coder's final state."""
-        return float(self.code_lengths(symbols.flatten(), indexes.flatten()).double().sum())
+        parts = zip(_parts(symbols), _parts(indexes), strict=True)
+        return sum(float(self.code_lengths(some.int(), theirs.int()).double().sum()) for some, theirs in parts)
 
     def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
-        """One stream of int symbols and their indexes, of equal shapes."""
+        """One stream of integers and their indexes, of equal shapes."""
         encoder = BufferedRansEncoder()
-        encoder.encode_with_indexes(_ints(symbols), _ints(indexes), self.cdfs, self.sizes, self.offsets)
+        for some, theirs in zip(_parts(symbols), _parts(indexes), strict=True):
+            encoder.encode_with_indexes(_ints(some), _ints(theirs), self.cdfs, self.sizes, self.offsets)
         return encoder.flush()
 
     def decode(self, decoder: RansDecoder, indexes: Tensor) -> Tensor:
         """The next symbols of a stream, int32, in the shape of their indexes."""
-        symbols = decoder.decode_stream(_ints(indexes), self.cdfs, self.sizes, self.offsets)
-        # A list of half a million ints: torch.tensor takes 125 ms for what this does in 12.
-        packed = bytearray(struct.pack(f"{len(symbols)}i", *symbols))
-        return torch.frombuffer(packed, dtype=torch.int32).view(indexes.shape)
+        out = torch.empty(indexes.shape, dtype=torch.int32)
+        for some, theirs in zip(_parts(out), _parts(indexes), strict=True):
+            symbols = decoder.decode_stream(_ints(theirs), self.cdfs, self.sizes, self.offsets)
+            # A list of half a million ints: torch.tensor takes 125 ms for what this does in 12.
+            some.copy_(torch.frombuffer(bytearray(struct.pack(f"{len(symbols)}i", *symbols)), dtype=torch.int32))
+        return out
+
+
+def _parts(values: Tensor) -> tuple[Tensor, ...]:
+    """All values in their order, PART at a time. The coder copies what it is handed more than once."""
+    return values.flatten().split(PART)
 
 
 def _ints(values: Tensor) -> array:
-    """An int32 tensor as a sequence that the coder reads like a list, without building a list."""
+    """Integers as a sequence that the coder reads like a list, without building a list."""
     return array("i", values.to(torch.int32).contiguous().numpy().tobytes())
+
+
+def smallest_dtype(values: Tensor) -> Tensor:
+    """Integers in the smallest type that holds them all."""
+    lowest, highest = (int(extreme) for extreme in torch.aminmax(values)) if values.numel() else (0, 0)
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        if torch.iinfo(dtype).min <= lowest and highest <= torch.iinfo(dtype).max:
+            return values.to(dtype)
+    return values
 
 
 def to_symbols(rounded: Tensor) -> Tensor:

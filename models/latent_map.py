@@ -2,6 +2,8 @@
 low rate? The map is a pair of gains, `g_a` towards the low rate and `g_s` back.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,9 +57,12 @@ class TCM_Mapped(TCM):
         """As TCM, with contextual."""
         return super().arguments | {"contextual": self.contextual}
 
-    def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As TCM, with y mapped; the second output is the logarithm of the gain."""
-        return self.map.g_a(super().analyze(x, index)[0])
+    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y mapped, and the logarithm of the gain."""
+        return self.map.g_a(y)
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         return super().synthesize(self.map.g_s(y_hat)[0], index)
+
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        return super().demodulate_bands(self.map.g_s(y_hat)[0], index, rows)

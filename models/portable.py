@@ -39,10 +39,16 @@ def count_blocks(count: int) -> int:
     return math.ceil(count / BLOCK)
 
 
-def scale_factors(gaussian: GaussianConditional, shifts: np.ndarray, count: int) -> Tensor:
-    """The factor on the σ of each position: float32 `[count]`, on the table's device."""
+def scale_factors(gaussian: GaussianConditional, shifts: np.ndarray, first: int, end: int) -> Tensor:
+    """The factors on the σ of the positions first … end: float32 `[end − first]`, on the table's device.
+
+    Args:
+        shifts: of all blocks, uint8.
+    """
     powers = np.exp(-_log_step(gaussian) / SHIFTS_PER_ROW * np.arange(256)).astype(np.float32)
-    return torch.from_numpy(np.repeat(powers[shifts], BLOCK)[:count]).to(gaussian.scale_table.device)
+    start, blocks = first // BLOCK * BLOCK, shifts[first // BLOCK : count_blocks(end)]
+    factors = np.repeat(powers[blocks], BLOCK)[first - start : end - start]
+    return torch.from_numpy(factors).to(gaussian.scale_table.device)
 
 
 def choose_shifts(
@@ -88,20 +94,34 @@ def _log_step(gaussian: GaussianConditional) -> float:
     return float((levels[-1] / levels[0]).log()) / max(1, len(levels) - 1)
 
 
-def portable_indexes(
-    gaussian: GaussianConditional, lengths: CodeLengths, symbols: Tensor, sigma: Tensor, epsilon: float
-) -> tuple[Tensor, bytes]:
-    """Indexes of one picture's positions, int32 `[n]` on the CPU, and what its file says of them: shifts and list.
+class PortableIndexes:
+    """The indexes of one picture's positions, and what its file says of them: shifts and list."""
 
-    Args:
-        symbols: int32 `[n]`, on the model's device as sigma `[n]`.
-    """
-    shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
-    sigma = sigma * scale_factors(gaussian, shifts, len(sigma))
-    below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
-    indexes, positions = table_index(gaussian, sigma), (below != above).nonzero().flatten()
-    sides = indexes[positions] != below[positions]
-    return indexes.cpu(), shifts.tobytes() + pack_positions(positions.cpu().numpy(), sides.cpu().numpy())
+    def __init__(self) -> None:
+        self.count, self.shifts, self.positions, self.sides = 0, [], [], []
+
+    def add(
+        self, gaussian: GaussianConditional, lengths: CodeLengths, symbols: Tensor, sigma: Tensor, epsilon: float
+    ) -> Tensor:
+        """The indexes of the positions that follow, int32 `[n]`, where n is a multiple of BLOCK until the last ones.
+
+        Args:
+            symbols: int32 `[n]`, on the model's device as sigma `[n]`.
+        """
+        shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
+        sigma = sigma * scale_factors(gaussian, shifts, 0, len(sigma))
+        below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
+        indexes, positions = table_index(gaussian, sigma), (below != above).nonzero().flatten()
+        self.sides.append((indexes[positions] != below[positions]).cpu().numpy())
+        self.positions.append(self.count + positions.cpu().numpy())
+        self.shifts.append(shifts)
+        self.count += len(sigma)
+        return indexes
+
+    def pack(self) -> bytes:
+        """`SideInfo.scales`."""
+        positions, sides = np.concatenate(self.positions), np.concatenate(self.sides)
+        return np.concatenate(self.shifts).tobytes() + pack_positions(positions, sides)
 
 
 def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

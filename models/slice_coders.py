@@ -13,12 +13,13 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
-from models.coding_tables import CodingTables, open_stream
-from models.portable import BELOW, crc_of, scale_factors, table_index, unpack_scales
+from models.coding_tables import CodingTables, open_stream, smallest_dtype, to_symbols
+from models.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_factors, table_index, unpack_scales
 from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
+AT_ONCE = 2**22  # positions whose symbols and indexes are made at once
 
 
 def ste_round(x: Tensor) -> Tensor:
@@ -86,39 +87,82 @@ class SliceEstimator:
         return y_hat
 
 
-class SliceEncoder:
-    """Collects of y `[B, M, h, w]`, slice by slice, the `symbols`, whole numbers as floats, and the `sigma` that select
-    their rows of the scale table, both on the model's device: a GPU need not wait between slices."""
-
-    def __init__(self, y: Tensor, num_slices: int) -> None:
-        self.slices = y.float().chunk(num_slices, 1)
-        self.symbols: list[Tensor] = []
-        self.sigma: list[Tensor] = []
-
-    def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = torch.round(self.slices[len(self.symbols)] - mu)
-        self.symbols.append(symbols)
-        self.sigma.append(sigma)
-        return symbols + mu
-
-
 @dataclass(frozen=True)
 class QuantizedLatents:
-    """All that is coded of a batch of images, before it is coded.
+    """All that is coded of a batch of images, before it is coded. Integers have as few bytes as hold them.
 
     Attributes:
-        y: symbols, int32 `[B, M, h, w]`; indexes: the rows of the scale table that code them, of the same shape.
+        y: symbols `[B, M, h, w]`; indexes: the rows of the scale table that code them; levels: those that the published
+            rule would choose, which say how large σ is.
         z: symbols, int32 `[B, C, h/4, w/4]`.
-        sigma, y_hat: `[B, M, h, w]`, on the model's device.
+        y_hat: `[B, M, h, w]`, on the model's device; None where it was not asked for.
         side_info: of each image, for decoding on other machines; None where the indexes follow the published rule.
     """
 
     y: Tensor
     indexes: Tensor
+    levels: Tensor
     z: Tensor
-    sigma: Tensor
-    y_hat: Tensor
+    y_hat: Tensor | None
     side_info: list[SideInfo] | None
+
+
+class SliceEncoder:
+    """Collects of y `[B, M, h, w]`, slice by slice, the symbols and the indexes that code them.
+
+    They are made of so many positions at once, after the last slice of a picture that has fewer: a GPU need not wait
+    between slices, and what a large picture keeps of its symbols and σ is a few bytes.
+
+    Args:
+        z: rounded, `[B, C, h/4, w/4]`.
+        epsilon: of the portable indexes; None for those of the published rule.
+    """
+
+    def __init__(
+        self, gaussian: GaussianConditional, tables: CodingTables, y: Tensor, z: Tensor, num_slices: int,
+        epsilon: float | None,
+    ) -> None:
+        self.gaussian, self.tables, self.epsilon = gaussian, tables, epsilon
+        self.shape, self.slices = y.shape, list(y.float().chunk(num_slices, 1))
+        self.rounded_z, self.z, self.crcs = z, None, []
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
+        self.done: list[list[Tensor]] = []  # symbols, indexes, levels, `[B, n]`
+        self.portable = [PortableIndexes() for _ in y]
+
+    def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
+        symbols = torch.round(self.slices.pop(0) - mu)
+        self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
+        if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
+            self._index()
+        return symbols + mu
+
+    def _index(self) -> None:
+        """Make the indexes of what is waiting, up to a multiple of BLOCK before the last slice."""
+        rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        if self.slices and (rest := rounded.shape[1] % BLOCK):
+            self.waiting.append((rounded[:, -rest:].clone(), sigma[:, -rest:].clone()))
+            rounded, sigma = rounded[:, :-rest], sigma[:, :-rest]
+        if self.z is None:
+            self.z = to_symbols(self.rounded_z)
+            self.crcs = [crc_of(symbols) for symbols in self.z]
+        symbols, levels = to_symbols(rounded), table_index(self.gaussian, sigma)
+        indexes = levels
+        if self.epsilon is not None:
+            images = zip(self.portable, rounded.int(), sigma, strict=True)
+            parts = self.gaussian, self.tables.code_lengths
+            indexes = torch.stack([one.add(*parts, *image, self.epsilon) for one, *image in images])
+            self.crcs = [crc_of(one, crc) for one, crc in zip(symbols, self.crcs, strict=True)]
+        self.done.append([smallest_dtype(values.cpu()) for values in (symbols, indexes, levels)])
+
+    def finish(self, y_hat: Tensor | None) -> QuantizedLatents:
+        """All that was collected, and ŷ."""
+        y, indexes, levels = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
+        side_info = None
+        if self.epsilon is not None:
+            pairs = zip(self.portable, self.crcs, strict=True)
+            side_info = [SideInfo(portable.pack(), crc) for portable, crc in pairs]
+        return QuantizedLatents(y, indexes, levels, self.z, y_hat, side_info)
 
 
 class SliceDecoder:
@@ -137,13 +181,14 @@ class SliceDecoder:
         self.gaussian, self.tables, self.crcs, self.position = gaussian, tables, crcs, 0
         self.decoders = [open_stream(stream, count) for stream in streams]
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
-        self.factors = [scale_factors(gaussian, shifts, count) for shifts, _, _ in unpacked]
+        self.shifts = [shifts for shifts, _, _ in unpacked]
         self.listed = [(positions, above) for _, positions, above in unpacked]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         first, self.position = self.position, self.position + sigma[0].numel()
-        if self.factors:
-            sigma = sigma * torch.stack([factor[first : self.position] for factor in self.factors]).view(sigma.shape)
+        if self.shifts:
+            factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
+            sigma = sigma * torch.stack(factors).view(sigma.shape)
         indexes = table_index(self.gaussian, sigma).cpu()
         self._correct(first, indexes.flatten(1), sigma)
         decoded = []

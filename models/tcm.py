@@ -7,7 +7,7 @@ them. TCM_VBR overrides what happens to the latent after `g_a` and before `g_s`.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
-from models.coding_tables import CodingTables, open_stream, to_symbols
+from models.bands import band_rows, gather, in_bands, latent_rows, rows_of, scaled_height, with_rows
+from models.coding_tables import CodingTables, open_stream
 from models.config import PRESETS, TCMConfig
 from models.device import send
 from models.lambdas import MAX_INDEX, check_index
 from models.layers import ConvTransBlock, SWAtten
-from models.portable import EPSILON, crc_of, portable_indexes, table_index
+from models.portable import EPSILON, crc_of
 from models.precision import deterministic
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import (
@@ -146,33 +147,66 @@ class TCM(CompressionModel):
         """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
         return self._through(self.g_s, y_hat)
 
-    def _through(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """layers(x); with checkpointing, each layer keeps only its input for the gradients."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return layers(x)
+    def _through(self, layers: Iterable[nn.Module], *parts: Tensor) -> Tensor:
+        """What layers make of tensors, joined along their channels.
+
+        With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
+        `bands.LATENTS` go through in bands.
+        """
+        height, width = parts[0].shape[2:]
+        if not torch.is_grad_enabled():
+            bands = in_bands(layers, rows_of(parts, latent_rows(width)), height)
+            return gather(bands, scaled_height(layers, height))
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         for layer in layers:
-            x = checkpoint(layer, x, use_reentrant=False)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
         return x
+
+    # Large pictures, in bands of rows --------------------------------------------------------
+
+    def band_rows(self, width: int, height: int) -> int:
+        """Rows of the bands in which a picture of this size is best computed: all of them up to two megapixels."""
+        return band_rows(width, height, 2 * self.N, self.medians.device)
+
+    @torch.no_grad()
+    def features_of_bands(self, bands: Iterable[Tensor], height: int) -> Tensor:
+        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, rows, W]`."""
+        return gather(in_bands(self.g_a, map(self._in_weight_format, bands), height), height // 16)
+
+    @torch.no_grad()
+    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        """`synthesize` in bands, computed from bands of so many rows of the image, a multiple of 128."""
+        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, rows // 16), y_hat.shape[2])
+
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        """A quantized latent `[B, M, h, w]` as `g_s` sees it, in bands of about so many rows."""
+        return rows_of(y_hat, rows)
 
     # The slice loop --------------------------------------------------------------------------
 
-    def run_slices(self, z_hat: Tensor, coder: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def run_slices(
+        self, z_hat: Tensor, coder: Callable[[Tensor, Tensor], Tensor], complete: bool = True
+    ) -> Tensor | None:
         """Channel-wise autoregression: ŷ `[B, M, h, w]` from ẑ `[B, C, h/4, w/4]` and a slice coder.
 
         Everything that steers entropy coding is computed here, always in the memory format of the weights:
         convolutions may differ in the last bit between formats, and decoding must not.
+
+        Args:
+            complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
         """
         z_hat = self._in_weight_format(z_hat)
         means, scales = self.h_mean_s(z_hat), self.h_scale_s(z_hat)
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             supports = decoded[: self.max_support_slices]
-            a_mu = self._through(self.atten_mean[i], torch.cat([means, *supports], 1))
-            a_sigma = self._through(self.atten_scale[i], torch.cat([scales, *supports], 1))
+            sigma = self._through([*self.atten_scale[i], *self.cc_scale_transforms[i]], scales, *supports).float()
+            a_mu = self._through(self.atten_mean[i], means, *supports)
             mu = self._through(self.cc_mean_transforms[i], a_mu).float()
-            sigma = self._through(self.cc_scale_transforms[i], a_sigma).float()
             y_hat = self._in_weight_format(coder(mu, sigma))
-            residual = self._through(self.lrp_transforms[i], torch.cat([a_mu, y_hat], 1))
+            if i == self.num_slices - 1 and not complete:
+                return None
+            residual = self._through(self.lrp_transforms[i], a_mu, y_hat)
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
 
@@ -270,7 +304,7 @@ class TCM(CompressionModel):
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
         """Code a latent, as `compress`, and return the `x_hat` of `decompress` as well."""
         index = self.resolve_index(index, len(y))
-        quantized = self.quantize(y, z, portable)
+        quantized = self.quantize(y, z, portable, complete=True)
         return self.encode_symbols(quantized) | {"x_hat": self.synthesize(quantized.y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
@@ -287,8 +321,16 @@ class TCM(CompressionModel):
             DecodingError: a stream is too short for the shape, or (with side information) the decoded symbols are
                 not those that were encoded.
         """
+        index = self.resolve_index(index, len(strings[0]))
+        y_hat = self.decode_latents(strings, shape, side_info)
+        return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
+
+    @torch.no_grad()
+    def decode_latents(
+        self, strings: list[list[bytes]], shape: Sequence[int], side_info: list[SideInfo] | None = None
+    ) -> Tensor:
+        """ŷ `[B, M, h, w]` of what `compress` returned; arguments and errors are those of `decompress`."""
         y_strings, z_strings = strings
-        index = self.resolve_index(index, len(y_strings))
         y_tables, z_tables = self.coding_tables
         z_indexes = self._z_indexes(shape)
         if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
@@ -302,28 +344,20 @@ class TCM(CompressionModel):
             y_hat = self.run_slices(z_hat, coder)
         if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
-        return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
+        return y_hat
 
     @torch.no_grad()
-    def quantize(self, y: Tensor, z: Tensor, portable: bool = True) -> QuantizedLatents:
-        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them."""
-        rounded = torch.round(z - self.medians)
-        coder = SliceEncoder(y, self.num_slices)
+    def quantize(self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False) -> QuantizedLatents:
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
+
+        Args:
+            complete: compute ŷ as well, which no file needs.
+        """
+        rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
+        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None)
         with deterministic():
-            y_hat = self.run_slices(rounded + self.medians, coder)
-        rounded_y, sigma = torch.cat(coder.symbols, 1), torch.cat(coder.sigma, 1)
-        z_symbols, symbols = to_symbols(rounded), to_symbols(rounded_y)
-        if not portable:
-            indexes = table_index(self.gaussian_conditional, sigma).cpu()
-            return QuantizedLatents(symbols, indexes, z_symbols, sigma, y_hat, None)
-        lengths = self.coding_tables[0].code_lengths
-        all_indexes, side_info = [], []
-        for z_one, y_one, rounded_one, sigma_one in zip(z_symbols, symbols, rounded_y, sigma, strict=True):
-            parts = lengths, rounded_one.int().flatten(), sigma_one.flatten()
-            indexes, scales = portable_indexes(self.gaussian_conditional, *parts, self.epsilon)
-            all_indexes.append(indexes.view(y_one.shape))
-            side_info.append(SideInfo(scales, crc_of(y_one, crc_of(z_one))))
-        return QuantizedLatents(symbols, torch.stack(all_indexes), z_symbols, sigma, y_hat, side_info)
+            y_hat = self.run_slices(rounded + self.medians, coder, complete)
+        return coder.finish(y_hat)
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.
@@ -461,9 +495,9 @@ class mask(nn.Module):
         self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
         self.alpha = nn.Parameter(torch.zeros(1))
 
-    def content(self, y: Tensor) -> Tensor:
-        """α · attn(y), the part of the logits that depends on the latent and on no rate: `[B, M, h, w]`."""
-        return self.alpha * self.latent_attn(y)
+    def content(self, y: Tensor, rows: int) -> Iterator[Tensor]:
+        """α · attn(y), the part of the logits that depends on no rate, in bands of about so many rows."""
+        return (self.alpha * band for band in in_bands([self.latent_attn], rows_of(y, rows), y.shape[2]))
 
     def rate(self, index: Tensor) -> Tensor:
         """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`.
@@ -482,7 +516,13 @@ class mask(nn.Module):
         return F.softsign(rate + content)
 
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        return self.log_m(self.rate(index), self.content(y))
+        ((_, log_m),) = self.bands(y, index, y.shape[2])
+        return log_m
+
+    def bands(self, y: Tensor, index: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """ln m in bands of about so many rows, each with the rows that it is of."""
+        for here, content in with_rows(self.content(y, rows)):
+            yield here, self.log_m(self.rate(index[:, :, here] if index.dim() == 4 else index), content)
 
 
 class LAE(nn.Module):
@@ -491,6 +531,10 @@ class LAE(nn.Module):
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
         self.mask = mask(n, M)
+
+    def bands(self, y: Tensor, index: Tensor, rows: int) -> Iterator[Tensor]:
+        """y · m in bands of about so many rows."""
+        return (y[:, :, here] * log_m.exp() for here, log_m in self.mask.bands(y, index, rows))
 
     def forward(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         log_m = self.mask(y, index)
@@ -522,6 +566,9 @@ class TCM_VBR(TCM):
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         return super().synthesize(self.modnet_gs(y_hat, index)[0], index)
+
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        return self.modnet_gs.bands(y_hat, index, rows)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
         state_dict = normalize(state_dict, self)

@@ -22,8 +22,8 @@ def read_image(path: str | Path, **options) -> Tensor:
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 `[H, W, 3]` to uint8 `[3, H, W]`."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    """uint8 `[H, W, 3]` to uint8 `[3, H, W]`, a view of the same memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
@@ -47,7 +47,7 @@ def to_float(image: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Float image in [0, 1], any shape, to the 8-bit values that a file would hold."""
-    return (x * 255).round().clamp(0, 255).to(torch.uint8)
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def save_image(path: str | Path, image: Tensor) -> None:
@@ -66,6 +66,30 @@ def crop(x: Tensor, height: int, width: int, multiple: int = STRIDE) -> Tensor:
     """The `[B, 3, height, width]` inside a picture that `pad` made."""
     _, cut = compute_padding(height, width, min_div=multiple)
     return F.pad(x, cut)
+
+
+def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
+    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of so many rows."""
+    height, width = image.shape[1:]
+    (left, right, top, bottom), _ = compute_padding(height, width, min_div=STRIDE)
+    for start in range(-top, height + bottom, rows):
+        end = min(start + rows, height + bottom)
+        inside = to_float(image[:, max(0, start) : min(end, height)])
+        yield F.pad(inside, (left, right, max(0, -start), max(0, end - height)))
+
+
+def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
+    """`to_uint8(crop(x, height, width)[0])` of a picture x `[1, 3, H, W]` that comes in bands."""
+    (left, _, top, _), _ = compute_padding(height, width, min_div=STRIDE)
+    out, start = None, -top
+    for band in bands:
+        if out is None:  # in the order of files
+            out = torch.empty(height, width, 3, dtype=torch.uint8, device=band.device).permute(2, 0, 1)
+        end = start + band.shape[2]
+        inside = band[0, :, max(0, -start) : band.shape[2] - max(0, end - height), left : left + width]
+        out[:, max(0, start) : end] = to_uint8(inside)
+        start = end
+    return out
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

@@ -4,10 +4,14 @@ import math
 
 import torch
 from pytorch_msssim import ms_ssim
+from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim
 from torch import Tensor
+from torch.nn import functional as F
 
 # Five scales of an 11-pixel window: the coarsest must still hold one (pytorch-msssim asks for more than this).
 MS_SSIM_SMALLEST = 160
+MS_SSIM_WEIGHTS, WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
+AT_ONCE = 2**24  # samples of large pictures that are compared at once
 
 
 def bits(likelihoods: Tensor) -> Tensor:
@@ -52,8 +56,12 @@ def psnr_of_mse(mse: Tensor | float) -> Tensor:
 
 def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> float:
     """Mean squared error of two uint8 images of one shape, on the 0–255 scale, with weights `[1, H, W]` or without."""
-    errors = (a.double() - b.double()).square()
-    return float((errors if weights is None else errors * weights).mean())
+    total, rows = 0.0, max(1, AT_ONCE // max(1, a[:, :1].numel()))
+    for start in range(0, a.shape[1], rows):
+        here = slice(start, start + rows)
+        errors = (a[:, here].double() - b[:, here].double()).square_()
+        total += float((errors if weights is None else errors * weights[:, here]).sum())
+    return total / a.numel()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -66,7 +74,32 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
     """MS-SSIM in [0, 1] of two uint8 images `[3, H, W]`; None where a side is too small for five scales."""
     if min(a.shape[1:]) <= MS_SSIM_SMALLEST:
         return None
+    if a.numel() > AT_ONCE:
+        return _ms_ssim_in_bands(a, b)
     return float(ms_ssim(a[None].float().contiguous(), b[None].float().contiguous(), data_range=255))
+
+
+def _ms_ssim_in_bands(a: Tensor, b: Tensor) -> float:
+    """`ms_ssim` of large uint8 images `[3, H, W]`, which would take some forty times the memory of the images."""
+    window = _fspecial_gauss_1d(WINDOW, 1.5).repeat(3, 1, 1, 1)
+    images, values = (a[None], b[None]), []
+    for level in range(len(MS_SSIM_WEIGHTS)):
+        height, width = images[0].shape[2:]
+        rows, last = max(2, AT_ONCE // (3 * width) // 2 * 2), level == len(MS_SSIM_WEIGHTS) - 1
+        total, pooled = 0.0, ([], [])
+        for start in range(0, height, rows):
+            bands = [x[:, :, start : start + rows + WINDOW - 1].float().contiguous() for x in images]
+            if (count := bands[0].shape[2] - WINDOW + 1) > 0:
+                total = total + count * _ssim(*bands, 255, window, size_average=False)[0 if last else 1].double()
+            above = height % 2  # rows of zeros that pooling adds on top of an odd number
+            for x, parts in zip(images, () if last else pooled, strict=False):
+                part = x[:, :, max(0, start - above) : start + rows - above].float()
+                part = F.pad(part, (0, 0, above if start == 0 else 0, 0))
+                parts.append(F.avg_pool2d(part, 2, padding=(0, width % 2)))
+        values.append(torch.relu(total / (height - WINDOW + 1)))
+        images = images if last else tuple(torch.cat(parts, 2) for parts in pooled)
+    weights = torch.tensor(MS_SSIM_WEIGHTS, dtype=torch.float64, device=a.device).view(-1, 1, 1)
+    return float((torch.stack(values) ** weights).prod(0).mean())
 
 
 def distortion(a: Tensor, b: Tensor, metric: str, weights: Tensor | None = None) -> float | None:

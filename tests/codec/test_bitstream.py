@@ -12,7 +12,7 @@ import torch
 from models import portable, slice_coders
 from models.portable import EPSILON, crc_of, pack_positions, unpack_positions
 from models.side_info import DecodingError, SideInfo
-from models.slice_coders import SliceDecoder
+from models.slice_coders import SliceDecoder, SliceEncoder
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest
@@ -162,7 +162,7 @@ def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     assert chosen.shape == (3,) and len(set(chosen.tolist())) == 3
     costs = torch.zeros(256, 3)
     for shift in range(256):
-        moved = sigma * portable.scale_factors(gaussian, np.full(3, shift, np.uint8), 2500)
+        moved = sigma * portable.scale_factors(gaussian, np.full(3, shift, np.uint8), 0, 2500)
         below, above = (portable.table_index(gaussian, moved * factor) for factor in (1 - epsilon, 1 + epsilon))
         bits = lengths(symbols, portable.table_index(gaussian, moved)) + 16 * (below != above)
         costs[shift] = torch.stack([part.sum() for part in bits.split(1000)])
@@ -195,7 +195,7 @@ def published(model, picture: torch.Tensor) -> bytes:
     quantized = model.quantize(*latents(model, picture), portable=False)
     (y,), (z,) = model.encode_symbols(quantized)["strings"]
     shifts = bytes(portable.count_blocks(quantized.y.numel()))
-    side_info = SideInfo(shifts, crc_of(quantized.y[0], crc_of(quantized.z[0])))
+    side_info = SideInfo(shifts, crc_of(quantized.y[0].int(), crc_of(quantized.z[0])))
     return pack(CodedImage(picture.shape[2], picture.shape[1], 2.0, y, z, model.fingerprint, side_info))
 
 
@@ -213,13 +213,14 @@ def test_larger_differences_are_an_error(tiny, picture, monkeypatch):
 
 
 def test_a_gpu_is_not_read_between_slices(tiny, picture, monkeypatch):
-    """Encoding reads its symbols when all slices are done."""
+    """Encoding reads its symbols and indexes when it has those of all slices, each once."""
     y, z = latents(tiny, picture)
-    events, cpu, run_slices = [], torch.Tensor.cpu, tiny.run_slices
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: events.append(self.shape) or cpu(self))
-    monkeypatch.setattr(tiny, "run_slices", lambda *args: (run_slices(*args), events.append("end of the slices"))[0])
-    tiny.quantize(y, z)
-    assert events[0] == "end of the slices" and events.count(y.shape) == 1
+    events, cpu, call = [], torch.Tensor.cpu, SliceEncoder.__call__
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: events.append("read") or cpu(self))
+    monkeypatch.setattr(SliceEncoder, "__call__", lambda self, *args: events.append("slice") or call(self, *args))
+    quantized = tiny.quantize(y, z)
+    assert events[: tiny.num_slices] == ["slice"] * tiny.num_slices and "slice" not in events[tiny.num_slices :]
+    assert quantized.y_hat is None and 0 < events.count("read") < 10
 
 
 def test_rows_below_are_looked_up_where_positions_are_listed(tiny, picture, monkeypatch):

@@ -115,9 +115,9 @@ def test_a_file_with_a_map_decodes_to_what_the_encoder_saw(varied, picture, mask
     request = EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0))
     result = encode(varied, picture, request)
     analyzed = AnalyzedImage(varied, picture, request.quality_map)
-    trial = analyzed.quantize(1.0)
     with torch.no_grad():
-        x_hat = varied.synthesize(trial.quantized.y_hat, analyzed.rate_model.index_of_places(1.0))
+        y_hat = varied.quantize(*analyzed.latents(1.0), complete=True).y_hat
+        x_hat = varied.synthesize(y_hat, analyzed.rate_model.index_of_places(1.0))
     seen = to_uint8(crop(x_hat.clamp(0, 1), HEIGHT, WIDTH)[0])
     decoded = decode(varied, result.data)
     assert (decoded.int() - seen.int()).abs().max() <= 1
@@ -179,10 +179,10 @@ def test_the_rate_model_follows_a_map(varied, picture, mask):
     """Its shape is the sum over places of s · log2 m, as without a map where both regions have one index."""
     same = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, above=1e-9)).rate_model
     plain = AnalyzedImage(varied, picture).rate_model
-    sigma = torch.rand(plain.y.shape, generator=torch.Generator().manual_seed(0)) * 4
-    assert np.allclose(same.curve(sigma).shape, plain.curve(sigma).shape, rtol=1e-4)
+    levels = torch.randint(40, plain.y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert np.allclose(same.curve(levels).shape, plain.curve(levels).shape, rtol=1e-4)
     kept = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, index=2.5)).rate_model
-    rise, less = (np.ptp(model.curve(sigma).shape) for model in (plain, kept))
+    rise, less = (np.ptp(model.curve(levels).shape) for model in (plain, kept))
     assert 0.8 * rise < less < 0.97 * rise  # of 48 cells four are kept
 
 

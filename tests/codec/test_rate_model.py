@@ -96,9 +96,10 @@ def test_the_shape_is_the_sum_over_what_is_sensitive(tiny, image):
         y = tiny.features(image)
         model = RateModel(tiny, y)
         scaled, log_m = tiny.analyze(image, torch.tensor([3.3]))
-        assert torch.equal(model.scaled(3.3), scaled) and torch.equal(model.log_m(3.3), log_m)
+        ((rows, found),) = model.log_m(3.3)
+        assert torch.equal(model.scaled(3.3), scaled) and torch.equal(found, log_m) and rows == slice(0, y.shape[2])
         assert model.log2_m(3.3) == pytest.approx(float(log_m.double().sum()) / math.log(2))
-        wide = torch.full(y.shape, 256.0)  # steps: the paper's formula
+        wide = torch.full(y.shape, 63, dtype=torch.uint8)  # σ of 256 steps: the paper's formula
         curve = model.curve(wide)
         paper = [model.log2_m(index) for index in (0.0, 2.5, 5.0)]
         assert np.allclose(np.diff(curve.shape[[0, 25, 50]]), np.diff(paper), rtol=1e-3)

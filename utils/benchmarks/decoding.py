@@ -82,13 +82,13 @@ def predict(model: TCM, quantized: QuantizedLatents) -> Tensor:
     return torch.cat(seen, 2)
 
 
-def compare(other: TCM, model: TCM, data: bytes, quantized: QuantizedLatents, mu: Tensor) -> tuple:
+def compare(other: TCM, model: TCM, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
     """Errors of σ `[n]`, relative, the largest of μ, how many table indexes differ, and whether the file is decoded."""
     gaussian, count = model.gaussian_conditional, mu.numel()
     other_mu, other_sigma = predict(other, quantized)
-    ours, theirs = (gaussian.lower_bound_scale(sigma).double() for sigma in (quantized.sigma, other_sigma))
+    ours, theirs = (gaussian.lower_bound_scale(values).double() for values in (sigma, other_sigma))
     shifts, _, _ = unpack_scales(quantized.side_info[0].scales, count)
-    shifted = other_sigma * scale_factors(gaussian, shifts, count).view(mu.shape)
+    shifted = other_sigma * scale_factors(gaussian, shifts, 0, count).view(mu.shape)
     differing = int((table_index(gaussian, shifted) != quantized.indexes).sum())
     try:
         decode(other, data)  # changed copies keep the fingerprint, which writing the file cached
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     for image in tqdm(images, desc="encoding", unit="image", leave=False, disable=None):
         analyzed = AnalyzedImage(model, center_crop(image, args.crop) if args.crop else image)
         for trial in map(analyzed.quantize, args.index):
-            files.append((analyzed.write(trial), trial.quantized, predict(model, trial.quantized)[0]))
+            files.append((analyzed.write(trial), trial.quantized, *predict(model, trial.quantized)))
     print(f"{'setting':<22} σ, largest  σ, 99.9 % μ, largest indexes  file decoded")
     for name, other in settings(model, args.compile):
         bar = tqdm(files, desc=name, unit="file", leave=False, disable=None)

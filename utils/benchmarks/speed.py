@@ -16,7 +16,7 @@ import torch
 from models import TCM_VBR
 from models.coding_tables import open_stream
 from models.config import PRESETS
-from models.portable import portable_indexes
+from models.portable import PortableIndexes
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.checkpoint import load_model
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
     x = pad(torch.rand(1, 3, args.height, args.width, device=device))
     index = model.resolve_index(2.5, 1)
     y, _ = model.analyze(x, index)
-    quantized = model.quantize(y, model.h_a(y), portable=False)
+    quantized = model.quantize(y, model.h_a(y), portable=False, complete=True)
     works = {
         "analysis": lambda: model.analyze(x, index),
         "hyper + slices": lambda: model.quantize(y, model.h_a(y), portable=False),
@@ -83,12 +83,13 @@ def measure(args: argparse.Namespace) -> None:
         share = macs / spent / (product_macs / product_seconds)
         print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
 
-    tables, symbols, sigma = model.coding_tables[0], quantized.y[0], quantized.sigma[0]
+    tables, symbols = model.coding_tables[0], quantized.y[0].int()
+    sigma = model.gaussian_conditional.scale_table[quantized.levels[0].to(device).int()]
     if not args.checkpoint:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
     parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
-    indexes = portable_indexes(model.gaussian_conditional, *parts, model.epsilon)[0].view(symbols.shape)
+    indexes = PortableIndexes().add(model.gaussian_conditional, *parts, model.epsilon).cpu().view(symbols.shape)
     stream = tables.encode(symbols, indexes)
 
     def decode() -> None:
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> None:
             tables.decode(decoder, part)
 
     works = {
-        "indexes": lambda: portable_indexes(model.gaussian_conditional, *parts, model.epsilon),
+        "indexes": lambda: PortableIndexes().add(model.gaussian_conditional, *parts, model.epsilon),
         "to bytes": lambda: tables.encode(symbols, indexes),
         "from bytes": decode,
     }

@@ -1,17 +1,18 @@
 """One picture after analysis: its latents at any rate index, their symbols, and the file."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models import TCM, TCM_VBR
+from models import STRIDE, TCM, TCM_VBR
 from models.lambdas import index_to_lambda
 from models.slice_coders import QuantizedLatents
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
-from utils.images import crop, pad, to_float
+from utils.images import crop, padded_bands
 
 CODER_BITS = 96  # what the final states and whole words of both streams add to the code lengths, give or take 32
 
@@ -30,27 +31,27 @@ class AnalyzedImage:
 
     Attributes:
         height, width, pixels: of the original.
-        x: padded picture `[1, 3, H, W]` in [0, 1].
+        image: the picture.
         rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
     """
 
     @torch.no_grad()
     def __init__(self, model: TCM, image: Tensor, quality_map: QualityMap | None = None) -> None:
-        self.model, self.quality_map = model, quality_map
+        self.model, self.image, self.quality_map = model, image, quality_map
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
             raise ValueError("the map of qualities was made for a picture of another size")
-        self.x = pad(to_float(image))
-        self.y_before_lae = model.features(self.x)
+        height, width = (math.ceil(side / STRIDE) * STRIDE for side in (self.height, self.width))
+        self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
         variable = isinstance(model, TCM_VBR)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 
     @torch.no_grad()
     def latents(self, index: float | None) -> tuple[Tensor, Tensor]:
         """y `[1, M, h, w]`, scaled by m for the index, and z."""
-        y = self.y_before_lae if self.rate_model is None else self.rate_model.scaled(index)
+        y = self.model.modulate(self.y_before_lae)[0] if self.rate_model is None else self.rate_model.scaled(index)
         return y, self.model.h_a(y)
 
     def quantize(self, index: float | None) -> TrialEncode:
@@ -72,7 +73,7 @@ class AnalyzedImage:
         if self.quality_map is None:
             return None
         metric, places = self.model.metric, self.rate_model.index_of_places(index)
-        lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.x.device)
+        lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.image.device)
         return crop(pixel_weights(places, lmbda, metric), self.height, self.width)
 
     def write(self, trial: TrialEncode) -> bytes:

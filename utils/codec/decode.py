@@ -7,7 +7,7 @@ from utils.codec.bitstream import BitstreamError, CodedImage, unpack
 from utils.codec.quality_map import index_of_places
 from utils.device import out_of_memory_as_value_error
 from utils.files import MAX_PIXELS
-from utils.images import crop, to_uint8
+from utils.images import join_bands
 
 
 @out_of_memory_as_value_error()
@@ -31,5 +31,11 @@ def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -
     index = coded.index
     if coded.offsets:
         index = index_of_places(coded.index, coded.offsets, coded.shape)
-    out = model.decompress([[coded.y], [coded.z]], coded.shape, index, [coded.side_info])
-    return to_uint8(crop(out["x_hat"], coded.height, coded.width)[0])
+    y_hat = model.decode_latents([[coded.y], [coded.z]], coded.shape, [coded.side_info])
+    return picture_of(model, y_hat, index, coded.height, coded.width)
+
+
+def picture_of(model: TCM, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:
+    """The picture of a quantized latent `[1, M, h, w]`, uint8 `[3, height, width]` on the model's device."""
+    rows = model.band_rows(16 * y_hat.shape[3], 16 * y_hat.shape[2])
+    return join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), rows), height, width)

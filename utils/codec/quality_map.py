@@ -91,7 +91,7 @@ class QualityMap:
 
 def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
     if args.mask:
-        gray = read_pixels(args.mask, background="black").astype(np.float32).mean(2) / 255
+        gray = read_pixels(args.mask, background="black").mean(2, dtype=np.float32) / 255
         if gray.shape != (height, width):
             found = f"{gray.shape[1]}×{gray.shape[0]}"
             raise ValueError(f"the mask {args.mask} has {found} pixels, the picture {width}×{height}")

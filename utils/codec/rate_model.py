@@ -11,7 +11,7 @@ with the σ that the entropy model gave at a trial encode. With s = 1 it is the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 
 from models import TCM_VBR
+from models.bands import gather, latent_rows, with_rows
 from models.lambdas import MAX_INDEX
-from models.portable import table_index
-from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, index_of_places
+from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
 GRID = np.linspace(0, MAX_INDEX, 51)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
@@ -105,7 +105,7 @@ class RateCurve:
 
 
 class RateModel:
-    """R(index) of one image, from its latent before the LAE. attn(y) is computed once.
+    """R(index) of one image, from its latent before the LAE. attn(y) is computed once, or always where y is large.
 
     Args:
         model: TCM_VBR.
@@ -117,12 +117,20 @@ class RateModel:
     def __init__(self, model: TCM_VBR, y: Tensor, quality_map: QualityMap | None = None) -> None:
         self.quality_map = quality_map
         self.mask, self.gaussian, self.y = model.modnet_ga.mask, model.gaussian_conditional, y
-        self.content = self.mask.content(y)
+        self.rows = latent_rows(y.shape[3])
+        self._content = list(self.mask.content(y, self.rows)) if y.shape[2] <= self.rows else None
+
+    def content(self) -> Iterator[tuple[slice, Tensor]]:
+        """α · attn(y) in bands, each with the rows that it is of."""
+        return with_rows(self._content or self.mask.content(self.y, self.rows))
 
     @torch.no_grad()
-    def log_m(self, index: float) -> Tensor:
-        """ln m `[1, M, h, w]`."""
-        return self.mask.log_m(self.mask.rate(self.index_of_places(index)), self.content)
+    def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
+        """ln m in bands, each with the rows that it is of."""
+        places = self.index_of_places(index)
+        for here, content in self.content():
+            rate = self.mask.rate(places if self.quality_map is None else places[:, :, here])
+            yield here, self.mask.log_m(rate, content)
 
     def index_of_places(self, index: float) -> Tensor:
         """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
@@ -130,31 +138,42 @@ class RateModel:
             return torch.tensor([float(index)])
         return index_of_places(index, self.quality_map.cell_offsets(index), self.quality_map.cells.shape)
 
+    @torch.no_grad()
     def scaled(self, index: float) -> Tensor:
         """The latent that is coded, y · m `[1, M, h, w]`."""
-        return self.y * self.log_m(index).exp()
+        return gather((self.y[:, :, here] * log_m.exp() for here, log_m in self.log_m(index)), self.y.shape[2])
+
+    @torch.no_grad()
+    def moved(self, scaled: Tensor, index: float, other: float) -> Tensor:
+        """A latent that was scaled for an index, scaled for another one."""
+        pairs = zip(self.log_m(index), self.log_m(other), strict=True)
+        bands = (scaled[:, :, here] * (after - before).exp() for (here, before), (_, after) in pairs)
+        return gather(bands, self.y.shape[2])
 
     def log2_m(self, index: float) -> float:
         """Σ log2 m, the paper's number of bits up to C."""
-        return float(self.log_m(index).double().sum()) / math.log(2)
+        return sum(float(log_m.double().sum()) for _, log_m in self.log_m(index)) / math.log(2)
 
     @torch.no_grad()
-    def curve(self, sigma: Tensor) -> RateCurve:
+    def curve(self, levels: Tensor) -> RateCurve:
         """Σ s(σ) · log2 m + C, not calibrated.
 
         Args:
-            sigma: of every latent, `[1, M, h, w]`, at a trial encode.
+            levels: of σ in the scale table, for every latent, `[1, M, h, w]`, at a trial encode.
         """
-        weights = sensitivity(self.gaussian)[table_index(self.gaussian, sigma).long()].flatten()
-        chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
-        weights, content = weights[chosen] / math.log(2), self.content.flatten()[chosen]
-        height, width = self.y.shape[2:]
-        channels, places = chosen // (height * width), chosen % (height * width)
-        indexes, cells = torch.from_numpy(GRID)[:, None], places * 0
+        indexes, cells = torch.from_numpy(GRID)[:, None], None
         if self.quality_map:
             indexes = torch.from_numpy(self.quality_map.indexes(GRID))  # [51, K]
-            every = torch.from_numpy(self.quality_map.cells).to(places.device)
-            cells = every[places // width // LATENTS_PER_CELL, places % width // LATENTS_PER_CELL]
+            cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
         rates = self.mask.rate(indexes.flatten().float()).view(*indexes.shape, -1)  # [51, K, M]
-        log_m = (self.mask.log_m(rate[cells, channels], content) for rate in rates)
-        return RateCurve([float((values * weights).double().sum()) for values in log_m])
+        every, shape = sensitivity(self.gaussian), np.zeros(len(GRID))
+        for here, content in self.content():
+            weights = every[levels[:, :, here].to(every.device).int()].flatten()
+            chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
+            weights, values = weights[chosen] / math.log(2), content.flatten()[chosen]
+            places = content[0, 0].numel()
+            channels = chosen // places
+            cell = 0 if cells is None else cells[here].flatten()[chosen % places]
+            log_m = (self.mask.log_m(rate[cell, channels], values) for rate in rates)
+            shape += [float((values * weights).double().sum()) for values in log_m]
+        return RateCurve(shape)

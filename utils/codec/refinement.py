@@ -6,6 +6,7 @@ in the rate the method's surrogate replaces it.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 from models import TCM
 from models.lambdas import MAX_INDEX, index_to_lambda
-from models.slice_coders import ste_round
+from models.slice_coders import Surrogate, ste_round
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.quality_map import pixel_weights
 from utils.codec.rate_control import CLOSE, CLOSE_TO_CAP
 from utils.codec.request import METHODS, RefinementSettings, Target
-from utils.images import crop
+from utils.codec.tiles import Tile, cut_tiles
+from utils.images import to_float
 from utils.metrics import bits, rate_distortion
 
 TOLERANCE = 3e-3  # relative distance from a target's rate that refined latents may have
@@ -35,6 +38,7 @@ MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
 MAX_MOVES = 5  # of refined latents to another index
+UNITS = 16, 64  # pixels per place of y and of z
 
 Latents = tuple[Tensor, Tensor]  # y `[1, M, h, w]` and z
 
@@ -49,9 +53,9 @@ def gumbel_round(x: Tensor, temperature: float) -> Tensor:
 
 # Of rounding, at a temperature, by method.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "noise": lambda x, _: x + torch.rand_like(x) - 0.5,  # as in training
+    "noise": lambda x, temperature: x + torch.rand_like(x) - 0.5,  # as in training
     "sga": gumbel_round,
-    "sgd": lambda x, _: ste_round(x),  # straight-through: the gradient is that of x
+    "sgd": lambda x, temperature: ste_round(x),  # straight-through: the gradient is that of x
 }
 
 
@@ -148,12 +152,9 @@ def descend(
     Raises:
         ValueError: the loss is not finite.
     """
-    model, size = image.model, (image.height, image.width)
-    surrogate, original = SURROGATES[settings.method], crop(image.x, *size)
-    lmbda = index_to_lambda(start.index, model.metric)
-    places, weights = image.rate_model.index_of_places(start.index), image.distortion_weights(start.index)
-    rate_weight = torch.tensor([lmbda], device=image.x.device)
-    y, z = (latent.clone().requires_grad_() for latent in image.latents(start.index))
+    model, tiles = image.model, cut_tiles(image.height, image.width)
+    lmbda, device = index_to_lambda(start.index, model.metric), image.image.device
+    y, z = image.latents(start.index)
     step_size = settings.learning_rate or METHODS[settings.method].learning_rate
     step_size *= CONTROLLED_STEP if constraint else 1
     published_sgd = settings.method == "sgd"
@@ -168,27 +169,28 @@ def descend(
     def rank(step: Step) -> tuple[float, float]:
         return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
 
-    with _training_latents(model, image.x, settings.seed):
+    with _training_latents(model, tiles[0].outer_pixels, settings.seed, device):
         for number in range(settings.steps + 1):
             progress = number / max(1, settings.steps)
             temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
+            surrogate = functools.partial(SURROGATES[settings.method], temperature=temperature)
+            y.grad, z.grad = torch.zeros_like(y), torch.zeros_like(z)
+            sums = [0.0, 0.0, 0.0]  # coded bits, and MSE and distortion, weighed by the tiles' pixels
             with torch.set_grad_enabled(number < settings.steps):
-                out = model.forward_fromlatent(
-                    y, z, places, use_scale_table=True, surrogate=lambda r, t=temperature: surrogate(r, t)
-                )
-                out["x_hat"] = crop(out["x_hat"], *size).clamp(0, 1)
-                losses = rate_distortion(out, original, rate_weight, model.metric, weights)
-            coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))
+                for tile in tiles:
+                    found = _differentiate(image, tile, start.index, (y, z), surrogate, math.exp(log_weight))
+                    sums = [total + value for total, value in zip(sums, found, strict=True)]
+            coded, mse, distortion = sums
             overhead = overhead if steps else start.bits - coded  # of the file: header, side information, whole words
-            bpp, distortion = (coded + overhead) / image.pixels, float(losses["distortion"].detach())
-            step = Step(number, bpp, float(losses["mse"].detach()), distortion, bpp + lmbda * distortion)
+            bpp = (coded + overhead) / image.pixels
+            step = Step(number, bpp, mse, distortion, bpp + lmbda * distortion)
             if not math.isfinite(step.loss):
                 if not steps:
                     raise ValueError("the loss of this picture is not finite")
                 break
             steps.append(step)
             if best is None or rank(step) < rank(best):
-                best, best_latents = step, (y.detach().clone(), z.detach().clone())
+                best, best_latents = step, (y.clone(), z.clone())
             if on_step:
                 on_step(step)
             rise = step.loss - steps[-2].loss if number else math.inf
@@ -200,39 +202,66 @@ def descend(
                 group["lr"] = step_size * (1 - (1 - last) * fall)
             elif number:  # 1 % less each step, and half where the loss has risen (TCSVT 2025)
                 group["lr"] *= 0.99 * (0.5 if rise > 0 else 1)
-            optimizer.zero_grad()
-            (losses["loss"] + (math.exp(log_weight) - 1) * losses["bpp"].sum()).backward()
             optimizer.step()
             if constraint:
                 log_weight = _clip(log_weight + constraint.correction(steps), MAX_LOG_WEIGHT)
-    return steps, best, best_latents, (y.detach(), z.detach())
+    return steps, best, best_latents, (y, z)
+
+
+def _differentiate(
+    image: AnalyzedImage, tile: Tile, index: float, latents: Latents, surrogate: Surrogate, rate_weight: float
+) -> tuple[float, float, float]:
+    """Add a tile's share of the gradient of λ · D + rate_weight · bpp to that of the latents, where gradients are on.
+
+    Returns:
+        The bits of the tile's rounded latents, and its share of the picture's MSE and D.
+    """
+    model, device = image.model, image.image.device
+    pairs = tuple(zip(latents, UNITS, strict=True))
+    parts = [latent[tile.outer(unit)].detach().requires_grad_() for latent, unit in pairs]
+    lmbda = torch.tensor([index_to_lambda(index, model.metric)], device=device)
+    places, weights = image.rate_model.index_of_places(index), None
+    if image.quality_map is not None:
+        places = places[tile.outer(UNITS[0])]
+        weights = tile.inside(pixel_weights(places, lmbda, model.metric))
+    out = model.forward_fromlatent(*parts, places, use_scale_table=True, surrogate=surrogate)
+    out["x_hat"] = tile.inside(out["x_hat"]).clamp(0, 1)
+    for kind in ("likelihoods", "coded_likelihoods"):
+        out[kind] = {name: out[kind][name][tile.core(unit)] for name, unit in zip("yz", UNITS, strict=True)}
+    losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, model.metric, weights)
+    share = tile.pixels / image.pixels
+    if torch.is_grad_enabled():
+        (share * (losses["loss"] + (rate_weight - 1) * losses["bpp"].sum())).backward()
+        for (latent, unit), part in zip(pairs, parts, strict=True):
+            latent.grad[tile.outer(unit)] += part.grad
+    coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))
+    return coded, *(share * float(losses[name].detach()) for name in ("mse", "distortion"))
 
 
 def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: float) -> TrialEncode:
     """Move refined latents to a nearby index at which they have this many bits: y is scaled by the change of m."""
     y, z = latents
     best = image.quantize_latents(index, y, z)
-    curve = image.rate_model.curve(best.quantized.sigma)
+    curve = image.rate_model.curve(best.quantized.levels)
     curve.calibrate(index, best.bits)
-    log_m = image.rate_model.log_m(index)
     for _ in range(MAX_MOVES):
         moved = curve.solve(bits)
         if moved in curve.measured or abs(best.bits / bits - 1) < CLOSE:
             break
-        trial = image.quantize_latents(moved, y * (image.rate_model.log_m(moved) - log_m).exp(), z)
+        trial = image.quantize_latents(moved, image.rate_model.moved(y, index, moved), z)
         curve.calibrate(moved, trial.bits)
         best = min(best, trial, key=lambda trial: abs(trial.bits - bits))
     return best
 
 
 @contextlib.contextmanager
-def _training_latents(model: TCM, x: Tensor, seed: int) -> Iterator[None]:
+def _training_latents(model: TCM, pixels: int, seed: int, device: torch.device) -> Iterator[None]:
     """Gradients of latents alone, in bounded memory, with random numbers of a seed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    before, model.checkpointing = model.checkpointing, x.shape[-2] * x.shape[-1] >= CHECKPOINTING_PIXELS
+    before, model.checkpointing = model.checkpointing, pixels >= CHECKPOINTING_PIXELS
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:

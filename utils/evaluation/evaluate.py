@@ -11,14 +11,15 @@ from tqdm import tqdm
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
 from utils import cli
-from utils.codec.decode import decode
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.decode import decode, picture_of
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
-from utils.images import crop, pad, read_images, to_float, to_uint8
+from utils.images import read_images
 from utils.metrics import bits, ms_ssim_value, psnr
 from utils.pictures import ImageError
 
@@ -117,9 +118,10 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
 
     The tables are selected by the published rule; files are a little smaller.
     """
-    out = model(pad(to_float(image)), index, use_scale_table=True)
-    x_hat = crop(out["x_hat"], *image.shape[1:])
-    return float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values())), to_uint8(x_hat[0])
+    analyzed = AnalyzedImage(model, image)
+    y_hat, out = model.estimate_rate(*analyzed.latents(index), use_scale_table=True)
+    count = float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values()))
+    return count, picture_of(model, y_hat, index, *image.shape[1:])
 
 
 def result_of(

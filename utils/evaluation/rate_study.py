@@ -57,7 +57,7 @@ class Study:
 def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
-    curve = analyzed.rate_model.curve(analyzed.quantize(FIRST_INDEX).quantized.sigma)
+    curve = analyzed.rate_model.curve(analyzed.quantize(FIRST_INDEX).quantized.levels)
     models = {
         "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
         "sensitivity": curve.shape_at(INDEXES),

@@ -1,0 +1,158 @@
+"""Layers on large pictures, band of rows by band of rows: the numbers of the whole picture in bounded memory.
+
+Every layer waits until the rows that it looks at have come, keeps those that the next band looks at too, and hands on
+what is final. So nothing is approximated, and a layer computes only the few rows around a cut twice. The last bit of a
+convolution may depend on the height of its input; nothing else differs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride
+from torch import Tensor, nn
+
+from models import STRIDE
+from models.layers import ConvTransBlock, SWAtten
+
+# Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. In low bands
+# layers compute too much twice: bands have MIN_ROWS at least, where these are no more than MAX_BAND pixels.
+WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
+MIN_ROWS = 256
+LATENTS = 2**17  # places of latents that are computed at once: their layers are narrow
+TENSORS = 12  # about as many as the widest input of a layer fit into the memory that a layer takes
+
+
+class Footprint(NamedTuple):
+    """What a layer looks at: `halo` rows on either side of what it computes, in slices that start and end at multiples
+    of `align`, of which halo is one. It makes `scale` rows of one."""
+
+    halo: int
+    align: int
+    scale: Fraction = Fraction(1)
+
+
+def footprint(layer: nn.Module) -> Footprint:
+    """The footprint of a layer of TCM, in rows of its input.
+
+    Window attention sees windows of p rows that start at multiples of p, or half a window later: in an aligned slice
+    only the half windows at its ends differ from those of the picture. The convolutions beside it reach less far.
+    """
+    if isinstance(layer, ConvTransBlock):  # half a window, and beside it two 3×3 convolutions
+        window = layer.trans_block.msa.window_size
+        return Footprint(_multiple(max(window // 2, 2), window), window)
+    if isinstance(layer, SWAtten):  # half a window, then three 3×3 convolutions
+        window = layer.non_local_block.block_2.msa.window_size
+        return Footprint(_multiple(window // 2 + 3, window), window)
+    if isinstance(layer, ResidualBlockWithStride):  # 3×3 of stride 2, then 3×3
+        return Footprint(4, 2, Fraction(1, 2))
+    if isinstance(layer, ResidualBlockUpsample):  # 3×3, shuffled to twice the rows, then 3×3
+        return Footprint(2, 1, Fraction(2))
+    if isinstance(layer, nn.Conv2d):
+        stride, reach = layer.stride[0], layer.kernel_size[0] // 2
+        return Footprint(_multiple(reach, stride), stride, Fraction(1, stride))
+    if isinstance(layer, nn.PixelShuffle):
+        return Footprint(0, 1, Fraction(layer.upscale_factor))
+    if isinstance(layer, nn.GELU):
+        return Footprint(0, 1)
+    raise TypeError(f"no footprint is known of {type(layer).__name__}")
+
+
+def _multiple(rows: int, of: int) -> int:
+    return -(-rows // of) * of
+
+
+def band_rows(width: int, height: int, channels: int, device: torch.device) -> int:
+    """Rows of a band of a picture of width × height pixels, after padding: all of them up to WHOLE pixels.
+
+    On a GPU a band may be as large as half of the free memory allows.
+
+    Args:
+        channels: of the widest layer, which works on a quarter of the pixels.
+    """
+    if width * height <= WHOLE:
+        return height
+    rows = min(max(BAND // width, MIN_ROWS), MAX_BAND // width)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        rows = free // 2 // (TENSORS * channels * width)  # a quarter of the pixels, of four bytes
+    return min(height, max(STRIDE, rows // STRIDE * STRIDE))
+
+
+def latent_rows(width: int) -> int:
+    """Rows of a band of a latent of this width, a multiple of the window of its attention."""
+    return max(8, LATENTS // width // 8 * 8)
+
+
+def rows_of(x: Tensor | Sequence[Tensor], rows: int) -> Iterator[Tensor]:
+    """The bands of a tensor `[B, C, h, w]`, or of several of one height and width, joined along their channels."""
+    parts = [x] if isinstance(x, Tensor) else x
+    for at in range(0, parts[0].shape[2], rows):
+        bands = [part[:, :, at : at + rows] for part in parts]
+        yield bands[0] if len(bands) == 1 else torch.cat(bands, 1)
+
+
+def in_bands(layers: Iterable[nn.Module], bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
+    """What a chain of layers makes of a tensor `[B, C, height, w]` that comes in bands, in bands of its own.
+
+    Containers in `layers` are taken apart. A single band of all rows goes through the layers as they are.
+    """
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            bands, height = in_bands(layer, bands, height), scaled_height(layer, height)
+        else:
+            bands, height = _through(layer, bands, height), scaled_height([layer], height)
+    return iter(bands)
+
+
+def scaled_height(layers: Iterable[nn.Module], height: int) -> int:
+    """The rows that a chain of layers makes of a height."""
+    for layer in layers:
+        inner = isinstance(layer, nn.Sequential)
+        height = scaled_height(layer, height) if inner else int(height * footprint(layer).scale)
+    return height
+
+
+def _through(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
+    halo, align, scale = footprint(layer)
+    kept, start, done, end = None, 0, 0, 0  # of the input's rows start … end are kept, those before `done` computed
+    for band in bands:
+        end += band.shape[2]
+        kept = band if kept is None else torch.cat((kept, band), 2)
+        del band
+        stop = end if end == height else end // align * align
+        # The last rows come by themselves, as they come late and would make a much larger band of the last one.
+        for ready in (stop - halo, stop) if end == height and done else (stop if end == height else stop - halo,):
+            if ready <= done:
+                continue
+            first, last = (int((at - start) * scale) for at in (done, ready))
+            result = [layer(kept[:, :, : min(ready + halo, stop) - start])[:, :, first:last]]
+            above = max(0, ready - halo)
+            kept = None if ready == height else kept[:, :, above - start :].clone()
+            start, done = above, ready
+            yield result.pop()  # so that nothing here holds it while the layers that follow work
+
+
+def gather(bands: Iterable[Tensor], height: int) -> Tensor:
+    """The tensor `[B, C, height, w]` that comes in bands."""
+    out = None
+    for here, band in with_rows(bands):
+        if band.shape[2] == height:
+            return band
+        if out is None:
+            channels_last = band.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            shape = (*band.shape[:2], height, band.shape[3])
+            out = torch.empty(shape, dtype=band.dtype, device=band.device, memory_format=memory_format)
+        out[:, :, here] = band
+    return out
+
+
+def with_rows(bands: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Bands, each with the rows that it is of."""
+    at = 0
+    for band in bands:
+        at += band.shape[2]
+        yield slice(at - band.shape[2], at), band

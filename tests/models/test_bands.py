@@ -1,0 +1,129 @@
+"""Layers in bands of rows give what they give at once."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from models import bands
+from models.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.portable import EPSILON
+
+HEIGHT = 640
+
+
+@pytest.fixture(scope="module")
+def exact(made_tiny):
+    """`tiny` in float64, where what remains is no rounding."""
+    model = copy.deepcopy(made_tiny).double()
+    model.g_a[-1].__class__ = nn.Conv2d  # which stays in float64
+    return model
+
+
+def chains(model) -> dict[str, tuple[nn.Sequential, int, int]]:
+    """Chains of layers, each with the channels and the rows of its input."""
+    return {
+        "g_a": (model.g_a, 3, HEIGHT),
+        "g_s": (model.g_s, model.M, HEIGHT // 16),
+        "h_a": (model.h_a, model.M, HEIGHT // 4),
+        "slice": (nn.Sequential(*model.atten_mean[0], *model.cc_mean_transforms[0]), model.M, HEIGHT // 16),
+        "LAE": (nn.Sequential(model.modnet_ga.mask.latent_attn), model.M, HEIGHT // 16),
+    }
+
+
+@pytest.mark.parametrize("name", ["g_a", "g_s", "h_a", "slice", "LAE"])
+@pytest.mark.parametrize("rows", [8, 24])
+@torch.no_grad()
+def test_bands_are_exact(exact, name, rows):
+    layers, channels, height = chains(exact)[name]
+    x = torch.randn(1, channels, height, 128 if channels == 3 else 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole, found = layers(x), list(in_bands(layers, rows_of(x, rows), height))
+    assert len(found) >= 2 and whole.shape[2] == scaled_height(layers, height)
+    assert torch.allclose(gather(found, whole.shape[2]), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
+    assert max(band.shape[2] for band in found) <= 2 * scaled_height(layers, 48)  # none is much larger than the others
+
+
+@pytest.mark.parametrize("name", ["g_a", "g_s", "slice", "LAE"])
+@torch.no_grad()
+def test_every_layer_needs_its_halo(exact, name, monkeypatch):
+    """Else the test above would pass with layers that see nothing of each other."""
+    layers, channels, height = chains(exact)[name]
+    x = torch.randn(1, channels, height, 128 if channels == 3 else 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole, true = layers(x), bands.footprint
+    for kind in {type(layer) for layer in layers if true_halo(layer, true)}:
+        def without(layer, kind=kind):
+            found = true(layer)
+            return Footprint(0, found.align, found.scale) if isinstance(layer, kind) else found
+
+        monkeypatch.setattr(bands, "footprint", without)
+        found = gather(in_bands(layers, rows_of(x, 16), height), whole.shape[2])
+        assert not torch.allclose(found, whole, rtol=0, atol=1e-6)
+
+
+def true_halo(layer, true) -> int:
+    return 0 if isinstance(layer, nn.Sequential) else true(layer).halo
+
+
+def test_a_layer_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="Softmax"):
+        footprint(nn.Softmax())
+
+
+def test_no_layer_keeps_what_the_next_ones_have(exact):
+    """A picture that is computed at once takes no more memory than by the layers themselves."""
+    alive, watches = [], []
+
+    class Watched(nn.GELU):
+        def forward(self, x):
+            alive.append(sum(watch() is not None for watch in watches))
+            out = super().forward(x)
+            watches.append(weakref.ref(out))
+            return out
+
+    with torch.no_grad():
+        gather(in_bands([Watched() for _ in range(6)], iter([torch.ones(1, 2, 8, 8)]), 8), 8)
+    assert max(alive) <= 1
+
+
+def test_rows_of_a_band(monkeypatch):
+    cpu = torch.device("cpu")
+    assert band_rows(2048, 1024, 64, cpu) == 1024  # up to two megapixels at once
+    assert band_rows(6016, 4096, 64, cpu) == 256 and band_rows(2048, 1408, 64, cpu) == 512
+    assert band_rows(65536, 4096, 64, cpu) == 128 and band_rows(128, 65536, 64, cpu) == 8192
+    assert all(latent_rows(width) % 8 == 0 for width in (1, 8, 1000, 4096))
+    gpu, gib = torch.device("cuda"), 2**30
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
+    for free, rows in ((60, 4096), (6, 768), (0.1, 128)):  # there is room for all, for some, and for little
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free * gib), 80 * gib))
+        assert band_rows(6016, 4096, 64, gpu) == rows
+
+
+@torch.no_grad()
+def test_slices_in_bands_steer_the_same_decoder(tiny, monkeypatch):
+    y = torch.randn(1, tiny.M, 48, 16, generator=torch.Generator().manual_seed(0)) * 3
+    z = tiny.h_a(y)
+    whole = tiny.quantize(y, z, complete=True)
+    seen = sigma_of(tiny, whole)
+    monkeypatch.setattr(bands, "LATENTS", 16 * 16)
+    assert latent_rows(16) == 16
+    parts = tiny.quantize(y, z, complete=True)
+    for one, other in zip(sigma_of(tiny, whole), seen, strict=True):
+        assert ((one - other) / other).abs().max() < EPSILON
+    assert torch.equal(parts.y, whole.y) and torch.allclose(parts.y_hat, whole.y_hat, atol=1e-4)
+    coded = tiny.encode_symbols(whole)
+    decoded = tiny.decode_latents(coded["strings"], coded["shape"], coded["side_info"])
+    assert torch.allclose(decoded, whole.y_hat, atol=1e-4)
+
+
+def sigma_of(model, quantized) -> list[torch.Tensor]:
+    seen, slices = [], list(quantized.y.chunk(model.num_slices, 1))
+
+    def replay(mu, sigma):
+        seen.append(model.gaussian_conditional.lower_bound_scale(sigma))
+        return slices.pop(0) + mu
+
+    model.run_slices(quantized.z + model.medians, replay)
+    return seen

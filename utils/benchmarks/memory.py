@@ -1,0 +1,78 @@
+"""Peak memory and seconds of coding pictures of several sizes, each by codec_vbr.py in a process of its own.
+
+    python -m utils.benchmarks.memory                                    # shipped weights, 0.4 to 24 megapixels
+    python -m utils.benchmarks.memory --sizes 16384x16384 --options --target-bpp 0.5
+
+The picture is a photograph, mirrored at its sides until it fills the size. Peak memory is the largest resident set of
+the process, and so on a GPU that of the host.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import cli
+from utils.files import BUNDLED
+from utils.pictures import find_images_or_samples, read_pixels
+
+SIZES = ("768x512", "2048x1365", "3840x2160", "6000x4000")
+PROGRAM = Path(__file__).parents[2] / "codec_vbr.py"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="widths and heights in pixels")
+    add("-d", "--data", nargs="+", metavar="PICTURE", help="photograph to fill them (default: one of scikit-image's)")
+    add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights")
+    add("--options", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="for the encoder; the last argument")
+    args = parser.parse_args(argv)
+    for size in args.sizes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+            parser.error(f"--sizes: {size} is not WIDTHxHEIGHT in pixels")
+    return args
+
+
+def run(*arguments: str) -> tuple[str, int]:
+    """The last line that codec_vbr.py prints, and the peak bytes of its process. UserError where it fails."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stderr=told)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        told.seek(0)
+        lines = told.read().strip().splitlines() or [""]
+    if process.returncode:
+        raise cli.UserError(f"codec_vbr.py {arguments[0]} ended with {process.returncode}: {lines[-1]}")
+    return lines[-1], usage.ru_maxrss * 1024
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    photograph = read_pixels(find_images_or_samples(args.data)[0])
+    print(f"{'pixels':>12} {'':<8} {'seconds':>8} {'per megapixel':>14} {'peak memory':>12}  file")
+    with tempfile.TemporaryDirectory() as folder:
+        picture, coded, back = (str(Path(folder) / name) for name in ("picture.png", "coded.tvbr", "back.png"))
+        for size in args.sizes:
+            width, height = map(int, size.split("x"))
+            margins = (0, max(0, height - photograph.shape[0])), (0, max(0, width - photograph.shape[1])), (0, 0)
+            pixels = np.pad(photograph, margins, mode="symmetric")[:height, :width]
+            Image.fromarray(pixels).save(picture, compress_level=1)
+            del pixels
+            weights = "--force", "--checkpoint", args.checkpoint
+            for command in (("encode", picture, coded, *weights, *args.options), ("decode", coded, back, *weights)):
+                line, peak = run(*command)
+                seconds = float(re.findall(r"([\d.]+) s\b", line)[0])
+                each, length = seconds / (width * height / 1e6), os.path.getsize(coded)
+                row = f"{size:>12} {command[0]:<8} {seconds:8.2f} {each:14.3f} {peak / 2**20:8.0f} MiB  {length} bytes"
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
