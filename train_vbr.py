@@ -22,6 +22,7 @@ from utils import cli
 from utils.training.arguments import add_run_arguments, check_run_arguments
 
 KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
+MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
     add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture, when no checkpoint gives one")
-    add("--map-share", type=float, default=0.0, metavar="P", help="share of the patches of --stage joint whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse")
+    add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
     add("--N", type=int, metavar="N", help="width of the transforms, in place of the preset's")
     add_run_arguments(parser, save_path="runs/train_vbr")
     return parser.parse_args(argv)
@@ -48,9 +49,10 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--keep-latents belongs to --stage entropy")
     if args.balance and (args.lmd is not None or args.stage == "base"):
         raise cli.UserError("--balance weighs rates against each other; a fixed-rate TCM has one")
-    if not 0 <= args.map_share <= 1:
+    if not 0 <= (args.map_share or 0) <= 1:
         raise cli.UserError(f"--map-share must lie in [0, 1], not {args.map_share:g}")
-    if args.map_share and (args.stage != "joint" or args.type != "mse"):
+    has_maps = args.stage == "joint" and args.type == "mse"
+    if args.map_share and not has_maps:
         raise cli.UserError("--map-share is for --stage joint and --type mse: the others have no error of single places to weigh")
     if args.transform_factor != 1 and args.stage in ("entropy", "static"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
@@ -68,6 +70,8 @@ def check(args: argparse.Namespace) -> None:
         args.lmd = LADDERS[args.type][-1]
     if args.keep_latents is None:
         args.keep_latents = KEPT_LATENTS
+    if args.map_share is None:
+        args.map_share = MAP_SHARE if has_maps else 0.0
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from models.layers import ConvTransBlock, SWAtten
 # layers compute too much twice: bands have MIN_ROWS at least, where these are no more than MAX_BAND pixels.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
-LATENTS = 2**17  # places of latents that are computed at once: their layers are narrow
+LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow
 TENSORS = 12  # about as many as the widest input of a layer fit into the memory that a layer takes
 
 

@@ -85,10 +85,10 @@ def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
     for band in bands:
         if out is None:  # in the order of files
             out = torch.empty(height, width, 3, dtype=torch.uint8, device=band.device).permute(2, 0, 1)
-        end = start + band.shape[2]
-        inside = band[0, :, max(0, -start) : band.shape[2] - max(0, end - height), left : left + width]
-        out[:, max(0, start) : end] = to_uint8(inside)
-        start = end
+        first, end = max(0, start), min(height, start + band.shape[2])
+        if first < end:
+            out[:, first:end] = to_uint8(band[0, :, first - start : end - start, left : left + width])
+        start += band.shape[2]
     return out
 
 

@@ -47,6 +47,7 @@ def test_padding_in_bands(tall):
         parts = list(padded_bands(tall, rows))
         assert torch.equal(torch.cat(parts, 2), pad(to_float(tall)))
         assert torch.equal(join_bands(parts, 701, 187), tall)
+        assert torch.equal(join_bands((part for whole in parts for part in whole.split(5, 2)), 701, 187), tall)
     small = tall[:, :1, :1]
     assert torch.equal(join_bands(padded_bands(small, 128), 1, 1), small)
     assert torch.equal(crop(pad(to_float(small)), 1, 1), to_float(small))

@@ -33,12 +33,17 @@ def chains(model) -> dict[str, tuple[nn.Sequential, int, int]]:
     }
 
 
+def noise(channels: int, height: int) -> torch.Tensor:
+    size = 1, channels, height, 128 if channels == 3 else 16
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("name", ["g_a", "g_s", "h_a", "slice", "LAE"])
 @pytest.mark.parametrize("rows", [8, 24])
 @torch.no_grad()
 def test_bands_are_exact(exact, name, rows):
     layers, channels, height = chains(exact)[name]
-    x = torch.randn(1, channels, height, 128 if channels == 3 else 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = noise(channels, height)
     whole, found = layers(x), list(in_bands(layers, rows_of(x, rows), height))
     assert len(found) >= 2 and whole.shape[2] == scaled_height(layers, height)
     assert torch.allclose(gather(found, whole.shape[2]), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
@@ -50,7 +55,7 @@ def test_bands_are_exact(exact, name, rows):
 def test_every_layer_needs_its_halo(exact, name, monkeypatch):
     """Else the test above would pass with layers that see nothing of each other."""
     layers, channels, height = chains(exact)[name]
-    x = torch.randn(1, channels, height, 128 if channels == 3 else 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = noise(channels, height)
     whole, true = layers(x), bands.footprint
     for kind in {type(layer) for layer in layers if true_halo(layer, true)}:
         def without(layer, kind=kind):

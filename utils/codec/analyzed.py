@@ -49,14 +49,18 @@ class AnalyzedImage:
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 
     @torch.no_grad()
-    def latents(self, index: float | None) -> tuple[Tensor, Tensor]:
-        """y `[1, M, h, w]`, scaled by m for the index, and z."""
-        y = self.model.modulate(self.y_before_lae)[0] if self.rate_model is None else self.rate_model.scaled(index)
+    def latents(self, index: float | None, last: bool = False) -> tuple[Tensor, Tensor]:
+        """y `[1, M, h, w]`, scaled by m for the index, and z. After the last time, latents cannot be asked for again:
+        that saves the memory of the latent before the LAE."""
+        if self.rate_model is None:
+            y, _ = self.model.modulate(self.y_before_lae)
+        else:
+            y = self.rate_model.scaled(index, in_place=last)
         return y, self.model.h_a(y)
 
-    def quantize(self, index: float | None) -> TrialEncode:
+    def quantize(self, index: float | None, last: bool = False) -> TrialEncode:
         """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode."""
-        return self.quantize_latents(index, *self.latents(index))
+        return self.quantize_latents(index, *self.latents(index, last))
 
     def quantize_latents(self, index: float | None, y: Tensor, z: Tensor) -> TrialEncode:
         """The symbols of given latents, as `latents` returns them, for a file of this index."""

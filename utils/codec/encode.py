@@ -94,7 +94,7 @@ def encode(
     analyzed = AnalyzedImage(model, image, request.quality_map)
     target, controller = request.target(analyzed.pixels), RateController(analyzed)
     if target is None:
-        trial = analyzed.quantize(request.index if variable else None)
+        trial = analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
         data = analyzed.write(trial)
     else:
         try:

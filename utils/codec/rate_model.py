@@ -139,9 +139,14 @@ class RateModel:
         return index_of_places(index, self.quality_map.cell_offsets(index), self.quality_map.cells.shape)
 
     @torch.no_grad()
-    def scaled(self, index: float) -> Tensor:
-        """The latent that is coded, y · m `[1, M, h, w]`."""
-        return gather((self.y[:, :, here] * log_m.exp() for here, log_m in self.log_m(index)), self.y.shape[2])
+    def scaled(self, index: float, in_place: bool = False) -> Tensor:
+        """The latent that is coded, y · m `[1, M, h, w]`; in place of y, the model is of no use any more."""
+        bands = ((here, self.y[:, :, here] * log_m.exp()) for here, log_m in self.log_m(index))
+        if not in_place:
+            return gather((band for _, band in bands), self.y.shape[2])
+        for here, band in bands:
+            self.y[:, :, here] = band
+        return self.y
 
     @torch.no_grad()
     def moved(self, scaled: Tensor, index: float, other: float) -> Tensor:

@@ -93,9 +93,16 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
     source, plain = image.convert(mode), image.convert("RGB")
     converted = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if mode in ("RGB", "L"):
-        difference = np.abs(np.asarray(converted, np.int16) - np.asarray(plain, np.int16))
-        return plain if difference.max() <= UNNOTICEABLE else converted
+        return plain if _largest_difference(converted, plain) <= UNNOTICEABLE else converted
     return converted
+
+
+def _largest_difference(a: Image.Image, b: Image.Image) -> int:
+    """Of all samples, in parts, which bounds the memory."""
+    rows = max(1, 2**22 // a.width)
+    boxes = [(0, top, a.width, min(top + rows, a.height)) for top in range(0, a.height, rows)]
+    pairs = ((np.asarray(image.crop(box), np.int16) for image in (a, b)) for box in boxes)
+    return max(int(np.abs(one - other).max()) for one, other in pairs)
 
 
 def _png_cicp(data: bytes) -> bytes:
