@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> None:
         args.lmd = LADDERS[args.type][-1]
     if args.keep_latents is None:
         args.keep_latents = KEPT_LATENTS
-    if args.map_share is None:
+    if args.map_share is None and not args.resume:  # else it is that of the run
         args.map_share = MAP_SHARE if has_maps else 0.0
 
 

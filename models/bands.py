@@ -14,14 +14,16 @@ from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride
 from torch import Tensor, nn
 
 from models import STRIDE
+from models.device import give_back_freed_memory
 from models.layers import ConvTransBlock, SWAtten
 
 # Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. In low bands
 # layers compute too much twice: bands have MIN_ROWS at least, where these are no more than MAX_BAND pixels.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
+LARGE = 2**26  # elements: between tensors of this size, freed memory is given back to the system
 LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow
-TENSORS = 12  # about as many as the widest input of a layer fit into the memory that a layer takes
+TENSORS = 12  # a layer takes about as much memory as so many tensors of the size of its widest input
 
 
 class Footprint(NamedTuple):
@@ -66,7 +68,8 @@ def _multiple(rows: int, of: int) -> int:
 def band_rows(width: int, height: int, channels: int, device: torch.device) -> int:
     """Rows of a band of a picture of width × height pixels, after padding: all of them up to WHOLE pixels.
 
-    On a GPU a band may be as large as half of the free memory allows.
+    On a GPU a band may be as large as half of the free memory allows. Its rows are 128 times a power of two: so they,
+    and with them the last bits of the latents, seldom depend on how much of it happens to be free.
 
     Args:
         channels: of the widest layer, which works on a quarter of the pixels.
@@ -78,6 +81,7 @@ def band_rows(width: int, height: int, channels: int, device: torch.device) -> i
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         rows = free // 2 // (TENSORS * channels * width)  # a quarter of the pixels, of four bytes
+        rows = STRIDE << max(0, (rows // STRIDE).bit_length() - 1)
     return min(height, max(STRIDE, rows // STRIDE * STRIDE))
 
 
@@ -94,7 +98,7 @@ def rows_of(x: Tensor | Sequence[Tensor], rows: int) -> Iterator[Tensor]:
         yield bands[0] if len(bands) == 1 else torch.cat(bands, 1)
 
 
-def in_bands(layers: Iterable[nn.Module], bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
+def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
     """What a chain of layers makes of a tensor `[B, C, height, w]` that comes in bands, in bands of its own.
 
     Containers in `layers` are taken apart. A single band of all rows goes through the layers as they are.
@@ -107,7 +111,7 @@ def in_bands(layers: Iterable[nn.Module], bands: Iterable[Tensor], height: int) 
     return iter(bands)
 
 
-def scaled_height(layers: Iterable[nn.Module], height: int) -> int:
+def scaled_height(layers: Sequence[nn.Module] | nn.Sequential, height: int) -> int:
     """The rows that a chain of layers makes of a height."""
     for layer in layers:
         inner = isinstance(layer, nn.Sequential)
@@ -130,7 +134,7 @@ def _through(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator
             first, last = (int((at - start) * scale) for at in (done, ready))
             result = [layer(kept[:, :, : min(ready + halo, stop) - start])[:, :, first:last]]
             above = max(0, ready - halo)
-            kept = None if ready == height else kept[:, :, above - start :].clone()
+            kept = None if above == end else kept[:, :, above - start :].clone()
             start, done = above, ready
             yield result.pop()  # so that nothing here holds it while the layers that follow work
 
@@ -147,6 +151,9 @@ def gather(bands: Iterable[Tensor], height: int) -> Tensor:
             shape = (*band.shape[:2], height, band.shape[3])
             out = torch.empty(shape, dtype=band.dtype, device=band.device, memory_format=memory_format)
         out[:, :, here] = band
+        del band
+    if out.device.type == "cpu" and out.numel() >= LARGE:
+        give_back_freed_memory()
     return out
 
 

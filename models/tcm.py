@@ -145,21 +145,28 @@ class TCM(CompressionModel):
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
-        return self._through(self.g_s, y_hat)
+        return self._through([self.g_s], y_hat)
 
-    def _through(self, layers: Iterable[nn.Module], *parts: Tensor) -> Tensor:
-        """What layers make of tensors, joined along their channels.
+    def _through(self, networks: Sequence[nn.Sequential], *parts: Tensor, stride: int = 1) -> Tensor:
+        """What a chain of networks makes of tensors, joined along their channels.
 
         With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
         `bands.LATENTS` go through in bands.
+
+        Args:
+            stride: rows of the latent y for each of their rows.
         """
         height, width = parts[0].shape[2:]
-        if not torch.is_grad_enabled():
-            bands = in_bands(layers, rows_of(parts, latent_rows(width)), height)
-            return gather(bands, scaled_height(layers, height))
+        rows, with_gradient = latent_rows(stride * width) // stride, torch.is_grad_enabled()
+        if rows < height and not with_gradient:
+            return gather(in_bands(networks, rows_of(parts, rows), height), scaled_height(networks, height))
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        for layer in layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        for network in networks:
+            if self.checkpointing and with_gradient:
+                for layer in network:
+                    x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = network(x)  # as a whole, which may be compiled
         return x
 
     # Large pictures, in bands of rows --------------------------------------------------------
@@ -196,17 +203,17 @@ class TCM(CompressionModel):
             complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
         """
         z_hat = self._in_weight_format(z_hat)
-        means, scales = self.h_mean_s(z_hat), self.h_scale_s(z_hat)
+        means, scales = (self._through([network], z_hat, stride=4) for network in (self.h_mean_s, self.h_scale_s))
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             supports = decoded[: self.max_support_slices]
-            sigma = self._through([*self.atten_scale[i], *self.cc_scale_transforms[i]], scales, *supports).float()
-            a_mu = self._through(self.atten_mean[i], means, *supports)
-            mu = self._through(self.cc_mean_transforms[i], a_mu).float()
+            sigma = self._through([self.atten_scale[i], self.cc_scale_transforms[i]], scales, *supports).float()
+            a_mu = self._through([self.atten_mean[i]], means, *supports)
+            mu = self._through([self.cc_mean_transforms[i]], a_mu).float()
             y_hat = self._in_weight_format(coder(mu, sigma))
             if i == self.num_slices - 1 and not complete:
                 return None
-            residual = self._through(self.lrp_transforms[i], a_mu, y_hat)
+            residual = self._through([self.lrp_transforms[i]], a_mu, y_hat)
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
 

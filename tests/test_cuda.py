@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.layers import WMSA
+from models.precision import deterministic
 from utils.checkpoint import load_model
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest, encode
@@ -31,6 +32,19 @@ def test_files_decode_on_the_other_device(varied, varied_checkpoint, photos, dev
         data = encode(here, image.to(here.medians.device), EncodeRequest(index)).data
         pictures = [decode(model, data).cpu().int() for model in (here, there)]
         assert (pictures[0] - pictures[1]).abs().max() <= 1
+
+
+def test_bands_are_the_picture(varied_checkpoint, device):
+    """And there is room for more of a picture at once than on a CPU, if the GPU is not small."""
+    model = load_model(varied_checkpoint, device)
+    x = torch.rand(1, 3, 640, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    index = model.resolve_index(2.0, 1)
+    with torch.no_grad(), deterministic():
+        y = model.features(x)
+        assert torch.allclose(model.features_of_bands(x.split(128, 2), 640), y, atol=1e-3 * float(y.abs().max()))
+        x_hat = torch.cat(list(model.synthesize_bands(y, index, 128)), 2)
+        assert torch.allclose(x_hat, model.synthesize(y, index), atol=1e-3)
+    assert model.band_rows(6016, 4096) % 128 == 0
 
 
 def test_ms_ssim_is_that_of_the_cpu(photos, device):

@@ -27,7 +27,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """uint8 `[3, H, W]`, on any device, to uint8 `[H, W, 3]`."""
+    """uint8 `[3, H, W]`, on any device, to uint8 `[H, W, 3]`, which may be the same memory."""
     return image.permute(1, 2, 0).contiguous().cpu().numpy()
 
 

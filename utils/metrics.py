@@ -4,7 +4,6 @@ import math
 
 import torch
 from pytorch_msssim import ms_ssim
-from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,6 +80,8 @@ def ms_ssim_value(a: Tensor, b: Tensor) -> float | None:
 
 def _ms_ssim_in_bands(a: Tensor, b: Tensor) -> float:
     """`ms_ssim` of large uint8 images `[3, H, W]`, which would take some forty times the memory of the images."""
+    from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim  # private: here, where only large pictures depend on them
+
     window = _fspecial_gauss_1d(WINDOW, 1.5).repeat(3, 1, 1, 1)
     images, values = (a[None], b[None]), []
     for level in range(len(MS_SSIM_WEIGHTS)):

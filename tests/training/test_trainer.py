@@ -30,7 +30,7 @@ from utils.images import read_image, save_image
 from utils.training.objectives import Objective, StaticObjective
 from utils.training.schedule import Progress, Settings, learning_rate
 from utils.training.stages import read_teachers
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, compile_networks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--patch-size", "128", "--val-size", "128", "-bs", "2", "--warmup", "2", "--device", "cpu"]
@@ -492,3 +492,26 @@ def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "last.pth.tar").write_bytes(Path(checkpoint).read_bytes())
     fails("not the state of a run", "-e", 1, "--resume")
+
+
+def test_what_is_compiled_is_what_runs(tiny, image, monkeypatch):
+    """With gradients and without; a network whose layers were called one by one would not be."""
+    used = set()
+
+    def compile_(network):
+        def call(*args):
+            used.add(network)
+            return network._call_impl(*args)
+
+        compiled.append(network)
+        network._compiled_call_impl = call
+
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    compile_networks(tiny)
+    tiny.train()(image, 1.0)
+    assert used == set(compiled) and len(compiled) == 5 + 5 * tiny.num_slices
+    used.clear()
+    with torch.no_grad():
+        tiny.eval()(image, 1.0)
+    assert used == set(compiled)

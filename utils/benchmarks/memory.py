@@ -24,6 +24,13 @@ from utils.pictures import find_images_or_samples, read_pixels
 
 SIZES = ("768x512", "2048x1365", "3840x2160", "6000x4000")
 PROGRAM = Path(__file__).parents[2] / "codec_vbr.py"
+# The peak of a process counts what it shared with the one that started it, so a small one does.
+LAUNCHER = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,15 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(*arguments: str) -> tuple[str, int]:
     """The last line that codec_vbr.py prints, and the peak bytes of its process. UserError where it fails."""
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stderr=told)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
-        lines = told.read().strip().splitlines() or [""]
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, str(PROGRAM), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = process.stderr.strip().splitlines() or [""]
     if process.returncode:
         raise cli.UserError(f"codec_vbr.py {arguments[0]} ended with {process.returncode}: {lines[-1]}")
-    return lines[-1], usage.ru_maxrss * 1024
+    return lines[-1], int(process.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ with the σ that the entropy model gave at a trial encode. With s = 1 it is the 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -105,7 +105,8 @@ class RateCurve:
 
 
 class RateModel:
-    """R(index) of one image, from its latent before the LAE. attn(y) is computed once, or always where y is large.
+    """R(index) of one image, from its latent before the LAE. attn(y) is computed once, or anew each time where
+    y is large.
 
     Args:
         model: TCM_VBR.
@@ -127,10 +128,14 @@ class RateModel:
     @torch.no_grad()
     def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
         """ln m in bands, each with the rows that it is of."""
-        places = self.index_of_places(index)
+        rate = self._rate(index)
         for here, content in self.content():
-            rate = self.mask.rate(places if self.quality_map is None else places[:, :, here])
-            yield here, self.mask.log_m(rate, content)
+            yield here, self.mask.log_m(rate(here), content)
+
+    def _rate(self, index: float) -> Callable[[slice], Tensor]:
+        """f_λ of the rows that it is asked for."""
+        places = self.index_of_places(index)
+        return lambda here: self.mask.rate(places if self.quality_map is None else places[:, :, here])
 
     def index_of_places(self, index: float) -> Tensor:
         """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
@@ -151,8 +156,11 @@ class RateModel:
     @torch.no_grad()
     def moved(self, scaled: Tensor, index: float, other: float) -> Tensor:
         """A latent that was scaled for an index, scaled for another one."""
-        pairs = zip(self.log_m(index), self.log_m(other), strict=True)
-        bands = (scaled[:, :, here] * (after - before).exp() for (here, before), (_, after) in pairs)
+        before, after = (self._rate(at) for at in (index, other))
+        bands = (
+            scaled[:, :, here] * (self.mask.log_m(after(here), content) - self.mask.log_m(before(here), content)).exp()
+            for here, content in self.content()
+        )
         return gather(bands, self.y.shape[2])
 
     def log2_m(self, index: float) -> float:

@@ -1,7 +1,8 @@
 """Tiles of a padded picture, whose latents are refined one after the other: gradients need all activations of a tile.
 
 Between two tiles the networks see past the border, as far as a tile's surroundings reach. What lies beyond, they see
-as the end of the picture; that bends the gradient a little, and no file, as files are made of whole pictures.
+as the end of the picture; that bends the gradient a little, and no file, as files are made of whole pictures. Errors of
+pixels add up over tiles; MS-SSIM is the mean of that of the tiles, each weighed by its pixels.
 """
 
 import math
@@ -21,7 +22,7 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile, in pixels of the padded picture; all numbers are multiples of 128.
+    """A tile, in pixels of the padded picture; where rows and columns start and stop are multiples of 128.
 
     Attributes:
         rows, columns: the tile without its surroundings.

@@ -118,8 +118,8 @@ def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Ten
 
     The tables are selected by the published rule; files are a little smaller.
     """
-    analyzed = AnalyzedImage(model, image)
-    y_hat, out = model.estimate_rate(*analyzed.latents(index), use_scale_table=True)
+    model.resolve_index(index, 1)  # may refuse it
+    y_hat, out = model.estimate_rate(*AnalyzedImage(model, image).latents(index, last=True), use_scale_table=True)
     count = float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values()))
     return count, picture_of(model, y_hat, index, *image.shape[1:])
 

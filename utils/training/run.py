@@ -44,6 +44,8 @@ def train(
     choose_kernels_for_training()
     size, quiet = args.patch_size, not context.is_main
     state = read_run(folder) if args.resume else None
+    if state and getattr(args, "map_share", 0.0) is None:
+        args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
     objective, history = make_objective(args, context, state)
     if objective.metric == "ms-ssim" and min(*size, args.val_size) < MS_SSIM_SIDE:
         needed = f"a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
