@@ -19,7 +19,7 @@ from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
-AT_ONCE = 2**22  # positions whose symbols and indexes are made at once
+AT_ONCE = 2**22  # positions whose symbols and indexes are made at once, a multiple of portable.BLOCK
 
 
 def ste_round(x: Tensor) -> Tensor:
@@ -146,6 +146,10 @@ class SliceEncoder:
         if self.z is None:
             self.z = to_symbols(self.rounded_z)
             self.crcs = [crc_of(symbols) for symbols in self.z]
+        for parts in zip(rounded.split(AT_ONCE, 1), sigma.split(AT_ONCE, 1), strict=True):
+            self._index_part(*parts)
+
+    def _index_part(self, rounded: Tensor, sigma: Tensor) -> None:
         symbols, levels = to_symbols(rounded), table_index(self.gaussian, sigma)
         indexes = levels
         if self.epsilon is not None:
@@ -185,17 +189,18 @@ class SliceDecoder:
         self.listed = [(positions, above) for _, positions, above in unpacked]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        first, self.position = self.position, self.position + sigma[0].numel()
-        if self.shifts:
-            factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
-            sigma = sigma * torch.stack(factors).view(sigma.shape)
-        indexes = table_index(self.gaussian, sigma).cpu()
-        self._correct(first, indexes.flatten(1), sigma)
-        decoded = []
-        for number, (decoder, index) in enumerate(zip(self.decoders, indexes, strict=True)):
-            decoded.append(self.tables.decode(decoder, index))
-            self.crcs[number] = crc_of(decoded[-1], self.crcs[number])
-        return torch.stack(decoded).to(mu.device).type_as(mu) + mu
+        symbols = torch.empty(sigma.flatten(1).shape, dtype=torch.int32)
+        for part, out in zip(sigma.flatten(1).split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
+            first, self.position = self.position, self.position + part.shape[1]
+            if self.shifts:
+                factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
+                part = part * torch.stack(factors)
+            indexes = table_index(self.gaussian, part).cpu()
+            self._correct(first, indexes, part)
+            for number, decoder in enumerate(self.decoders):
+                out[number] = self.tables.decode(decoder, indexes[number])
+                self.crcs[number] = crc_of(out[number], self.crcs[number])
+        return symbols.view(sigma.shape).to(mu.device).type_as(mu) + mu
 
     def _correct(self, first: int, indexes: Tensor, sigma: Tensor) -> None:
         """Set the encoder's indexes `[B, n]` at the listed positions of this slice, in place."""
@@ -204,7 +209,7 @@ class SliceDecoder:
             if start == end:
                 continue
             here = torch.from_numpy(positions[start:end] - first)
-            below = table_index(self.gaussian, sigma[number].flatten()[here.to(sigma.device)] * BELOW).cpu()
+            below = table_index(self.gaussian, sigma[number, here.to(sigma.device)] * BELOW).cpu()
             corrected = below + torch.from_numpy(above[start:end]).int()
             # A malicious file may name a row beyond the table, and CompressAI's coder does not check.
             indexes[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)

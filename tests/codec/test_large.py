@@ -167,8 +167,9 @@ def test_the_gradient_of_tiles_is_that_of_the_picture(varied, tall, in_tiles, mo
     in_parts = gradients(varied, picture, quality_map)
     monkeypatch.setattr(tiles, "WHOLE", 2**21)
     whole = gradients(varied, picture, quality_map)
+    alike = 0.98 if metric == "mse" else 0.85  # MS-SSIM of tiles is another one
     for one, other in zip(in_parts[0], whole[0], strict=True):
-        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.98
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > alike
     assert in_parts[1] == pytest.approx(whole[1], rel=0.02 if metric == "mse" else 0.2)
 
 
