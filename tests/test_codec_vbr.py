@@ -206,10 +206,10 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
 def test_a_picture_without_room_on_the_gpu_is_named_and_the_others_coded(codec, photos, tmp_path, capsys, monkeypatch):
     real = AnalyzedImage.quantize
 
-    def quantize(image, index):
+    def quantize(image, index, last=False):
         if image.width == 193:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(image, index)
+        return real(image, index, last)
 
     monkeypatch.setattr(AnalyzedImage, "quantize", quantize)
     assert codec("encode", photos, tmp_path / "coded") == 1
