@@ -208,11 +208,13 @@ class TCM(CompressionModel):
         for i in range(self.num_slices):
             supports = decoded[: self.max_support_slices]
             sigma = self._through([self.atten_scale[i], self.cc_scale_transforms[i]], scales, *supports).float()
+            if i == self.num_slices - 1 and not complete:
+                mu = self._through([self.atten_mean[i], self.cc_mean_transforms[i]], means, *supports).float()
+                coder(mu, sigma)
+                return None
             a_mu = self._through([self.atten_mean[i]], means, *supports)
             mu = self._through([self.cc_mean_transforms[i]], a_mu).float()
             y_hat = self._in_weight_format(coder(mu, sigma))
-            if i == self.num_slices - 1 and not complete:
-                return None
             residual = self._through([self.lrp_transforms[i]], a_mu, y_hat)
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
         return torch.cat(decoded, 1)
