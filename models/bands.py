@@ -126,9 +126,12 @@ def _through(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator
         end += band.shape[2]
         kept = band if kept is None else torch.cat((kept, band), 2)
         del band
-        stop = end if end == height else end // align * align
+        last_band = end == height
+        stop = end if last_band else end // align * align
         # The last rows come by themselves, as they come late and would make a much larger band of the last one.
-        for ready in (stop - halo, stop) if end == height and done else (stop if end == height else stop - halo,):
+        targets = [stop - halo] if done or not last_band else []
+        targets += [stop] if last_band else []
+        for ready in targets:
             if ready <= done:
                 continue
             first, last = (int((at - start) * scale) for at in (done, ready))
@@ -151,7 +154,6 @@ def gather(bands: Iterable[Tensor], height: int) -> Tensor:
             shape = (*band.shape[:2], height, band.shape[3])
             out = torch.empty(shape, dtype=band.dtype, device=band.device, memory_format=memory_format)
         out[:, :, here] = band
-        del band
     if out.device.type == "cpu" and out.numel() >= LARGE:
         give_back_freed_memory()
     return out

@@ -189,8 +189,9 @@ class SliceDecoder:
         self.listed = [(positions, above) for _, positions, above in unpacked]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = torch.empty(sigma.flatten(1).shape, dtype=torch.int32)
-        for part, out in zip(sigma.flatten(1).split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
+        flat = sigma.flatten(1)
+        symbols = torch.empty(flat.shape, dtype=torch.int32)
+        for part, out in zip(flat.split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
             first, self.position = self.position, self.position + part.shape[1]
             if self.shifts:
                 factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]

@@ -531,7 +531,11 @@ class mask(nn.Module):
     def bands(self, y: Tensor, index: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """ln m in bands of about so many rows, each with the rows that it is of."""
         for here, content in with_rows(self.content(y, rows)):
-            yield here, self.log_m(self.rate(index[:, :, here] if index.dim() == 4 else index), content)
+            yield here, self.band(index, here, content)
+
+    def band(self, index: Tensor, here: slice, content: Tensor) -> Tensor:
+        """ln m of some rows, from their content and an index as in `rate`, which for maps is that of all rows."""
+        return self.log_m(self.rate(index[:, :, here] if index.dim() == 4 else index), content)
 
 
 class LAE(nn.Module):

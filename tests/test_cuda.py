@@ -35,7 +35,6 @@ def test_files_decode_on_the_other_device(varied, varied_checkpoint, photos, dev
 
 
 def test_bands_are_the_picture(varied_checkpoint, device):
-    """And there is room for more of a picture at once than on a CPU, if the GPU is not small."""
     model = load_model(varied_checkpoint, device)
     x = torch.rand(1, 3, 640, 256, generator=torch.Generator().manual_seed(0)).to(device)
     index = model.resolve_index(2.0, 1)

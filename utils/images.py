@@ -68,10 +68,16 @@ def crop(x: Tensor, height: int, width: int, multiple: int = STRIDE) -> Tensor:
     return F.pad(x, cut)
 
 
+def margins(height: int, width: int) -> tuple[int, int, int, int]:
+    """Pixels that `pad` adds on the left, on the right, above and below."""
+    padding, _ = compute_padding(height, width, min_div=STRIDE)
+    return padding
+
+
 def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
     """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of so many rows."""
-    height, width = image.shape[1:]
-    (left, right, top, bottom), _ = compute_padding(height, width, min_div=STRIDE)
+    height = image.shape[1]
+    left, right, top, bottom = margins(*image.shape[1:])
     for start in range(-top, height + bottom, rows):
         end = min(start + rows, height + bottom)
         inside = to_float(image[:, max(0, start) : min(end, height)])
@@ -80,7 +86,7 @@ def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
 
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
     """`to_uint8(crop(x, height, width)[0])` of a picture x `[1, 3, H, W]` that comes in bands."""
-    (left, _, top, _), _ = compute_padding(height, width, min_div=STRIDE)
+    left, _, top, _ = margins(height, width)
     out, start = None, -top
     for band in bands:
         if out is None:  # in the order of files

@@ -62,9 +62,10 @@ def run_case(case: dict, shared: Path) -> float:
 def test_reference_cases(shared):
     shares = [run_case(case, shared) for case in CASES]
     assert len(shares) == 5
-    # A symbol on a rounding boundary may flip under another order of summation: with AVX-512 in one case of five, with
-    # AVX2 in two.
-    assert sorted(shares)[2] >= 0.995, shares
+    # One symbol on a rounding boundary may flip under another order of summation: in one case of five, and in two on
+    # processors without AVX-512.
+    flips = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2
+    assert sorted(shares)[flips] >= 0.995, shares
 
 
 def golden_numbers() -> dict:

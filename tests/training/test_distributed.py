@@ -68,7 +68,8 @@ def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     for path in sorted(photos.iterdir())[:3]:  # the first process measures two, the second one
         shutil.copy(path, tmp_path / "held out")
     common = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 12, "--val", tmp_path / "held out"]
-    common += ["--seed", 2, "--map-share", 0]  # with which no latent is near a half in the first steps
+    # Of these no latent is so near a half that the order of a sum decides how it is rounded.
+    common += ["--seed", 2, "--map-share", 0]
     folders = tmp_path / "by1", tmp_path / "by2"
     process = start(folders[1], *arguments(photos, folders[1], *common), "-bs", 2)
     one = recorded_losses(monkeypatch)
@@ -78,8 +79,7 @@ def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     rows = [json.loads((folder / "validation.jsonl").read_text()) for folder in folders]
     assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)  # only the first process writes
     assert len(one) == len(two) == 12
-    assert two[:5] == pytest.approx(one[:5], rel=1e-5)
-    assert two == pytest.approx(one, rel=1e-3)  # in time the order of a sum decides how a latent is rounded
+    assert two == pytest.approx(one, rel=1e-5)
     assert rows[0]["patches"] == rows[1]["patches"] == 48
     for name in ("bpp", "psnr", "loss"):
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)

@@ -19,6 +19,7 @@ from models.config import PRESETS
 from models.portable import PortableIndexes
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
+from utils.benchmarks.decoding import predict
 from utils.checkpoint import load_model
 from utils.images import pad
 
@@ -84,12 +85,20 @@ def measure(args: argparse.Namespace) -> None:
         print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
 
     tables, symbols = model.coding_tables[0], quantized.y[0].int()
-    sigma = model.gaussian_conditional.scale_table[quantized.levels[0].to(device).int()]
-    if not args.checkpoint:
+    if args.checkpoint:
+        sigma = predict(model, quantized)[1, 0].to(device)
+    else:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
     parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
-    indexes = PortableIndexes().add(model.gaussian_conditional, *parts, model.epsilon).cpu().view(symbols.shape)
+
+    def choose_indexes() -> torch.Tensor:
+        portable = PortableIndexes()
+        chosen = portable.add(model.gaussian_conditional, *parts, model.epsilon)
+        portable.pack()
+        return chosen
+
+    indexes = choose_indexes().cpu().view(symbols.shape)
     stream = tables.encode(symbols, indexes)
 
     def decode() -> None:
@@ -98,7 +107,7 @@ def measure(args: argparse.Namespace) -> None:
             tables.decode(decoder, part)
 
     works = {
-        "indexes": lambda: PortableIndexes().add(model.gaussian_conditional, *parts, model.epsilon),
+        "indexes": choose_indexes,
         "to bytes": lambda: tables.encode(symbols, indexes),
         "from bytes": decode,
     }

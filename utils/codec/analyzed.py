@@ -1,18 +1,17 @@
 """One picture after analysis: its latents at any rate index, their symbols, and the file."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models import STRIDE, TCM, TCM_VBR
+from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
 from models.slice_coders import QuantizedLatents
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
-from utils.images import crop, padded_bands
+from utils.images import crop, margins, padded_bands
 
 CODER_BITS = 96  # what the final states and whole words of both streams add to the code lengths, give or take 32
 
@@ -43,7 +42,8 @@ class AnalyzedImage:
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
             raise ValueError("the map of qualities was made for a picture of another size")
-        height, width = (math.ceil(side / STRIDE) * STRIDE for side in (self.height, self.width))
+        left, right, top, bottom = margins(self.height, self.width)
+        height, width = top + self.height + bottom, left + self.width + right
         self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
         variable = isinstance(model, TCM_VBR)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None

@@ -11,7 +11,7 @@ with the σ that the entropy model gave at a trial encode. With s = 1 it is the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -128,14 +128,9 @@ class RateModel:
     @torch.no_grad()
     def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
         """ln m in bands, each with the rows that it is of."""
-        rate = self._rate(index)
-        for here, content in self.content():
-            yield here, self.mask.log_m(rate(here), content)
-
-    def _rate(self, index: float) -> Callable[[slice], Tensor]:
-        """f_λ of the rows that it is asked for."""
         places = self.index_of_places(index)
-        return lambda here: self.mask.rate(places if self.quality_map is None else places[:, :, here])
+        for here, content in self.content():
+            yield here, self.mask.band(places, here, content)
 
     def index_of_places(self, index: float) -> Tensor:
         """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
@@ -156,11 +151,12 @@ class RateModel:
     @torch.no_grad()
     def moved(self, scaled: Tensor, index: float, other: float) -> Tensor:
         """A latent that was scaled for an index, scaled for another one."""
-        before, after = (self._rate(at) for at in (index, other))
-        bands = (
-            scaled[:, :, here] * (self.mask.log_m(after(here), content) - self.mask.log_m(before(here), content)).exp()
-            for here, content in self.content()
-        )
+        before, after = self.index_of_places(index), self.index_of_places(other)
+
+        def change(here: slice, content: Tensor) -> Tensor:
+            return self.mask.band(after, here, content) - self.mask.band(before, here, content)
+
+        bands = (scaled[:, :, here] * change(here, content).exp() for here, content in self.content())
         return gather(bands, self.y.shape[2])
 
     def log2_m(self, index: float) -> float:

@@ -8,11 +8,11 @@ pixels add up over tiles; MS-SSIM is the mean of that of the tiles, each weighed
 import math
 from dataclasses import dataclass
 
-from compressai.ops import compute_padding
 from torch import Tensor
 
 from models import STRIDE
 from models.bands import WHOLE
+from utils.images import margins
 
 SIDE = 1024  # at most, without the surroundings
 SURROUNDINGS = 128  # pixels on every side
@@ -75,7 +75,7 @@ class Tile:
 
 def cut_tiles(height: int, width: int) -> list[Tile]:
     """The tiles of a picture: one, if it is computed at once."""
-    (left, right, top, bottom), _ = compute_padding(height, width, min_div=STRIDE)
+    left, right, top, bottom = margins(height, width)
     padded = height + top + bottom, width + left + right
     whole = padded[0] * padded[1] <= WHOLE
     sides = [[range(length)] if whole else _cut(length) for length in padded]
