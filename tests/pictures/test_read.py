@@ -210,6 +210,13 @@ def test_white_may_be_zero():
     assert read(tiff16(values, 0))[0][..., 0].tolist() == [[255, 155], [55, 0]]
 
 
+def test_16_bit_samples_of_a_large_picture():
+    """It is scaled in several parts; the last rows and the first are where they were."""
+    values = np.random.default_rng(0).integers(0, 65536, (2900, 2900))
+    pixels = read(tiff16(values, 1))[0]
+    assert np.array_equal(pixels, np.rint(values / 257).astype(np.uint8)[..., None].repeat(3, 2))
+
+
 @pytest.mark.parametrize("samples", [[[0.0, 200.0]], [[float("nan"), 0.5]], [[-0.5, 0.5]], [[float("inf"), 0.0]]])
 def test_samples_of_unknown_range_are_refused(samples):
     file = io.BytesIO()

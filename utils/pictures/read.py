@@ -126,18 +126,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
     tags = getattr(image, "tag_v2", {})
-    samples = np.asarray(image).astype(np.float64)
-    if not np.isfinite(samples).all():
+    samples = np.asarray(image)
+    lowest, highest = samples.min(), samples.max()
+    if not np.isfinite([lowest, highest]).all():  # a NaN anywhere makes both NaN
         raise ImageError("it has samples that are not numbers")
     largest = 1 if image.mode == "F" else 65535
     told = tags.get(_BITS, (16,))[0] <= 16 or image.mode == "F"
-    if not told or samples.min() < 0 or samples.max() > largest:
+    if not told or lowest < 0 or highest > largest:
         kind = "floating-point" if image.mode == "F" else "integer"
-        extent = f"from {samples.min():g} to {samples.max():g}"
+        extent = f"from {lowest:g} to {highest:g}"
         raise ImageError(f"it has {kind} samples {extent}, whose range is not known: 0 to {largest} would be")
-    scaled = np.rint(255 / largest * samples).clip(0, 255).astype(np.uint8)
+    scaled = np.empty(samples.shape, np.uint8)
+    parts = max(1, samples.size // 2**22)  # which bounds the memory of a large picture
+    for rows, out in zip(np.array_split(samples, parts), np.array_split(scaled, parts), strict=True):
+        out[:] = np.rint(255 / largest * rows.astype(np.float64))
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow inverts 8-bit samples only
-        scaled = 255 - scaled
+        np.subtract(255, scaled, out=scaled)
     gray = Image.fromarray(scaled)
     gray.info, gray.format = image.info, image.format
     return gray
