@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
-from utils.codec.request import add_index_argument, add_map_arguments, check_map_arguments
+from utils.codec.request import add_index_argument, add_map_arguments, add_nearest_argument, check_map_arguments
 from utils.evaluation.results import Result, file_stem, mean, results_table, stem, to_json
 from utils.files import BUNDLED, write_json
 from utils.pictures import find_images, find_images_or_samples
@@ -42,7 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_index_argument(parser, several=True, default="all six")
     add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first are compared with the others (default: vbr_models/{BUNDLED.name})")
     add_map_arguments(parser)
-    add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of estimating")
+    add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of summing up code lengths")
+    add_nearest_argument(parser)
     add("--anchors", nargs="*", choices=ANCHORS, metavar="CODEC", help=f"compare with these codecs on the same pictures (no name: all of {', '.join(ANCHORS)}); implies --real")
     add("--compare", nargs="+", default=[], metavar="JSON", help="compare with results of earlier runs; without -d, --checkpoint and --anchors nothing is measured")
     add("--per-image", action="store_true", help="a row for every picture too")
@@ -94,7 +95,7 @@ def measure(
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
-        result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]))
+        result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]), args.nearest)
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
@@ -112,7 +113,7 @@ def measure(
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
-    codec = to_json(groups, stem(file), "real files" if args.real else "estimated from likelihoods", results)
+    codec = to_json(groups, stem(file), "real files" if args.real else "code lengths", results)
     return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 

@@ -29,9 +29,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     stage = parser.add_argument_group("stage")
     add = stage.add_argument
-    add("--stage", choices=("base", "entropy", "static", "joint"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates")
+    add("--stage", choices=("base", "entropy", "static", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates; tables: no network, only the coding tables of --checkpoint (of a TCM, with --lmd), which every stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
-    add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy")
+    add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy or tables")
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six TCM checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
@@ -54,14 +54,16 @@ def check(args: argparse.Namespace) -> None:
     has_maps = args.stage == "joint" and args.type == "mse"
     if args.map_share and not has_maps:
         raise cli.UserError("--map-share is for --stage joint and --type mse: the others have no error of single places to weigh")
-    if args.transform_factor != 1 and args.stage in ("entropy", "static"):
+    if args.transform_factor != 1 and args.stage in ("entropy", "static", "tables"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.start and args.checkpoint:
         raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
-    if args.lmd is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmd < math.inf):
-        raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
+    if args.lmd is not None and (args.stage not in ("base", "entropy", "tables") or not 0 < args.lmd < math.inf):
+        raise cli.UserError("--lmd is the λ, a positive number, of --stage base, entropy or tables; the others train all rates")
+    if args.stage == "tables" and (not args.checkpoint or args.resume):
+        raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
     if args.keep_latents is not None and args.keep_latents < 1:
         raise cli.UserError("--keep-latents must be at least 1")
     if (args.stage == "static") != bool(args.teachers):

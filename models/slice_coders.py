@@ -13,12 +13,16 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
-from models.coding_tables import CodingTables, open_stream, smallest_dtype, to_symbols
+from models.coding_tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
 from models.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_factors, table_index, unpack_scales
 from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
+# What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
+# 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
+# shipped weights (docs/method.md): 30 to 60 are alike, 20 gains nothing.
+ERROR_BITS = 40.0
 AT_ONCE = 2**22  # positions whose symbols and indexes are made at once, a multiple of portable.BLOCK
 
 
@@ -41,6 +45,27 @@ def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
     channels = values.transpose(0, 1)
     likelihood, _, _ = bottleneck._likelihood(channels.reshape(len(channels), 1, -1))
     return bottleneck.likelihood_lower_bound(likelihood).view(channels.shape).transpose(0, 1)
+
+
+def choose_symbols(
+    residual: Tensor, sigma: Tensor, gaussian: GaussianConditional, tables: CodingTables, error_bits: float
+) -> Tensor:
+    """Quantization for rate and distortion together (RDOQ): each symbol is the nearest one, or the next towards zero
+    where that saves more bits than `error_bits` times what it adds to the squared error.
+
+    Args:
+        residual: y − μ, float32 of any shape.
+        sigma: of the same shape.
+    """
+    chosen = []
+    for y, scale in zip(residual.flatten().split(AT_ONCE), sigma.flatten().split(AT_ONCE), strict=True):
+        nearest = torch.round(y)
+        lower, index = nearest - nearest.sign(), table_index(gaussian, scale)
+        far, near = (n.clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).int() for n in (nearest, lower))
+        saved = tables.code_lengths(far, index) - tables.code_lengths(near, index)
+        error = (y - lower).square_() - (y - nearest).square_()
+        chosen.append(torch.where(saved > error_bits * error, lower, nearest))
+    return torch.cat(chosen).view(residual.shape)
 
 
 class SliceEstimator:
@@ -116,13 +141,14 @@ class SliceEncoder:
     Args:
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: of the portable indexes; None for those of the published rule.
+        error_bits: of `choose_symbols`; None for the nearest symbols.
     """
 
     def __init__(
         self, gaussian: GaussianConditional, tables: CodingTables, y: Tensor, z: Tensor, num_slices: int,
-        epsilon: float | None,
+        epsilon: float | None, error_bits: float | None = None,
     ) -> None:
-        self.gaussian, self.tables, self.epsilon = gaussian, tables, epsilon
+        self.gaussian, self.tables, self.epsilon, self.error_bits = gaussian, tables, epsilon, error_bits
         self.shape, self.slices = y.shape, list(y.float().chunk(num_slices, 1))
         self.rounded_z, self.z, self.crcs = z, None, []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
@@ -130,7 +156,11 @@ class SliceEncoder:
         self.portable = [PortableIndexes() for _ in y]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = torch.round(self.slices.pop(0) - mu)
+        residual = self.slices.pop(0) - mu
+        if self.error_bits is None:
+            symbols = torch.round(residual)
+        else:
+            symbols = choose_symbols(residual, sigma, self.gaussian, self.tables, self.error_bits)
         self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
         if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
             self._index()

@@ -356,14 +356,18 @@ class TCM(CompressionModel):
         return y_hat
 
     @torch.no_grad()
-    def quantize(self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False) -> QuantizedLatents:
+    def quantize(
+        self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False, error_bits: float | None = None
+    ) -> QuantizedLatents:
         """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
 
         Args:
             complete: compute ŷ as well, which no file needs.
+            error_bits: choose the symbols of y for rate and distortion together (`choose_symbols`); None for the
+                nearest.
         """
         rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
-        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None)
+        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None, error_bits)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder, complete)
         return coder.finish(y_hat)
@@ -435,6 +439,11 @@ class TCM(CompressionModel):
         """Compute the coding tables (CompressAI); needed once after training."""
         self._tables = self._fingerprint = None
         return super().update(*args, **kwargs)
+
+    def set_tables_of_y(self, cdf: Tensor) -> None:
+        """Code y with these tables, int32 `[levels, longest]`, of the lengths and offsets that `update()` gave them."""
+        self.gaussian_conditional._quantized_cdf = cdf.to(self.medians.device)
+        self._tables = self._fingerprint = None
 
     # Weights ---------------------------------------------------------------------------------
 

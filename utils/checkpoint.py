@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,16 @@ def describe(model: TCM) -> dict:
     }
 
 
-def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
+def export_model(
+    path: str | Path, model: TCM, training: list[dict], fit: Callable[[TCM], None] | None = None
+) -> None:
     """Write a model for use: float16 weights, and the coding tables of exactly those weights.
 
     Buffers keep their precision (GDN's constants would vanish in float16).
 
     Args:
         training: one plain dict for each training run.
+        fit: called with the model of the rounded weights, to fit its coding tables to photographs.
     """
     weights = {name for name, _ in model.named_parameters()}
     halves = {name: t.cpu().half() if name in weights else t.cpu() for name, t in model.state_dict().items()}
@@ -54,7 +58,9 @@ def export_model(path: str | Path, model: TCM, training: list[dict]) -> None:
         rounded = type(model)(**model.arguments)
     rounded.load_state_dict(halves)
     rounded.update(force=True)
-    state = {name: t.half() if name in weights else t for name, t in rounded.state_dict().items()}
+    if fit:
+        fit(rounded.eval())
+    state = {name: t.cpu().half() if name in weights else t.cpu() for name, t in rounded.state_dict().items()}
     write_checkpoint(path, describe(model) | {"state_dict": state, "training": training})
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
-from models.slice_coders import QuantizedLatents
+from models.slice_coders import ERROR_BITS, QuantizedLatents
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
@@ -33,11 +33,18 @@ class AnalyzedImage:
         image: the picture.
         rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
+        error_bits: of `TCM.quantize`.
+
+    Args:
+        nearest: of `EncodeRequest`.
     """
 
     @torch.no_grad()
-    def __init__(self, model: TCM, image: Tensor, quality_map: QualityMap | None = None) -> None:
+    def __init__(
+        self, model: TCM, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
+    ) -> None:
         self.model, self.image, self.quality_map = model, image, quality_map
+        self.error_bits = None if nearest else ERROR_BITS
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
@@ -58,13 +65,16 @@ class AnalyzedImage:
             y = self.rate_model.scaled(index, in_place=last)
         return y, self.model.h_a(y)
 
-    def quantize(self, index: float | None, last: bool = False) -> TrialEncode:
-        """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode."""
-        return self.quantize_latents(index, *self.latents(index, last))
+    def quantize(self, index: float | None, last: bool = False, complete: bool = False) -> TrialEncode:
+        """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode.
 
-    def quantize_latents(self, index: float | None, y: Tensor, z: Tensor) -> TrialEncode:
+        last, complete: of `latents` and of `TCM.quantize`.
+        """
+        return self.quantize_latents(index, *self.latents(index, last), complete)
+
+    def quantize_latents(self, index: float | None, y: Tensor, z: Tensor, complete: bool = False) -> TrialEncode:
         """The symbols of given latents, as `latents` returns them, for a file of this index."""
-        quantized = self.model.quantize(y, z)
+        quantized = self.model.quantize(y, z, complete=complete, error_bits=self.error_bits)
         overhead = 8 * (HEADER_BYTES + len(pack_offsets(self.offsets(index)))) + CODER_BITS
         return TrialEncode(index, quantized, overhead + self.model.count_bits(quantized)[0])
 

@@ -91,7 +91,7 @@ def encode(
     if request.needs_variable_rate and not variable:
         raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")
     start = clock(image.device)
-    analyzed = AnalyzedImage(model, image, request.quality_map)
+    analyzed = AnalyzedImage(model, image, request.quality_map, request.nearest)
     target, controller = request.target(analyzed.pixels), RateController(analyzed)
     if target is None:
         trial = analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)

@@ -73,6 +73,7 @@ class EncodeRequest:
         refinement: of the latents (DLM); zero steps for none.
         keep_rate: refine towards less distortion at the size of the index's file, not towards the least loss.
         quality_map: where the index differs from that of the file, which a target then solves for.
+        nearest: round latents to the nearest symbol, as the paper does, not for rate and distortion together.
     """
 
     index: float | None = None
@@ -83,6 +84,7 @@ class EncodeRequest:
     refinement: RefinementSettings = field(default_factory=lambda: RefinementSettings(0))
     keep_rate: bool = False
     quality_map: "QualityMap | None" = None
+    nearest: bool = False
 
     def target(self, pixels: int) -> Target | None:
         """The target for a picture of this many pixels."""
@@ -120,13 +122,19 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """Add -t, --method, --keep-rate and --step-size."""
+    """Add -t, --method, --keep-rate and --step-size, and --nearest."""
     add = parser.add_argument
     methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())
     add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")
     add("--method", choices=METHODS, default=RefinementSettings.method, help=methods)
     add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
     add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target (default: the method's, in brackets)")
+    add_nearest_argument(parser)
+
+
+def add_nearest_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --nearest."""
+    parser.add_argument("--nearest", action="store_true", help="round latents to the nearest symbol, as the paper does, instead of choosing symbols for rate and distortion together")
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,4 +193,4 @@ def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, inde
     if index is not None and not 0 <= index <= MAX_INDEX:
         parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     refinement = RefinementSettings(args.steps, args.method, args.step_size)
-    return EncodeRequest(index, *targets, args.trials, refinement, args.keep_rate)
+    return EncodeRequest(index, *targets, args.trials, refinement, args.keep_rate, nearest=args.nearest)

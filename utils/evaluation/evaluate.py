@@ -1,4 +1,4 @@
-"""Rate, distortion and time of pictures, one at one rate: estimated from likelihoods, or measured from its file."""
+"""Rate, distortion and time of pictures, one at one rate: by code lengths, or from its file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import read_images
-from utils.metrics import bits, ms_ssim_value, psnr
+from utils.metrics import ms_ssim_value, psnr
 from utils.pictures import ImageError
 
 J, T = TypeVar("J"), TypeVar("T")
@@ -80,25 +80,27 @@ def measure_all(
 
 
 def evaluate(
-    model: TCM, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None
+    model: TCM, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None,
+    nearest: bool = False,
 ) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
-        real: encode, decode and count the bytes, instead of estimating.
+        real: encode, decode and count the bytes, instead of summing up code lengths.
         quality_map: of a region with another index; real files only. There is no loss then, as there is no one λ.
+        nearest: of `EncodeRequest`.
 
     Raises:
         ValueError: it cannot be coded, or has no room on the GPU.
     """
     if real:
-        encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map))
+        encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map, nearest=nearest))
         result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
         if quality_map:
             result.loss = None
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
         return result, decoded
-    count, decoded = estimate(model, image, index)
+    count, decoded = estimate(model, image, index, nearest)
     return _result(model, name, image, index, count, decoded), decoded
 
 
@@ -113,15 +115,11 @@ def evaluate_file(
 
 @out_of_memory_as_value_error()
 @torch.no_grad()
-def estimate(model: TCM, image: Tensor, index: float | None) -> tuple[float, Tensor]:
-    """Bits by the likelihoods under the coding tables, and the reconstruction, without coding.
-
-    The tables are selected by the published rule; files are a little smaller.
-    """
+def estimate(model: TCM, image: Tensor, index: float | None, nearest: bool = False) -> tuple[float, Tensor]:
+    """Bits of a file by its code lengths, at most 16 bytes off, and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
-    y_hat, out = model.estimate_rate(*AnalyzedImage(model, image).latents(index, last=True), use_scale_table=True)
-    count = float(sum(bits(likelihoods) for likelihoods in out["likelihoods"].values()))
-    return count, picture_of(model, y_hat, index, *image.shape[1:])
+    trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
+    return trial.bits, picture_of(model, trial.quantized.y_hat, index, *image.shape[1:])
 
 
 def result_of(

@@ -59,7 +59,7 @@ def check_run_arguments(args: argparse.Namespace) -> None:
     """UserError naming the flag that is wrong. The patch size becomes height and width."""
     if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
         raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
-    if not (args.max_minutes or args.max_steps or args.epochs):
+    if not (args.max_minutes or args.max_steps or args.epochs) and getattr(args, "stage", "") != "tables":
         raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
     numbers = ("learning_rate", "transform_factor", "balance", "aux_learning_rate", "clip_max_norm", "validate_minutes")
     for name in (*numbers, "max_minutes", "save_minutes"):

@@ -30,6 +30,7 @@ from utils.device import processor
 from utils.distributed import DistContext, is_lost_peer
 from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
+from utils.training.coding_tables import BATCH, PATCHES, fit_tables
 from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.objectives import Objective
@@ -274,8 +275,19 @@ class Trainer:
             self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
-            export_model(self.folder / "model.pth.tar", self.ema.model, [*self.history, self.record(result)])
+            history = [*self.history, self.record(result)]
+            export_model(self.folder / "model.pth.tar", self.ema.model, history, self._fit_tables)
             self._draw_curves()
+
+    def _fit_tables(self, model: TCM) -> None:
+        """Fit the coding tables of weights for use to the first patches of the run."""
+        model.to(self.device, memory_format=torch.channels_last)
+        groups = (range(start, start + BATCH) for start in range(0, PATCHES, BATCH))
+        patches = (torch.cat([self.dataset[position].patches for position in group]) for group in groups)
+        try:
+            fit_tables(model, patches, self.objective.indexes)
+        except (ValueError, ImageError) as error:  # weights that code nothing keep the tables of their Gaussians
+            self._print(f"note: coding tables were not fitted: {error}")
 
     def _log(self, write: Callable[..., None], *values) -> None:
         """Call `write` with TensorBoard's writer, as long as that works: a run goes on without its curves."""

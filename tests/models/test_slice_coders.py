@@ -1,0 +1,51 @@
+"""The choice of symbols for rate and distortion together."""
+
+import pytest
+import torch
+
+from models.portable import table_index
+from models.slice_coders import ERROR_BITS, choose_symbols
+from utils.checkpoint import load_model
+from utils.codec.analyzed import AnalyzedImage
+from utils.codec.decode import decode
+from utils.evaluation.evaluate import evaluate
+from utils.files import BUNDLED
+from utils.images import read_image
+from utils.pictures import find_images_or_samples
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_each_symbol_is_the_cheaper_of_two(tiny, format):
+    torch.manual_seed(0)
+    gaussian, tables = tiny.gaussian_conditional, tiny.coding_tables[0]
+    sigma = (torch.rand(2, 4, 12, 12) * 3 - 2).exp()
+    residual = (torch.randn(2, 4, 12, 12) * sigma * 1.5).contiguous(memory_format=format)
+    chosen = choose_symbols(residual, sigma, gaussian, tables, ERROR_BITS)
+    moved = 0
+    for y, s, symbol in zip(residual.flatten(), sigma.flatten(), chosen.flatten(), strict=True):
+        nearest = round(float(y))
+        candidates = [nearest, nearest - (nearest > 0) + (nearest < 0)]
+        index = table_index(gaussian, s.view(1)).expand(2).contiguous()
+        bits = tables.code_lengths(torch.tensor(candidates, dtype=torch.int32), index)
+        costs = [float(b) + ERROR_BITS * (float(y) - n) ** 2 for n, b in zip(candidates, bits, strict=True)]
+        assert costs[candidates.index(int(symbol))] <= min(costs) + 1e-3
+        moved += int(symbol) != nearest
+    assert moved > 5
+
+
+def test_symbols_that_are_not_numbers_are_refused_later(tiny):
+    """As without the choice: `to_symbols` names them."""
+    y = torch.full((1, 1, 4, 4), float("nan"))
+    chosen = choose_symbols(y, torch.ones_like(y), tiny.gaussian_conditional, tiny.coding_tables[0], ERROR_BITS)
+    assert chosen.isnan().all()
+
+
+def test_a_lower_loss_than_that_of_the_nearest_symbols():
+    """With the shipped weights, on a photograph, by real files."""
+    model = load_model(BUNDLED)
+    photo = read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
+    chosen, _ = evaluate(model, "cat", photo, 1.0, real=True)
+    nearest, _ = evaluate(model, "cat", photo, 1.0, real=True, nearest=True)
+    assert chosen.loss < nearest.loss and chosen.bpp < 0.97 * nearest.bpp
+    analyzed = AnalyzedImage(model, photo)
+    assert decode(model, analyzed.write(analyzed.quantize(1.0))).shape == photo.shape

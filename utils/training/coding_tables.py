@@ -1,0 +1,85 @@
+"""Coding tables of y from the symbols that really occur.
+
+Training minimizes the likelihoods of Gaussians, and CompressAI tabulates the Gaussian of every level of the scale
+table. But σ is an estimate: of the symbols that are coded with a level, more are zero and more lie far out than the
+Gaussian of that level has. They follow a mixture of zero-mean Gaussians closely. Here its components are those of all
+levels, and its weights are fitted by expectation maximization to the symbols of training patches. Only the tables
+change, which every checkpoint has: networks, latents, decoder and file format stay, and files become smaller
+(docs/training.md).
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from compressai.entropy_models import GaussianConditional
+from torch import Tensor
+
+from models import TCM
+from models.slice_coders import ERROR_BITS
+
+PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
+BATCH = 8  # patches at once
+PRIOR = 100.0  # symbols' worth of trust in the level's own Gaussian, which a level that never occurs keeps
+ITERATIONS = 300
+
+
+@torch.no_grad()
+def fit_tables(model: TCM, patches: Iterable[Tensor], indexes: Sequence[float | None]) -> None:
+    """Replace the coding tables of y by those of the mixtures that fit the symbols of patches.
+
+    Args:
+        model: in evaluation mode, with the tables of `update()`.
+        patches: uint8 `[B, 3, H, W]`, sides multiples of 128.
+        indexes: rate indexes to code every patch at; (None,) for a fixed-rate TCM.
+
+    Raises:
+        ValueError: the symbols cannot be coded (latents that are not finite, or enormous).
+    """
+    gaussian = model.gaussian_conditional
+    reach = -int(gaussian.offset.min())
+    counts = torch.zeros(len(gaussian.scale_table), 2 * reach + 1, dtype=torch.float64)
+    for batch in patches:
+        x = batch.to(model.medians.device).float() / 255
+        for index in indexes:
+            y, _ = model.analyze(x, model.resolve_index(index, len(x)))
+            coded = model.quantize(y, model.h_a(y), error_bits=ERROR_BITS)  # as files have them
+            symbols = coded.y.int().clamp(-reach, reach) + reach
+            places = coded.indexes.int() * counts.shape[1] + symbols
+            counts += torch.bincount(places.flatten(), minlength=counts.numel()).view(counts.shape)
+    model.set_tables_of_y(quantized_cdf(gaussian, fit_mixtures(counts, gaussian.scale_table)))
+
+
+def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
+    """The mixture of Gaussians that fits the symbols of every level best: probabilities, float64 `[levels, 2K + 1]`.
+
+    Args:
+        counts: how often each symbol −K … K occurred with each level, float64 `[levels, 2K + 1]`.
+        scale_table: σ of the levels, which are those of the components.
+    """
+    gaussians = tabulate(scale_table, counts.shape[1] // 2)
+    weights = torch.eye(len(scale_table), dtype=torch.float64) + 1e-3  # of each component (columns) in each mixture
+    weights /= weights.sum(1, keepdim=True)
+    own = PRIOR * torch.eye(len(scale_table), dtype=torch.float64)
+    for _ in range(ITERATIONS):
+        expected = counts / (weights @ gaussians).clamp(min=1e-300)
+        weights = weights * (expected @ gaussians.T) + own
+        weights /= weights.sum(1, keepdim=True)
+    return weights @ gaussians
+
+
+def tabulate(scale_table: Tensor, reach: int) -> Tensor:
+    """Probabilities of the symbols −reach … reach of a rounded Gaussian of each σ: float64 `[levels, 2·reach + 1]`."""
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64).abs()  # the lower tail, where nothing cancels
+    sigma = scale_table.double().cpu().unsqueeze(1)
+    return torch.special.ndtr((0.5 - distance) / sigma) - torch.special.ndtr((-0.5 - distance) / sigma)
+
+
+def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tensor:
+    """Coding tables of these probabilities `[levels, 2K + 1]`, as long as the present ones; others are escaped."""
+    middle, halves = probabilities.shape[1] // 2, -gaussian.offset.cpu()
+    longest = 2 * int(halves.max()) + 1
+    rows = torch.zeros(len(halves), longest, dtype=torch.float64)
+    for row, source, half in zip(rows, probabilities, halves.tolist(), strict=True):
+        row[: 2 * half + 1] = source[middle - half : middle + half + 1]
+    beyond = (1 - rows.sum(1, keepdim=True)).clamp(min=0)
+    return gaussian._pmf_to_cdf(rows.float(), beyond.float(), 2 * halves + 1, longest)
