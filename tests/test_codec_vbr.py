@@ -21,10 +21,11 @@ from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import export_model, load_model
 from utils.codec.analyzed import AnalyzedImage
+from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
-from utils.images import read_image
+from utils.images import pad, read_image, to_float
 from utils.metrics import psnr
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,14 @@ def test_one_picture_there_and_back(codec, photos, checkpoint, tmp_path, capsys)
     assert codec("info", file) == 0
     said = capsys.readouterr().out
     assert "version 3, 190×170" in said and "index 1.5" in said and load_model(checkpoint).fingerprint.hex() in said
+
+
+def test_the_papers_rounding(codec, photos, checkpoint, tmp_path):
+    """`--nearest` takes the nearest symbols, those that `compress` takes."""
+    file = tmp_path / "a.tvbr"
+    assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--nearest") == 0
+    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    assert unpack(file.read_bytes()).y == model.compress(pad(to_float(image)), 1.5, portable=True)["strings"][0][0]
 
 
 def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):

@@ -179,7 +179,7 @@ def test_decoding_with_other_floating_point(tiny, picture, monkeypatch, epsilon)
     disturbed(monkeypatch, epsilon / 2)
     for _ in range(5):
         difference = (decode(tiny, data).int() - expected.int()).abs()
-        assert difference.max() <= 1  # μ itself is off, so the picture may be, by a rounding
+        assert difference.max() <= (1 if epsilon == EPSILON else 2)  # μ itself is off, so the picture may be
     if epsilon == 1e-3:
         coded = unpack(data)
         shifts = coded.side_info.scales[: portable.count_blocks(y_count(tiny, picture))]

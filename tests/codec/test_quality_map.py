@@ -116,7 +116,7 @@ def test_a_file_with_a_map_decodes_to_what_the_encoder_saw(varied, picture, mask
     result = encode(varied, picture, request)
     analyzed = AnalyzedImage(varied, picture, request.quality_map)
     with torch.no_grad():
-        y_hat = varied.quantize(*analyzed.latents(1.0), complete=True).y_hat
+        y_hat = analyzed.quantize(1.0, complete=True).quantized.y_hat
         x_hat = varied.synthesize(y_hat, analyzed.rate_model.index_of_places(1.0))
     seen = to_uint8(crop(x_hat.clamp(0, 1), HEIGHT, WIDTH)[0])
     decoded = decode(varied, result.data)

@@ -173,7 +173,7 @@ def test_entropy_stage_leaves_transforms_alone_and_computes_latents_once(argumen
     train_vbr.main([*arguments, *stage])
     in_training = sum(calls[:2])
     assert in_training == 4  # 3 rounded up to whole steps; what follows is validation
-    assert len(calls) == 2 + 6  # one held-out photograph at six rates
+    assert len(calls) == 2 + 6 + 2  # one held-out photograph at six rates, and 12 patches for the tables
     state = read_checkpoint(tmp_path / "run" / "last.pth.tar")["state_dict"]
     trained = [*arguments[:2], "--save_path", str(tmp_path / "again"), *arguments[4:], "--max-steps", "1", "-lr", "0"]
     train_vbr.main(trained)

@@ -148,6 +148,17 @@ def six_teachers(tmp_path_factory) -> tuple[Path, list[TCM]]:
     return folder, teachers
 
 
+def test_the_stage_of_tables_changes_nothing_else(photos, checkpoint, tcm, tmp_path):
+    for name, start, more in (("vbr", checkpoint, []), ("tcm", tcm, ["--lmd", 0.0067])):
+        run = arguments(photos, tmp_path / name, "--stage", "tables", "--checkpoint", start, *more)
+        train_vbr.main(run)
+        before, after = read_checkpoint(start), read_checkpoint(tmp_path / name / "model.pth.tar")
+        tables = "gaussian_conditional._quantized_cdf"
+        assert not torch.equal(before["state_dict"].pop(tables), after["state_dict"][tables])
+        assert same(before["state_dict"], after["state_dict"])
+        assert after["training"][-1]["stage"] == "tables"
+
+
 def test_static_stage_moves_the_laes_alone(photos, tcm, tmp_path, six_teachers):
     more = ["--stage", "static", "--checkpoint", tcm, "--teachers", six_teachers[0], "--max-steps", 3, "-lr", 1e-2]
     state = train(photos, tmp_path / "run", *more)["state_dict"]
@@ -489,6 +500,7 @@ def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):
     fails("nowhere: no such folder", "-e", 1, "--stage", "static", "--checkpoint", checkpoint, "--teachers", "nowhere")
     picture = sorted(photos.iterdir())[0]
     fails("p0.png: refused: not a checkpoint", "-e", 1, "--checkpoint", picture)
+    fails("--stage tables needs a --checkpoint", "--stage", "tables")
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "last.pth.tar").write_bytes(Path(checkpoint).read_bytes())
     fails("not the state of a run", "-e", 1, "--resume")

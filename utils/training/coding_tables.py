@@ -20,7 +20,8 @@ from models.slice_coders import ERROR_BITS
 PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
 BATCH = 8  # patches at once
 PRIOR = 100.0  # symbols' worth of trust in the level's own Gaussian, which a level that never occurs keeps
-ITERATIONS = 300
+SPREAD = 0.05  # first weight of the other components against that of the level itself
+ITERATIONS = 200  # three times as many save nothing more
 
 
 @torch.no_grad()
@@ -39,9 +40,9 @@ def fit_tables(model: TCM, patches: Iterable[Tensor], indexes: Sequence[float | 
     reach = -int(gaussian.offset.min())
     counts = torch.zeros(len(gaussian.scale_table), 2 * reach + 1, dtype=torch.float64)
     for batch in patches:
-        x = batch.to(model.medians.device).float() / 255
+        features = model.features(batch.to(model.medians.device).float() / 255)
         for index in indexes:
-            y, _ = model.analyze(x, model.resolve_index(index, len(x)))
+            y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
             coded = model.quantize(y, model.h_a(y), error_bits=ERROR_BITS)  # as files have them
             symbols = coded.y.int().clamp(-reach, reach) + reach
             places = coded.indexes.int() * counts.shape[1] + symbols
@@ -57,14 +58,23 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
         scale_table: σ of the levels, which are those of the components.
     """
     gaussians = tabulate(scale_table, counts.shape[1] // 2)
-    weights = torch.eye(len(scale_table), dtype=torch.float64) + 1e-3  # of each component (columns) in each mixture
+    counts, folded = _fold(counts), _fold(gaussians)
+    own = torch.eye(len(scale_table), dtype=torch.float64)
+    weights = own + SPREAD  # of each component (columns) in each mixture
     weights /= weights.sum(1, keepdim=True)
-    own = PRIOR * torch.eye(len(scale_table), dtype=torch.float64)
     for _ in range(ITERATIONS):
-        expected = counts / (weights @ gaussians).clamp(min=1e-300)
-        weights = weights * (expected @ gaussians.T) + own
+        expected = counts / (weights @ folded).clamp(min=1e-300)
+        weights = weights * (expected @ folded.T) + PRIOR * own
         weights /= weights.sum(1, keepdim=True)
     return weights @ gaussians
+
+
+def _fold(values: Tensor) -> Tensor:
+    """Of the symbols 0 … K, each with its negative: the Gaussians are symmetric."""
+    middle = values.shape[1] // 2
+    folded = values[:, middle:].clone()
+    folded[:, 1:] += values[:, :middle].flip(1)
+    return folded
 
 
 def tabulate(scale_table: Tensor, reach: int) -> Tensor:

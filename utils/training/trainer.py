@@ -280,9 +280,10 @@ class Trainer:
             self._draw_curves()
 
     def _fit_tables(self, model: TCM) -> None:
-        """Fit the coding tables of weights for use to the first patches of the run."""
+        """Fit the coding tables of weights for use to the first patches of the run, or of the photographs."""
         model.to(self.device, memory_format=torch.channels_last)
-        groups = (range(start, start + BATCH) for start in range(0, PATCHES, BATCH))
+        count = min(PATCHES, self.progress.patches or PATCHES)
+        groups = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
         patches = (torch.cat([self.dataset[position].patches for position in group]) for group in groups)
         try:
             fit_tables(model, patches, self.objective.indexes)
