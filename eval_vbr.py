@@ -62,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.rate_model and (any(others) or several):
         parser.error("--rate-model goes with -d, --json and one --checkpoint: it has its own rates, and compares nothing")
     check_map_arguments(parser, args)
+    if args.nearest and (args.report or args.rate_model):
+        parser.error("--nearest: the page and the R-λ study are of files as they are usually made")
     if args.show and not args.report:
         parser.error("--show names pictures for the page of --report")
     if args.rate_model and "WORLD_SIZE" in os.environ:
@@ -113,7 +115,8 @@ def measure(
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
-    codec = to_json(groups, stem(file), "real files" if args.real else "code lengths", results)
+    kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
+    codec = to_json(groups, stem(file), kind, results)
     return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 

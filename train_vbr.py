@@ -6,6 +6,7 @@
     python train_vbr.py -d photos/train --stage static --checkpoint base.pth.tar --teachers six -e 20
     python train_vbr.py -d photos/train --stage joint --checkpoint static.pth.tar -e 100    # all λ, all weights
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
+    python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr.pth.tar   # smaller files
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
 
 Starts from a transform codec in closed form (utils/training/klt_start.py), from random weights, from a TCM (the LAEs at
@@ -29,9 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     stage = parser.add_argument_group("stage")
     add = stage.add_argument
-    add("--stage", choices=("base", "entropy", "static", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates; tables: no network, only the coding tables of --checkpoint (of a TCM, with --lmd), which every stage fits at its end")
+    add("--stage", choices=("base", "entropy", "static", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
-    add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy or tables")
+    add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy")
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six TCM checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    check_run_arguments(args)
+    check_run_arguments(args, budget=args.stage != "tables")
     if args.keep_latents is not None and args.stage != "entropy":
         raise cli.UserError("--keep-latents belongs to --stage entropy")
     if args.balance and (args.lmd is not None or args.stage == "base"):
@@ -60,8 +61,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.start and args.checkpoint:
         raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
-    if args.lmd is not None and (args.stage not in ("base", "entropy", "tables") or not 0 < args.lmd < math.inf):
-        raise cli.UserError("--lmd is the λ, a positive number, of --stage base, entropy or tables; the others train all rates")
+    if args.lmd is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmd < math.inf):
+        raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
         raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
     if args.keep_latents is not None and args.keep_latents < 1:
@@ -79,6 +80,11 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
+    if args.stage == "tables":
+        from utils.training.fit_tables import refit
+
+        refit(args)
+        return
     from utils.training.klt_start import klt_start, sample_patches  # these import PyTorch, which takes seconds
     from utils.training.run import train
     from utils.training.stages import make_objective

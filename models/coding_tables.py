@@ -29,6 +29,7 @@ class CodingTables:
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
         self._lengths: Tensor | None = None
+        self._reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def fewest_bits(self, indexes: Tensor) -> float:
         """A lower bound on the length of a stream: every symbol is the likeliest of its row."""
@@ -38,18 +39,22 @@ class CodingTables:
 
     def code_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         """Bits of each int32 symbol `[n]` with int32 indexes `[n]`, on any device: float32 `[n]`."""
-        reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
+        bits = self.code_lengths_within_reach(symbols, indexes)
+        far = symbols.abs() > self._reach
+        if far.any():
+            bits[far] = self._compute_lengths(symbols[far].cpu(), indexes[far].cpu()).to(bits.device)
+        return bits
+
+    def code_lengths_within_reach(self, symbols: Tensor, indexes: Tensor) -> Tensor:
+        """As `code_lengths`, with symbols far beyond the tables clamped: without a wait for a GPU."""
+        reach = self._reach
         if self._lengths is None:
             every = torch.arange(-reach, reach + 1, dtype=torch.int32).repeat(len(self.cdfs))
             rows = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
             self._lengths = self._compute_lengths(every, rows)
         if self._lengths.device != symbols.device:
             self._lengths = self._lengths.to(symbols.device)
-        bits = self._lengths[indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
-        far = symbols.abs() > reach
-        if far.any():
-            bits[far] = self._compute_lengths(symbols[far].cpu(), indexes[far].cpu()).to(bits.device)
-        return bits
+        return self._lengths[indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
 
     def _compute_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         offsets, sizes = torch.tensor(self.offsets), torch.tensor(self.sizes)

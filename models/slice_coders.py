@@ -1,7 +1,7 @@
 """What `TCM.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
 
 A slice coder is called once per slice, in order, with μ and σ `[B, M/S, h, w]`, and returns the quantized
-slice round(y − μ) + μ. All symbols of one image form one rANS stream (CompressAI's coder), slice by
+slice, symbols + μ. All symbols of one image form one rANS stream (CompressAI's coder), slice by
 slice, each in C, H, W order.
 """
 
@@ -19,6 +19,8 @@ from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
+# From y − μ and σ to symbols, as `choose_symbols` with its other arguments.
+Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
 # shipped weights (docs/method.md): 30 to 60 are alike, 20 gains nothing.
@@ -57,15 +59,16 @@ def choose_symbols(
         residual: y − μ, float32 of any shape.
         sigma: of the same shape.
     """
-    chosen = []
-    for y, scale in zip(residual.flatten().split(AT_ONCE), sigma.flatten().split(AT_ONCE), strict=True):
-        nearest = torch.round(y)
-        lower, index = nearest - nearest.sign(), table_index(gaussian, scale)
-        far, near = (n.clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).int() for n in (nearest, lower))
-        saved = tables.code_lengths(far, index) - tables.code_lengths(near, index)
-        error = (y - lower).square_() - (y - nearest).square_()
-        chosen.append(torch.where(saved > error_bits * error, lower, nearest))
-    return torch.cat(chosen).view(residual.shape)
+    y, sigma = residual.flatten(), sigma.flatten()
+    chosen = torch.empty_like(y)
+    for part, scale, out in zip(y.split(AT_ONCE), sigma.split(AT_ONCE), chosen.split(AT_ONCE), strict=True):
+        nearest, index = torch.round(part), table_index(gaussian, scale)
+        next_one = nearest - nearest.sign()
+        symbols = (values.clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).int() for values in (nearest, next_one))
+        bits, bits_of_next = (tables.code_lengths_within_reach(values, index) for values in symbols)
+        added_error = (part - next_one).square_() - (part - nearest).square_()
+        out.copy_(torch.where(bits - bits_of_next > error_bits * added_error, next_one, nearest))
+    return chosen.view(residual.shape)
 
 
 class SliceEstimator:
@@ -74,10 +77,11 @@ class SliceEstimator:
     Args:
         y: `[B, M, h, w]`.
         use_scale_table: replace σ by the entry of the scale table that the published rule codes it with, the next
-            larger one. Files choose the cheapest shift of the table and are a little smaller. Without it, σ is
-            used itself, as papers report; files are then some percent larger where most symbols are nearly certain.
+            larger one. Files choose the cheapest shift of the table, and tables that may be fitted to symbols, and are
+            a little smaller. Without it, σ is used itself, as papers report.
         noise: of y's shape, added in place of training's random noise.
-        surrogate: replaces rounding of y − μ in the likelihoods; those of the rounded values are collected as well.
+        surrogate: replaces rounding of y − μ in the likelihoods; those of the symbols are collected as well.
+        choose: chooses the symbols; None rounds.
 
     Attributes:
         likelihoods: of each slice, `[B, M/S, h, w]`.
@@ -86,8 +90,9 @@ class SliceEstimator:
 
     def __init__(
         self, gaussian: GaussianConditional, y: Tensor, num_slices: int, use_scale_table: bool,
-        noise: Tensor | None, surrogate: Surrogate | None,
+        noise: Tensor | None, surrogate: Surrogate | None, choose: Choice | None = None,
     ) -> None:
+        self.choose = choose
         self.gaussian, self.slices, self.use_scale_table = gaussian, y.float().chunk(num_slices, 1), use_scale_table
         self.noise, self.surrogate = None if noise is None else noise.chunk(num_slices, 1), surrogate
         self.likelihoods: list[Tensor] = []
@@ -99,7 +104,11 @@ class SliceEstimator:
         if self.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
-        y_hat = ste_round(y - mu) + mu
+        if self.choose is None:
+            y_hat = ste_round(y - mu) + mu
+        else:
+            residual = y - mu
+            y_hat = self.choose(residual.detach(), sigma.detach()) + (residual - residual.detach()) + mu
         if self.surrogate is not None:
             likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
             with torch.no_grad():

@@ -29,6 +29,7 @@ from models.portable import EPSILON, crc_of
 from models.precision import deterministic
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import (
+    Choice,
     QuantizedLatents,
     SliceDecoder,
     SliceEncoder,
@@ -227,7 +228,7 @@ class TCM(CompressionModel):
         Args:
             index: TCM_VBR draws it at random when it is omitted in training, and requires it in evaluation. TCM
                 ignores it.
-            use_scale_table: estimate the likelihoods of y with the coder's table of σ instead of σ (`SliceEstimator`).
+            use_scale_table: estimate the likelihoods of y with the levels of the scale table (`SliceEstimator`).
             noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
 
         Returns:
@@ -241,22 +242,22 @@ class TCM(CompressionModel):
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
     ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
-        of the rounded values.
+        of the rounded values. `choose` is that of `SliceEstimator`.
         """
-        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise)
+        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise, choose)
 
     def _reconstruct(
         self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool,
-        surrogate: Surrogate | None = None, noise: Noise = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
     ) -> dict:
-        y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise)
+        y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise, choose)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -266,7 +267,7 @@ class TCM(CompressionModel):
 
     def estimate_rate(
         self, y: Tensor, z: Tensor, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
     ) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         noise_y, noise_z = noise or (None, None)
@@ -279,8 +280,9 @@ class TCM(CompressionModel):
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
-        coder = SliceEstimator(self.gaussian_conditional, y, self.num_slices, use_scale_table, noise_y, surrogate)
-        # Evaluation uses the arithmetic of coding, so that the estimate is of what a file holds.
+        parts = self.gaussian_conditional, y, self.num_slices
+        coder = SliceEstimator(*parts, use_scale_table, noise_y, surrogate, choose)
+        # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)
         out = {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
@@ -436,7 +438,7 @@ class TCM(CompressionModel):
         _ = self.coding_tables, self.fingerprint
 
     def update(self, *args, **kwargs) -> bool:
-        """Compute the coding tables (CompressAI); needed once after training."""
+        """Compute the coding tables (CompressAI) where there are none; with force, also in place of fitted ones."""
         self._tables = self._fingerprint = None
         return super().update(*args, **kwargs)
 

@@ -24,7 +24,7 @@ from models.lambdas import LADDERS
 from models.latent_map import TCM_Mapped
 from tests.conftest import TINY, shake
 from utils import cli
-from utils.checkpoint import CheckpointError, build_model, export_model, load_model, read_checkpoint
+from utils.checkpoint import CheckpointError, build_model, describe, export_model, load_model, read_checkpoint
 from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
 from utils.training.objectives import Objective, StaticObjective
@@ -149,13 +149,18 @@ def six_teachers(tmp_path_factory) -> tuple[Path, list[TCM]]:
 
 
 def test_the_stage_of_tables_changes_nothing_else(photos, checkpoint, tcm, tmp_path):
-    for name, start, more in (("vbr", checkpoint, []), ("tcm", tcm, ["--lmd", 0.0067])):
-        run = arguments(photos, tmp_path / name, "--stage", "tables", "--checkpoint", start, *more)
-        train_vbr.main(run)
-        before, after = read_checkpoint(start), read_checkpoint(tmp_path / name / "model.pth.tar")
+    """Neither of a TCM_VBR nor of a TCM, in float16 or, as published, in float32, nor their metric."""
+    published = tmp_path / "float32.pth.tar"
+    model = load_model(checkpoint)
+    model.metric = "ms-ssim"
+    torch.save(describe(model) | {"state_dict": model.state_dict()}, published)
+    for number, start in enumerate((checkpoint, tcm, published)):
+        train_vbr.main(arguments(photos, tmp_path / str(number), "--stage", "tables", "--checkpoint", start))
+        before, after = read_checkpoint(start), read_checkpoint(tmp_path / str(number) / "model.pth.tar")
         tables = "gaussian_conditional._quantized_cdf"
-        assert not torch.equal(before["state_dict"].pop(tables), after["state_dict"][tables])
-        assert same(before["state_dict"], after["state_dict"])
+        assert not torch.equal(before["state_dict"].pop(tables), after["state_dict"].pop(tables))
+        assert same(before["state_dict"], after["state_dict"]) and same(after["state_dict"], before["state_dict"])
+        assert all(before[name] == after[name] for name in ("model", "arguments", "metric"))
         assert after["training"][-1]["stage"] == "tables"
 
 
@@ -407,7 +412,7 @@ def poison(monkeypatch, steps) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped(photos, checkpoint, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {1})
-    monkeypatch.setattr(Trainer, "validate", lambda self: None)
+    monkeypatch.setattr(Trainer, "validate", lambda self, last=False: None)
     state = train(photos, tmp_path / "one", "--checkpoint", checkpoint, "--max-steps", 1)
     before = load_model(checkpoint).state_dict()
     assert state["progress"]["skipped"] == 1

@@ -1,5 +1,6 @@
 """One picture after analysis: its latents at any rate index, their symbols, and the file."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
-from models.slice_coders import ERROR_BITS, QuantizedLatents
+from models.slice_coders import ERROR_BITS, Choice, QuantizedLatents, choose_symbols
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
@@ -54,6 +55,14 @@ class AnalyzedImage:
         self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
         variable = isinstance(model, TCM_VBR)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
+
+    @property
+    def choose(self) -> Choice | None:
+        """How residuals y − μ become symbols, given σ; None for the nearest ones."""
+        if self.error_bits is None:
+            return None
+        parts = {"gaussian": self.model.gaussian_conditional, "tables": self.model.coding_tables[0]}
+        return functools.partial(choose_symbols, **parts, error_bits=self.error_bits)
 
     @torch.no_grad()
     def latents(self, index: float | None, last: bool = False) -> tuple[Tensor, Tensor]:

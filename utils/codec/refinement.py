@@ -1,8 +1,9 @@
 """DLM: encoder-side online training of one picture's latents (TCSVT 2025). The decoder stays as it is.
 
 y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
-σ, are always those of rounded latents, so that bits and distortion are known at every step. Rounding has no gradient;
-in the rate the method's surrogate replaces it.
+σ, are always those of the symbols that a file would have, so that its distortion is known at every step, and its bits
+nearly: those of Gaussians, corrected by the difference that they have before the first step. Symbols have no gradient;
+in the rate the method's surrogate of rounding replaces them.
 """
 
 import contextlib
@@ -214,7 +215,7 @@ def _differentiate(
     """Add a tile's share of the gradient of λ · D + rate_weight · bpp to that of the latents, where gradients are on.
 
     Returns:
-        The bits of the tile's rounded latents, and its share of the picture's MSE and D.
+        The bits of the tile's symbols by their likelihoods, and its share of the picture's MSE and D.
     """
     model, device = image.model, image.image.device
     pairs = tuple(zip(latents, UNITS, strict=True))
@@ -224,7 +225,7 @@ def _differentiate(
     if image.quality_map is not None:
         places = places[tile.outer(UNITS[0])]
         weights = tile.inside(pixel_weights(places, lmbda, model.metric))
-    out = model.forward_fromlatent(*parts, places, use_scale_table=True, surrogate=surrogate)
+    out = model.forward_fromlatent(*parts, places, use_scale_table=True, surrogate=surrogate, choose=image.choose)
     out["x_hat"] = tile.inside(out["x_hat"]).clamp(0, 1)
     for kind in ("likelihoods", "coded_likelihoods"):
         out[kind] = {name: out[kind][name][tile.core(unit)] for name, unit in zip("yz", UNITS, strict=True)}

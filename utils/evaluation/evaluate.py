@@ -116,7 +116,7 @@ def evaluate_file(
 @out_of_memory_as_value_error()
 @torch.no_grad()
 def estimate(model: TCM, image: Tensor, index: float | None, nearest: bool = False) -> tuple[float, Tensor]:
-    """Bits of a file by its code lengths, at most 16 bytes off, and its picture, without coding."""
+    """Bits of a file by its code lengths, some bytes off (`CODER_BITS`), and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
     trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
     return trial.bits, picture_of(model, trial.quantized.y_hat, index, *image.shape[1:])

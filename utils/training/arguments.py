@@ -55,11 +55,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     cli.add_device_argument(run, published=True)
 
 
-def check_run_arguments(args: argparse.Namespace) -> None:
-    """UserError naming the flag that is wrong. The patch size becomes height and width."""
+def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
+    """UserError naming the flag that is wrong, or that there is no budget. The patch size becomes height and width."""
     if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
         raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
-    if not (args.max_minutes or args.max_steps or args.epochs) and getattr(args, "stage", "") != "tables":
+    if budget and not (args.max_minutes or args.max_steps or args.epochs):
         raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
     numbers = ("learning_rate", "transform_factor", "balance", "aux_learning_rate", "clip_max_norm", "validate_minutes")
     for name in (*numbers, "max_minutes", "save_minutes"):

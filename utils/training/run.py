@@ -67,7 +67,7 @@ def train(
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
 
     on_one_cpu = context.world_size == 1 and context.device.type == "cpu"
-    if on_one_cpu and not state and objective.stage != "tables" and (cores := torch.get_num_threads()) > 1:
+    if on_one_cpu and not state and (cores := torch.get_num_threads()) > 1:
         better = f"torchrun --nproc-per-node {cores} and -bs {max(1, args.batch_size // cores)}"
         print(f"note: on a CPU one process per core is faster: start with {better}", file=sys.stderr)
     settings = make_settings(args, len(paths), context.world_size)
@@ -77,10 +77,7 @@ def train(
         del state  # as large as the run's weights and optimizers
     if args.compile:
         compile_networks(objective.model)
-    if objective.stage == "tables":
-        trainer.validate()  # which writes the weights for use
-    else:
-        trainer.run()
+    trainer.run()
     context.close()
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         print(f"{result}: {weights}")

@@ -90,6 +90,4 @@ def make_objective(
         return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history
     if args.stage == "static":
         return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
-    if args.stage == "tables":
-        rates.stage = args.stage
     return rates, history

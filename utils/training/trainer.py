@@ -30,9 +30,9 @@ from utils.device import processor
 from utils.distributed import DistContext, is_lost_peer
 from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
-from utils.training.coding_tables import BATCH, PATCHES, fit_tables
 from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
+from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
 from utils.training.patches import Batch, PatchDataset, batches
 from utils.training.schedule import Progress, Settings, budget_used, learning_rate
@@ -234,7 +234,7 @@ class Trainer:
                     self.save()
                 self.lap += time.monotonic() - paused
         self.save()  # first: what follows may be interrupted
-        self.validate()
+        self.validate(last=True)
 
     def _logged_step(self, bar: tqdm) -> bool:
         """A step with its log; returns whether any process was asked to stop."""
@@ -258,8 +258,8 @@ class Trainer:
                 self._log(SummaryWriter.add_scalar, f"training/{name}", value, self.progress.step)
         return self.all_stop
 
-    def validate(self) -> None:
-        """Measure the EMA weights, write them for use, and log."""
+    def validate(self, last: bool = False) -> None:
+        """Measure the EMA weights, write them for use, and log. The last time their coding tables are fitted too."""
         # Several processes must do the same, and a signal reaches them at different moments.
         alone = self.context.world_size == 1
         found = validate(self.objective, self.ema.model, self.validation, self.context, lambda: self.stop and alone)
@@ -276,18 +276,15 @@ class Trainer:
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
             history = [*self.history, self.record(result)]
-            export_model(self.folder / "model.pth.tar", self.ema.model, history, self._fit_tables)
+            export_model(self.folder / "model.pth.tar", self.ema.model, history, self._fit_tables if last else None)
             self._draw_curves()
 
     def _fit_tables(self, model: TCM) -> None:
-        """Fit the coding tables of weights for use to the first patches of the run, or of the photographs."""
+        """Fit the coding tables of weights for use to the first patches of the run."""
         model.to(self.device, memory_format=torch.channels_last)
-        count = min(PATCHES, self.progress.patches or PATCHES)
-        groups = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
-        patches = (torch.cat([self.dataset[position].patches for position in group]) for group in groups)
         try:
-            fit_tables(model, patches, self.objective.indexes)
-        except (ValueError, ImageError) as error:  # weights that code nothing keep the tables of their Gaussians
+            fit_tables(model, first_batches(self.dataset, self.progress.patches), self.objective.indexes)
+        except (ValueError, ImageError, torch.OutOfMemoryError) as error:  # the tables of Gaussians do, too
             self._print(f"note: coding tables were not fitted: {error}")
 
     def _log(self, write: Callable[..., None], *values) -> None:

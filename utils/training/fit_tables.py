@@ -5,17 +5,25 @@ table. But σ is an estimate: of the symbols that are coded with a level, more a
 Gaussian of that level has. They follow a mixture of zero-mean Gaussians closely. Here its components are those of all
 levels, and its weights are fitted by expectation maximization to the symbols of training patches. Only the tables
 change, which every checkpoint has: networks, latents, decoder and file format stay, and files become smaller
-(docs/training.md).
+(docs/method.md).
 """
 
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 
-from models import TCM
+from models import TCM, TCM_VBR
+from models.lambdas import LADDER
 from models.slice_coders import ERROR_BITS
+from utils import cli
+from utils.checkpoint import describe, find_state_dict, load_model, read_checkpoint, write_checkpoint
+from utils.distributed import DistContext
+from utils.pictures import find_images
+from utils.training.patches import PatchDataset
 
 PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
 BATCH = 8  # patches at once
@@ -43,7 +51,7 @@ def fit_tables(model: TCM, patches: Iterable[Tensor], indexes: Sequence[float | 
         features = model.features(batch.to(model.medians.device).float() / 255)
         for index in indexes:
             y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
-            coded = model.quantize(y, model.h_a(y), error_bits=ERROR_BITS)  # as files have them
+            coded = model.quantize(y, model.h_a(y), error_bits=ERROR_BITS)  # chosen as in a file
             symbols = coded.y.int().clamp(-reach, reach) + reach
             places = coded.indexes.int() * counts.shape[1] + symbols
             counts += torch.bincount(places.flatten(), minlength=counts.numel()).view(counts.shape)
@@ -93,3 +101,37 @@ def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tenso
         row[: 2 * half + 1] = source[middle - half : middle + half + 1]
     beyond = (1 - rows.sum(1, keepdim=True)).clamp(min=0)
     return gaussian._pmf_to_cdf(rows.float(), beyond.float(), 2 * halves + 1, longest)
+
+
+def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor]:
+    """The first patches of a run, at most PATCHES and, after a short run, those that it was trained on."""
+    count = min(PATCHES, trained_on or PATCHES)
+    for start in range(0, count, BATCH):
+        yield torch.cat([dataset[position].patches for position in range(start, min(start + BATCH, count))])
+
+
+def refit(args: argparse.Namespace) -> None:
+    """`train_vbr.py --stage tables`: write the model of a checkpoint with tables fitted to photographs.
+
+    Raises:
+        UserError: the checkpoint or the photographs cannot be used.
+    """
+    cli.print_weights(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_model(args.checkpoint, DistContext.from_environment(args.device).device)
+    paths = find_images(args.dataset)
+    indexes = [float(index) for index in range(len(LADDER))] if isinstance(model, TCM_VBR) else [None]
+    try:
+        fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
+    except ValueError as error:
+        raise cli.UserError(f"{args.checkpoint}: {error}") from None
+    stored = [value for value in find_state_dict(checkpoint).values() if isinstance(value, Tensor)]
+    half = any(value.dtype == torch.float16 for value in stored)
+    weights = {name for name, _ in model.named_parameters()} if half else set()
+    state = {name: (t.half() if name in weights else t).cpu().contiguous() for name, t in model.state_dict().items()}
+    record = {"stage": args.stage, "photographs": len(paths), "patches": PATCHES, "patch_size": args.patch_size}
+    training = [*checkpoint.get("training", []), record]
+    file = Path(args.save_path) / "model.pth.tar"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(file, describe(model) | {"state_dict": state, "training": training})
+    print(f"weights with fitted tables: {file}")

@@ -14,7 +14,7 @@ from utils.codec.decode import decode
 from utils.files import BUNDLED
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
-from utils.training.coding_tables import fit_mixtures, fit_tables, quantized_cdf, tabulate
+from utils.training.fit_tables import fit_mixtures, fit_tables, quantized_cdf, tabulate
 
 LEVELS = torch.tensor([0.11, 0.3, 1.0, 3.0, 9.0])
 
