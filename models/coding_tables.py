@@ -89,6 +89,14 @@ class CodingTables:
         return torch.frombuffer(packed, dtype=torch.int32).view(indexes.shape)
 
 
+def rounded_gaussians(scales: Tensor, reach: int) -> Tensor:
+    """Probabilities of the symbols −reach … reach of a rounded zero-mean Gaussian of each σ, in quantization steps:
+    float64 `[n, 2·reach + 1]` on the CPU. CompressAI's own, in float32, cancel in the tails."""
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64).abs()  # the lower tail, where nothing cancels
+    sigma = scales.double().cpu().unsqueeze(1)
+    return torch.special.ndtr((0.5 - distance) / sigma) - torch.special.ndtr((-0.5 - distance) / sigma)
+
+
 def _parts(values: Tensor) -> tuple[Tensor, ...]:
     """All values in their order, PART at a time. The coder copies what it is handed more than once."""
     return values.flatten().split(PART)

@@ -19,7 +19,7 @@ from models.side_info import SideInfo
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
-# From y − μ and σ to symbols, as `choose_symbols` with its other arguments.
+# Makes symbols, as floats, of y − μ and σ: `nearest_symbols`, or `TCM.choose_symbols`.
 Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
@@ -47,6 +47,11 @@ def likelihood_of_z(bottleneck: EntropyBottleneck, values: Tensor) -> Tensor:
     channels = values.transpose(0, 1)
     likelihood, _, _ = bottleneck._likelihood(channels.reshape(len(channels), 1, -1))
     return bottleneck.likelihood_lower_bound(likelihood).view(channels.shape).transpose(0, 1)
+
+
+def nearest_symbols(residual: Tensor, sigma: Tensor) -> Tensor:
+    """Each y − μ rounded, as in training and in the paper."""
+    return torch.round(residual)
 
 
 def choose_symbols(
@@ -81,7 +86,7 @@ class SliceEstimator:
             a little smaller. Without it, σ is used itself, as papers report.
         noise: of y's shape, added in place of training's random noise.
         surrogate: replaces rounding of y − μ in the likelihoods; those of the symbols are collected as well.
-        choose: chooses the symbols; None rounds.
+        choose: makes the symbols.
 
     Attributes:
         likelihoods: of each slice, `[B, M/S, h, w]`.
@@ -90,10 +95,10 @@ class SliceEstimator:
 
     def __init__(
         self, gaussian: GaussianConditional, y: Tensor, num_slices: int, use_scale_table: bool,
-        noise: Tensor | None, surrogate: Surrogate | None, choose: Choice | None = None,
+        noise: Tensor | None, surrogate: Surrogate | None, choose: Choice,
     ) -> None:
-        self.choose = choose
         self.gaussian, self.slices, self.use_scale_table = gaussian, y.float().chunk(num_slices, 1), use_scale_table
+        self.choose = choose
         self.noise, self.surrogate = None if noise is None else noise.chunk(num_slices, 1), surrogate
         self.likelihoods: list[Tensor] = []
         self.rounded_likelihoods: list[Tensor] = []
@@ -104,11 +109,9 @@ class SliceEstimator:
         if self.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
-        if self.choose is None:
-            y_hat = ste_round(y - mu) + mu
-        else:
-            residual = y - mu
-            y_hat = self.choose(residual.detach(), sigma.detach()) + (residual - residual.detach()) + mu
+        residual = y - mu
+        symbols = self.choose(residual.detach(), sigma.detach())
+        y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
         if self.surrogate is not None:
             likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
             with torch.no_grad():
@@ -150,14 +153,14 @@ class SliceEncoder:
     Args:
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: of the portable indexes; None for those of the published rule.
-        error_bits: of `choose_symbols`; None for the nearest symbols.
+        choose: makes the symbols.
     """
 
     def __init__(
         self, gaussian: GaussianConditional, tables: CodingTables, y: Tensor, z: Tensor, num_slices: int,
-        epsilon: float | None, error_bits: float | None = None,
+        epsilon: float | None, choose: Choice,
     ) -> None:
-        self.gaussian, self.tables, self.epsilon, self.error_bits = gaussian, tables, epsilon, error_bits
+        self.gaussian, self.tables, self.epsilon, self.choose = gaussian, tables, epsilon, choose
         self.shape, self.slices = y.shape, list(y.float().chunk(num_slices, 1))
         self.rounded_z, self.z, self.crcs = z, None, []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
@@ -165,11 +168,7 @@ class SliceEncoder:
         self.portable = [PortableIndexes() for _ in y]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        residual = self.slices.pop(0) - mu
-        if self.error_bits is None:
-            symbols = torch.round(residual)
-        else:
-            symbols = choose_symbols(residual, sigma, self.gaussian, self.tables, self.error_bits)
+        symbols = self.choose(self.slices.pop(0) - mu, sigma)
         self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
         if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
             self._index()

@@ -29,13 +29,16 @@ from models.portable import EPSILON, crc_of
 from models.precision import deterministic
 from models.side_info import DecodingError, SideInfo
 from models.slice_coders import (
+    ERROR_BITS,
     Choice,
     QuantizedLatents,
     SliceDecoder,
     SliceEncoder,
     SliceEstimator,
     Surrogate,
+    choose_symbols,
     likelihood_of_z,
+    nearest_symbols,
     ste_round,
 )
 from models.state_dict import empty_tables, explain_mismatch, infer_config, normalize
@@ -242,7 +245,7 @@ class TCM(CompressionModel):
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
     ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
@@ -255,7 +258,7 @@ class TCM(CompressionModel):
 
     def _reconstruct(
         self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
     ) -> dict:
         y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise, choose)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
@@ -267,7 +270,7 @@ class TCM(CompressionModel):
 
     def estimate_rate(
         self, y: Tensor, z: Tensor, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice | None = None,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
     ) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         noise_y, noise_z = noise or (None, None)
@@ -359,20 +362,23 @@ class TCM(CompressionModel):
 
     @torch.no_grad()
     def quantize(
-        self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False, error_bits: float | None = None
+        self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False, choose: Choice = nearest_symbols
     ) -> QuantizedLatents:
         """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
 
         Args:
             complete: compute ŷ as well, which no file needs.
-            error_bits: choose the symbols of y for rate and distortion together (`choose_symbols`); None for the
-                nearest.
+            choose: makes the symbols of y.
         """
         rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
-        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None, error_bits)
+        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None, choose)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder, complete)
         return coder.finish(y_hat)
+
+    def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
+        """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
+        return choose_symbols(residual, sigma, self.gaussian_conditional, self.coding_tables[0], ERROR_BITS)
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.

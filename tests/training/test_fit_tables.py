@@ -8,13 +8,14 @@ import torch
 from compressai.entropy_models import GaussianConditional
 
 from models import TCM_VBR
+from models.coding_tables import rounded_gaussians
 from utils.checkpoint import load_model, read_checkpoint
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode
 from utils.files import BUNDLED
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
-from utils.training.fit_tables import fit_mixtures, fit_tables, quantized_cdf, tabulate
+from utils.training.fit_tables import fit_mixtures, fit_tables, quantized_cdf
 
 LEVELS = torch.tensor([0.11, 0.3, 1.0, 3.0, 9.0])
 
@@ -33,7 +34,7 @@ def test_symbols_of_a_mixture_are_coded_at_their_entropy():
     scales = np.where(random.random(200_000) < 1 / 3, 3.0, 1.0)
     symbols = np.rint(random.normal(0, scales)).astype(int)
     counts[2] += torch.bincount(torch.from_numpy(symbols).clamp(-50, 50) + 50, minlength=101)
-    gaussians = tabulate(LEVELS, 50)
+    gaussians = rounded_gaussians(LEVELS, 50)
     truth = (2 * gaussians[2] + gaussians[3]) / 3
     fitted = fit_mixtures(counts, LEVELS)
     best = code_length(counts[2], truth)
@@ -47,7 +48,7 @@ def test_tables_of_gaussians_are_those_of_compressai():
     gaussian = GaussianConditional(LEVELS.tolist())
     gaussian.update()
     reach = -int(gaussian.offset.min())
-    cdf = quantized_cdf(gaussian, tabulate(LEVELS, reach))
+    cdf = quantized_cdf(gaussian, rounded_gaussians(LEVELS, reach))
     assert cdf.shape == gaussian.quantized_cdf.shape
     assert int((cdf - gaussian.quantized_cdf).abs().max()) <= 2  # in 65,536ths: theirs is computed in float32
 

@@ -1,6 +1,5 @@
 """One picture after analysis: its latents at any rate index, their symbols, and the file."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from models import TCM, TCM_VBR
 from models.lambdas import index_to_lambda
-from models.slice_coders import ERROR_BITS, Choice, QuantizedLatents, choose_symbols
+from models.slice_coders import QuantizedLatents, nearest_symbols
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
@@ -34,7 +33,7 @@ class AnalyzedImage:
         image: the picture.
         rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
-        error_bits: of `TCM.quantize`.
+        choose: makes the symbols.
 
     Args:
         nearest: of `EncodeRequest`.
@@ -45,7 +44,7 @@ class AnalyzedImage:
         self, model: TCM, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
     ) -> None:
         self.model, self.image, self.quality_map = model, image, quality_map
-        self.error_bits = None if nearest else ERROR_BITS
+        self.choose = nearest_symbols if nearest else model.choose_symbols
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
@@ -55,14 +54,6 @@ class AnalyzedImage:
         self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
         variable = isinstance(model, TCM_VBR)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
-
-    @property
-    def choose(self) -> Choice | None:
-        """How residuals y − μ become symbols, given σ; None for the nearest ones."""
-        if self.error_bits is None:
-            return None
-        parts = {"gaussian": self.model.gaussian_conditional, "tables": self.model.coding_tables[0]}
-        return functools.partial(choose_symbols, **parts, error_bits=self.error_bits)
 
     @torch.no_grad()
     def latents(self, index: float | None, last: bool = False) -> tuple[Tensor, Tensor]:
@@ -83,7 +74,7 @@ class AnalyzedImage:
 
     def quantize_latents(self, index: float | None, y: Tensor, z: Tensor, complete: bool = False) -> TrialEncode:
         """The symbols of given latents, as `latents` returns them, for a file of this index."""
-        quantized = self.model.quantize(y, z, complete=complete, error_bits=self.error_bits)
+        quantized = self.model.quantize(y, z, complete=complete, choose=self.choose)
         overhead = 8 * (HEADER_BYTES + len(pack_offsets(self.offsets(index)))) + CODER_BITS
         return TrialEncode(index, quantized, overhead + self.model.count_bits(quantized)[0])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models import TCM_VBR
 from models.bands import gather, latent_rows, with_rows
+from models.coding_tables import rounded_gaussians
 from models.lambdas import MAX_INDEX
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
@@ -31,9 +32,7 @@ _NEGLIGIBLE = 0.01  # latents whose bits hardly follow their scale are left out,
 
 def entropy(sigma: float) -> float:
     """Entropy in bits of a rounded zero-mean Gaussian of scale σ, in quantization steps."""
-    edges = torch.arange(0.5, 12 * sigma + 2, dtype=torch.float64)
-    above = 0.5 * torch.erfc(edges / sigma / math.sqrt(2))  # P(x > edge); the lower half is the same mirrored
-    p = torch.cat([1 - 2 * above[:1], above[:-1] - above[1:], above[:-1] - above[1:]])
+    p = rounded_gaussians(torch.tensor([sigma], dtype=torch.float64), math.ceil(12 * sigma) + 1)
     return float(-torch.special.xlogy(p, p).sum() / math.log(2))
 
 

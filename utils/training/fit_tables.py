@@ -17,12 +17,12 @@ from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 
 from models import TCM, TCM_VBR
-from models.lambdas import LADDER
-from models.slice_coders import ERROR_BITS
+from models.coding_tables import rounded_gaussians
 from utils import cli
-from utils.checkpoint import describe, find_state_dict, load_model, read_checkpoint, write_checkpoint
+from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
 from utils.distributed import DistContext
 from utils.pictures import find_images
+from utils.training.objectives import FixedRateObjective, Objective
 from utils.training.patches import PatchDataset
 
 PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
@@ -51,7 +51,7 @@ def fit_tables(model: TCM, patches: Iterable[Tensor], indexes: Sequence[float | 
         features = model.features(batch.to(model.medians.device).float() / 255)
         for index in indexes:
             y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
-            coded = model.quantize(y, model.h_a(y), error_bits=ERROR_BITS)  # chosen as in a file
+            coded = model.quantize(y, model.h_a(y), choose=model.choose_symbols)  # as for a file
             symbols = coded.y.int().clamp(-reach, reach) + reach
             places = coded.indexes.int() * counts.shape[1] + symbols
             counts += torch.bincount(places.flatten(), minlength=counts.numel()).view(counts.shape)
@@ -65,7 +65,7 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
         counts: how often each symbol −K … K occurred with each level, float64 `[levels, 2K + 1]`.
         scale_table: σ of the levels, which are those of the components.
     """
-    gaussians = tabulate(scale_table, counts.shape[1] // 2)
+    gaussians = rounded_gaussians(scale_table, counts.shape[1] // 2)
     counts, folded = _fold(counts), _fold(gaussians)
     own = torch.eye(len(scale_table), dtype=torch.float64)
     weights = own + SPREAD  # of each component (columns) in each mixture
@@ -83,13 +83,6 @@ def _fold(values: Tensor) -> Tensor:
     folded = values[:, middle:].clone()
     folded[:, 1:] += values[:, :middle].flip(1)
     return folded
-
-
-def tabulate(scale_table: Tensor, reach: int) -> Tensor:
-    """Probabilities of the symbols −reach … reach of a rounded Gaussian of each σ: float64 `[levels, 2·reach + 1]`."""
-    distance = torch.arange(-reach, reach + 1, dtype=torch.float64).abs()  # the lower tail, where nothing cancels
-    sigma = scale_table.double().cpu().unsqueeze(1)
-    return torch.special.ndtr((0.5 - distance) / sigma) - torch.special.ndtr((-0.5 - distance) / sigma)
 
 
 def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tensor:
@@ -118,9 +111,9 @@ def refit(args: argparse.Namespace) -> None:
     """
     cli.print_weights(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = load_model(args.checkpoint, DistContext.from_environment(args.device).device)
+    model = model_to_code_with(checkpoint, args.checkpoint, DistContext.from_environment(args.device).device)
     paths = find_images(args.dataset)
-    indexes = [float(index) for index in range(len(LADDER))] if isinstance(model, TCM_VBR) else [None]
+    indexes = (Objective if isinstance(model, TCM_VBR) else FixedRateObjective).indexes
     try:
         fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
     except ValueError as error:
