@@ -4,6 +4,7 @@
     python eval_vbr.py -d kodak --real                   # from real files: encode, decode, count the bytes
     python eval_vbr.py -d kodak --anchors --json rd.json --report report    # beside JPEG, WebP, AVIF …, as a page to look at
     python eval_vbr.py -d kodak -l 0 2.5 5 --checkpoint vbr_models/tcm_vbr.pth.tar --save out
+    python eval_vbr.py -d kodak --checkpoint vbr.pth.tar tcm/*/model.pth.tar   # one variable-rate model against TCMs of one rate
     python eval_vbr.py --compare a.json b.json --report report              # nothing is measured
     python eval_vbr.py -d kodak --rate-model rate.png    # does R = Σ log2 m + C hold? A plot and a table
 
@@ -40,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
     add_index_argument(parser, several=True, default="all six")
-    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first are compared with the others (default: vbr_models/{BUNDLED.name})")
+    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first are compared with the others, and TCMs of one rate each are one curve (default: vbr_models/{BUNDLED.name})")
     add_map_arguments(parser)
     add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of summing up code lengths")
     add_nearest_argument(parser)
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         codec, broken = measure(model, file, paths, args, context, map_of)
         codecs.append(codec)
         failed = max(failed, broken)
+    codecs = comparison.join_fixed_rates(codecs)
     ours, known = max(1, len(codecs)), anchors.available(args.anchors)
     codecs += anchors.measure_all(known, paths, context)
     context.close()

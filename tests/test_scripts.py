@@ -19,6 +19,7 @@ from models.lambdas import LADDER
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import export_model
+from utils.evaluation import comparison
 from utils.evaluation.evaluate import estimate, evaluate
 from utils.images import read_image
 
@@ -99,6 +100,26 @@ def test_a_fixed_rate_model_is_measured_once(photos, tmp_path, capsys):
     assert capsys.readouterr().out.count("mean of 1") == 1
     with pytest.raises(cli.UserError, match="fixed-rate"):
         eval_vbr.main([*arguments, "-l", "1"])
+
+
+def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(checkpoint, photos, tmp_path, capsys):
+    files = [str(tmp_path / f"{gain}.pth.tar") for gain in (4, 1, 2)]
+    for gain, file in zip((4, 1, 2), files, strict=True):
+        model = shake(TCM(**TINY))
+        with torch.no_grad():
+            model.g_a[-1].weight *= gain
+        export_model(file, model, [])
+    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--json", str(tmp_path / "rd.json")]
+    assert eval_vbr.main([*arguments, "--checkpoint", checkpoint, *files]) == 0
+    whole = json.loads((tmp_path / "rd.json").read_text())
+    (fixed,) = whole["compared"]
+    assert fixed["name"] == "3 fixed-rate TCMs" and fixed["checkpoint"]["file"] == "1.pth.tar, 2.pth.tar, 4.pth.tar"
+    assert whole["results"]["index"] == [0, 1, 2, 3, 4, 5] and "index" not in fixed["results"]
+    bpp = fixed["results"]["bpp"]
+    assert bpp == sorted(bpp) and [point.bpp for point in comparison.points(fixed)] == pytest.approx(bpp)
+    assert "3 fixed-rate TCMs" in capsys.readouterr().out
+    eval_vbr.main([*arguments, "--checkpoint", files[1]])
+    assert json.loads((tmp_path / "rd.json").read_text())["results"]["bpp"] == bpp[:1]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval_vbr
 import online_training_vbr
+from models.lambdas import index_to_lambda
 from utils import cli
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -91,7 +92,8 @@ def test_every_figure_is_that_of_the_json(report):
     for cells, row in zip(pictures, rows, strict=True):
         assert cells[1][0] == row["image"] and [float(value) for _, value in cells[2:]] == [row[key] for key in keys]
     for cells, bpp in zip(means, whole["results"]["bpp"], strict=True):
-        assert float(cells[2][1]) == pytest.approx(bpp)
+        assert float(cells[3][1]) == pytest.approx(bpp)
+        assert float(cells[2][1]) == pytest.approx(index_to_lambda(float(cells[1][1])))
     codecs = whole["summary"]["codecs"]
     assert [c["name"] for c in codecs][1:] == ["JPEG 4:2:0", "WebP"]
     for cells, codec in zip(losses, codecs, strict=True):
@@ -149,6 +151,16 @@ def test_files_alone_make_a_page_too(report, tmp_path, capsys):
     text = (tmp_path / "page" / "index.html").read_text()
     assert "WebP" in text and 'class="viewer"' not in text
     assert "WebP" in capsys.readouterr().out
+
+
+def test_the_page_begins_with_the_bits_at_equal_quality(tmp_path):
+    files = [tmp_path / f"{name}.json" for name in ("ours", "theirs", "other")]
+    for file, rates, psnr in zip(files, ([0.9, 1.8, 3.6, 7.2], [1, 2, 4, 8], [1, 2, 4, 8]), (30, 30, 60), strict=True):
+        curve = {"bpp": rates, "psnr-rgb": [psnr + 3 * i for i in range(4)]}
+        file.write_text(json.dumps({"name": file.stem, "description": "made up", "results": curve}))
+    assert eval_vbr.main(["--compare", *map(str, files), "--report", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "Bits at equal PSNR (BD-rate): −10.0 % against theirs.<" in text
 
 
 def test_refinement_and_targets_have_a_page(made_photos, varied_checkpoint, tmp_path, capsys):

@@ -61,6 +61,26 @@ def points(codec: dict) -> list[Point]:
     return sorted(found, key=lambda point: point.bpp)
 
 
+def join_fixed_rates(codecs: list[dict]) -> list[dict]:
+    """Codecs of checkpoints, with those of one rate (TCMs) joined: those of a metric are one curve, a point each."""
+    joined = {}
+    for number, codec in enumerate(codecs):
+        fixed = len(points(codec)) == 1 and "index" not in codec["results"]
+        joined.setdefault(("fixed", codec["metric"]) if fixed else number, []).append(codec)
+    return [group[0] if len(group) == 1 else _one_curve(group) for group in joined.values()]
+
+
+def _one_curve(codecs: list[dict]) -> dict:
+    codecs = sorted(codecs, key=lambda codec: codec["results"]["bpp"][0])
+    keys = [key for key in codecs[0]["results"] if all(key in codec["results"] for codec in codecs)]
+    return codecs[0] | {
+        "name": f"{len(codecs)} fixed-rate TCMs",
+        "results": {key: [codec["results"][key][0] for codec in codecs] for key in keys},
+        "images": [row | {"point": number} for number, codec in enumerate(codecs) for row in codec["images"]],
+        "checkpoint": {key: ", ".join(codec["checkpoint"][key] for codec in codecs) for key in codecs[0]["checkpoint"]},
+    }
+
+
 def read_codecs(file: str) -> list[dict]:
     """The codecs of a file that eval_vbr.py or online_training_vbr.py wrote, or of one in CompressAI's format.
 

@@ -7,12 +7,13 @@ import numpy as np
 from torch import Tensor
 
 from models import TCM, TCM_VBR
+from models.lambdas import index_to_lambda
 from utils.cli import UserError
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.evaluation import anchors, rate_study
-from utils.evaluation.comparison import is_kodak, ms_ssim_decibels, points, published
+from utils.evaluation.comparison import Point, is_kodak, ms_ssim_decibels, points, published
 from utils.evaluation.evaluate import evaluate, evaluate_file
 from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
 from utils.evaluation.plots import rd_figure, render, targets_figure
@@ -140,11 +141,18 @@ def write_report(
         per_picture(codecs[:ours]),
     ]
     pictures = len({row["image"] for row in whole.get("images", ())})
-    lead = f"{whole['name']}, {whole['description']}. {pictures} pictures"
+    lead = f"{whole['name']}, {whole['description']}. {pictures} pictures.{_in_short(whole['summary'])}"
     told = facts(whole) + [(f"curve of {codec['name']}", f"published: {codec['source']}") for codec in from_papers]
-    page = Page(f"Rate and distortion of {whole['name']}", f"{lead}.", [s for s in sections if s], told)
+    page = Page(f"Rate and distortion of {whole['name']}", lead, [s for s in sections if s], told)
     write_page(page, folder / "index.html")
     return folder / "index.html"
+
+
+def _in_short(summary: dict) -> str:
+    """A sentence of BD-rates; nothing where there are none."""
+    rates = [(codec["name"], codec["bd_psnr"]["rate"]["value"]) for codec in summary["codecs"][1:]]
+    told = [f"{value:+.1f} % against {name}".replace("-", "−", 1) for name, value in rates if value is not None]
+    return f" Bits at equal PSNR (BD-rate): {', '.join(told)}." if told else ""
 
 
 _PICTURES_TEXT = (
@@ -179,15 +187,19 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
         name = f"rd_{metric.replace('-', '_')}"
         plots.append(render(lambda c=curves, m=metric: rd_figure(*c, m), name, alt, folder))
     rows = [
-        [codec["name"], point.quality, point.bpp, point.psnr, ms_ssim_decibels(point)]
+        [codec["name"], point.quality, _lambda(codec, point), point.bpp, point.psnr, ms_ssim_decibels(point)]
         for codec in codecs[:ours]
         for point in points(codec)
     ]
-    columns = [Column("codec"), Column("index", 2), *_QUALITY_COLUMNS]
+    columns = [Column("codec"), Column("index", 2), Column("λ", 4), *_QUALITY_COLUMNS]
     text = "Higher and further left is better. MS-SSIM is averaged first, and then turned into decibels."
     if from_papers:
         text += " Dotted gray curves are published, not measured; their sources are at the end of the page."
     return Section("Rate and distortion", text, plots, [Table("Means over the pictures", columns, rows)])
+
+
+def _lambda(codec: dict, point: Point) -> float | None:
+    return None if point.quality is None else index_to_lambda(point.quality, codec.get("metric", "mse"))
 
 
 def _side_by_side(summary: dict) -> Section:
