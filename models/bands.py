@@ -14,14 +14,13 @@ from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride
 from torch import Tensor, nn
 
 from models import STRIDE
-from models.device import give_back_freed_memory
+from models.device import LARGE, give_back_freed_memory, large_empty
 from models.layers import ConvTransBlock, SWAtten
 
 # Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. In low bands
 # layers compute too much twice: bands have MIN_ROWS at least, where these are no more than MAX_BAND pixels.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
-LARGE = 2**26  # elements: between tensors of this size, freed memory is given back to the system
 LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow
 TENSORS = 12  # a layer takes about as much memory as so many tensors of the size of its widest input
 
@@ -149,12 +148,13 @@ def gather(bands: Iterable[Tensor], height: int) -> Tensor:
         if band.shape[2] == height:
             return band
         if out is None:
-            channels_last = band.is_contiguous(memory_format=torch.channels_last)
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            shape = (*band.shape[:2], height, band.shape[3])
-            out = torch.empty(shape, dtype=band.dtype, device=band.device, memory_format=memory_format)
+            batch, channels, _, width = band.shape
+            if band.is_contiguous(memory_format=torch.channels_last):
+                out = large_empty((batch, height, width, channels), band.dtype, band.device).movedim(-1, 1)
+            else:
+                out = large_empty((batch, channels, height, width), band.dtype, band.device)
         out[:, :, here] = band
-    if out.device.type == "cpu" and out.numel() >= LARGE:
+    if out.device.type == "cpu" and out.nbytes >= LARGE:
         give_back_freed_memory()
     return out
 

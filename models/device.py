@@ -1,10 +1,16 @@
-"""Small tensors on their way to the device of the model, and large ones that are gone."""
+"""Small tensors on their way to the device of the model, and room for large ones."""
 
 import contextlib
 import ctypes
+import math
+import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+LARGE = 2**26  # bytes
+
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -14,10 +20,19 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def give_back_freed_memory() -> None:
-    """Let glibc give all pages that hold nothing back to the system; does nothing where there is no glibc.
+def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; a large one on a CPU is given back to the system once it is gone.
 
     The heap keeps the holes that freed tensors leave (utils/device.py says why), and a larger tensor fits into none.
     """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has none
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)  # which holds the memory
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give all pages that hold nothing back to the system; does nothing where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of that kind
         ctypes.CDLL(None).malloc_trim(0)

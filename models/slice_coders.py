@@ -176,8 +176,10 @@ class SliceEncoder:
 
     def _index(self) -> None:
         """Make the indexes of what is waiting, up to a multiple of BLOCK before the last slice."""
-        rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, strict=True))
-        self.waiting.clear()
+        rounded, sigma = self.waiting.pop()
+        if self.waiting:
+            rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, (rounded, sigma), strict=True))
+            self.waiting.clear()
         if self.slices and (rest := rounded.shape[1] % BLOCK):
             self.waiting.append((rounded[:, -rest:].clone(), sigma[:, -rest:].clone()))
             rounded, sigma = rounded[:, :-rest], sigma[:, :-rest]

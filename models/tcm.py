@@ -214,13 +214,17 @@ class TCM(CompressionModel):
             sigma = self._through([self.atten_scale[i], self.cc_scale_transforms[i]], scales, *supports).float()
             if i == self.num_slices - 1 and not complete:
                 mu = self._through([self.atten_mean[i], self.cc_mean_transforms[i]], means, *supports).float()
+                del means, scales, supports, decoded  # as below: no slice follows
                 coder(mu, sigma)
                 return None
             a_mu = self._through([self.atten_mean[i]], means, *supports)
             mu = self._through([self.cc_mean_transforms[i]], a_mu).float()
             y_hat = self._in_weight_format(coder(mu, sigma))
+            del mu, sigma  # of a large picture each is hundreds of megabytes, and so is what follows
             residual = self._through([self.lrp_transforms[i]], a_mu, y_hat)
+            del a_mu
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
+            del y_hat, residual
         return torch.cat(decoded, 1)
 
     # Estimation ------------------------------------------------------------------------------
