@@ -1,7 +1,10 @@
 """Layers in bands of rows give what they give at once."""
 
 import copy
+import os
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from torch import nn
 
 from models import bands
 from models.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.device import LARGE
 from models.portable import EPSILON
+from utils.device import keep_freed_memory
 
 HEIGHT = 640
 
@@ -132,3 +137,25 @@ def sigma_of(model, quantized) -> list[torch.Tensor]:
 
     model.run_slices(quantized.z + model.medians, replay)
     return seen
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_large_tensor_is_whole_and_leaves_nothing_behind(memory_format):
+    """Twice LARGE, in bands: in the memory format of the bands, and its pages go with it."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_freed_memory()  # as the scripts do
+    rows, channels = 64, LARGE * 2 // (64 * 128 * 4)
+    x = torch.rand(1, channels, rows, 128).contiguous(memory_format=memory_format)
+    before = resident()
+    found = gather(rows_of(x, 16), rows)
+    assert torch.equal(found, x) and found.stride() == x.stride() and found.is_contiguous(memory_format=memory_format)
+    assert resident() > before + 1.9 * LARGE
+    part = found[:, :1]
+    del found
+    assert torch.equal(part, x[:, :1])
+    del part
+    assert resident() < before + 0.1 * LARGE
