@@ -168,7 +168,11 @@ class SliceEncoder:
         self.portable = [PortableIndexes() for _ in y]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        symbols = self.choose(self.slices.pop(0) - mu, sigma)
+        # In the order of coding, whatever the memory format: flattened below, they are copied no more.
+        residual = torch.sub(self.slices.pop(0), mu, out=torch.empty_like(mu, memory_format=torch.contiguous_format))
+        sigma = sigma.contiguous()
+        symbols = self.choose(residual, sigma)
+        del residual
         self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
         if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
             self._index()
