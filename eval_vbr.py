@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
     add_index_argument(parser, several=True, default="all six")
-    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first are compared with the others, and TCMs of one rate each are one curve (default: vbr_models/{BUNDLED.name})")
+    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; those of the first file are compared with the others. Four or more TCMs of one rate each are one curve (default: vbr_models/{BUNDLED.name})")
     add_map_arguments(parser)
     add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of summing up code lengths")
     add_nearest_argument(parser)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_json(args.json, whole)
     if args.report:
-        model = next(iter(models), None)
+        model = models[0] if "checkpoint" in whole and models else None  # several of one rate each make one curve
         viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
         if studies := report.study(model, shown):
             whole["rate_model"] = rate_study.summary(studies)

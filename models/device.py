@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LARGE = 2**26  # bytes
-
+LARGE = 2**26  # bytes: a latent of some twenty megapixels; what is smaller comes and goes too often for its own mapping
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -21,7 +20,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; a large one on a CPU is given back to the system once it is gone.
+    """`torch.empty`; on a CPU a large one has a mapping of its own outside the heap, which goes with it.
 
     The heap keeps the holes that freed tensors leave (utils/device.py says why), and a larger tensor fits into none.
     """
@@ -29,10 +28,11 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has none
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)  # which holds the memory
+    return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor keeps `memory` alive
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc give all pages that hold nothing back to the system; does nothing where there is no glibc."""
+    """Let glibc give all pages of the heap that hold nothing back to the system, as it keeps them by itself
+    (utils/device.py); does nothing where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of that kind
         ctypes.CDLL(None).malloc_trim(0)

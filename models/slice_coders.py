@@ -168,7 +168,7 @@ class SliceEncoder:
         self.portable = [PortableIndexes() for _ in y]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        # In the order of coding, whatever the memory format: flattened below, they are copied no more.
+        # Contiguous, so that to flatten them in the order of coding copies nothing.
         residual = torch.sub(self.slices.pop(0), mu, out=torch.empty_like(mu, memory_format=torch.contiguous_format))
         sigma = sigma.contiguous()
         symbols = self.choose(residual, sigma)

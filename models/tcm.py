@@ -214,7 +214,7 @@ class TCM(CompressionModel):
             sigma = self._through([self.atten_scale[i], self.cc_scale_transforms[i]], scales, *supports).float()
             if i == self.num_slices - 1 and not complete:
                 mu = self._through([self.atten_mean[i], self.cc_mean_transforms[i]], means, *supports).float()
-                del means, scales, supports, decoded  # as below: no slice follows
+                del means, scales, supports, decoded  # no slice follows; the coder has their room
                 coder(mu, sigma)
                 return None
             a_mu = self._through([self.atten_mean[i]], means, *supports)
@@ -225,6 +225,7 @@ class TCM(CompressionModel):
             del a_mu
             decoded.append(y_hat + 0.5 * torch.tanh(residual))
             del y_hat, residual
+        del means, scales
         return torch.cat(decoded, 1)
 
     # Estimation ------------------------------------------------------------------------------

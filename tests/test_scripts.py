@@ -103,9 +103,13 @@ def test_a_fixed_rate_model_is_measured_once(photos, tmp_path, capsys):
 
 
 def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(checkpoint, photos, tmp_path, capsys):
-    files = [str(tmp_path / f"{gain}.pth.tar") for gain in (4, 1, 2)]
-    for gain, file in zip((4, 1, 2), files, strict=True):
-        model = shake(TCM(**TINY))
+    gains = 8, 1, 4, 2
+    files = [str(tmp_path / f"{gain}.pth.tar") for gain in gains]
+    torch.manual_seed(0)
+    weights = shake(TCM(**TINY)).state_dict()
+    for gain, file in zip(gains, files, strict=True):
+        model = TCM(**TINY)
+        model.load_state_dict(weights)
         with torch.no_grad():
             model.g_a[-1].weight *= gain
         export_model(file, model, [])
@@ -113,13 +117,15 @@ def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(checkpoint, 
     assert eval_vbr.main([*arguments, "--checkpoint", checkpoint, *files]) == 0
     whole = json.loads((tmp_path / "rd.json").read_text())
     (fixed,) = whole["compared"]
-    assert fixed["name"] == "3 fixed-rate TCMs" and fixed["checkpoint"]["file"] == "1.pth.tar, 2.pth.tar, 4.pth.tar"
+    assert [one["file"] for one in fixed["checkpoints"]] == [f"{gain}.pth.tar" for gain in sorted(gains)]
     assert whole["results"]["index"] == [0, 1, 2, 3, 4, 5] and "index" not in fixed["results"]
     bpp = fixed["results"]["bpp"]
     assert bpp == sorted(bpp) and [point.bpp for point in comparison.points(fixed)] == pytest.approx(bpp)
-    assert "3 fixed-rate TCMs" in capsys.readouterr().out
-    eval_vbr.main([*arguments, "--checkpoint", files[1]])
-    assert json.loads((tmp_path / "rd.json").read_text())["results"]["bpp"] == bpp[:1]
+    assert "4 fixed-rate TCMs" in capsys.readouterr().out
+    report = ["--report", str(tmp_path / "page"), "--checkpoint", *files, checkpoint]
+    assert eval_vbr.main([*arguments, *report]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "4 fixed-rate TCMs" in page and "; 8.pth.tar, fingerprint" in page and 'class="viewer"' not in page
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -74,6 +74,36 @@ def test_deltas_of_the_first_against_the_others():
     assert "-10.0" in lines[2] and len(lines) == 6
 
 
+def tcm(number: int, *images: str, metric: str = "mse") -> dict:
+    """A TCM of one rate: the more bits the larger its number."""
+    rows = [result(None, 2.0**number / 10, 80 / 2**number, image) for image in images]
+    return codec(f"tcm{number}", rows) | {"metric": metric, "checkpoint": {"file": f"{number}", "fingerprint": "f"}}
+
+
+def test_models_of_one_rate_are_joined_where_they_make_a_curve():
+    variable = codec("vbr", *[[result(i, 2.0**i, 80 / 2**i)] for i in range(4)]) | {"metric": "mse"}
+    four = [tcm(number, "a") for number in (3, 0, 2, 1)]
+    others = [tcm(4, "a", "b"), *(tcm(number, "a", metric="ms-ssim") for number in range(4))]
+    found = comparison.join_fixed_rates([four[0], variable, *four[1:], *others])
+    names = ["4 fixed-rate TCMs", "vbr", "tcm4", "4 fixed-rate TCMs for MS-SSIM"]
+    assert [one["name"] for one in found] == names
+    assert [one["file"] for one in found[0]["checkpoints"]] == ["0", "1", "2", "3"]
+    assert [point.bpp for point in comparison.points(found[0])] == [0.1, 0.2, 0.4, 0.8]
+    assert comparison.join_fixed_rates(four[:3]) == four[:3]
+
+
+def test_curves_of_other_weights_are_not_taken_for_one(tmp_path):
+    """Joined curves of equally many TCMs have one name; a file that has been seen adds nothing."""
+    curves = [comparison.join_fixed_rates([tcm(n, image) for n in range(4)])[0] for image in ("a", "b")]
+    curves[1]["checkpoints"] = [one | {"fingerprint": "g"} for one in curves[1]["checkpoints"]]
+    first = codec("vbr", [result(0, 1, 10)])
+    for curve, name in zip((*curves, curves[1]), ("one", "two", "three"), strict=True):
+        (tmp_path / name).write_text(json.dumps(first | {"name": name, "compared": [curve]}))
+    files = [(name, comparison.read_codecs(str(tmp_path / name))) for name in ("one", "two", "three")]
+    names = [one["name"] for one in comparison.together([], files)["compared"]]
+    assert names == ["4 fixed-rate TCMs", "two", "4 fixed-rate TCMs (two)", "three"]
+
+
 def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):
     one, two = codec("model", [result(0, 1, 10)]), codec("model", [result(0, 2, 10, "b")])
     jpeg = codec("JPEG", [result(5, 1, 20)])

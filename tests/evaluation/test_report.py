@@ -154,13 +154,14 @@ def test_files_alone_make_a_page_too(report, tmp_path, capsys):
 
 
 def test_the_page_begins_with_the_bits_at_equal_quality(tmp_path):
-    files = [tmp_path / f"{name}.json" for name in ("ours", "theirs", "other")]
-    for file, rates, psnr in zip(files, ([0.9, 1.8, 3.6, 7.2], [1, 2, 4, 8], [1, 2, 4, 8]), (30, 30, 60), strict=True):
-        curve = {"bpp": rates, "psnr-rgb": [psnr + 3 * i for i in range(4)]}
+    files = [tmp_path / f"{name}.json" for name in ("ours", "the-better", "the-worse", "other")]
+    rates, first = ([2, 4, 8, 16], [1.6, 3.2, 6.4, 12.8], [2.5, 5, 10, 20], [2, 4, 8, 16]), (30, 30, 30, 60)
+    for file, bpp, psnr in zip(files, rates, first, strict=True):
+        curve = {"bpp": bpp, "psnr-rgb": [psnr + 3 * i for i in range(4)]}
         file.write_text(json.dumps({"name": file.stem, "description": "made up", "results": curve}))
     assert eval_vbr.main(["--compare", *map(str, files), "--report", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page" / "index.html").read_text()
-    assert "Bits at equal PSNR (BD-rate): −10.0 % against theirs.<" in text
+    assert "Bits at equal PSNR (BD-rate): +25.0 % against the-better, −20.0 % against the-worse.<" in text
 
 
 def test_refinement_and_targets_have_a_page(made_photos, varied_checkpoint, tmp_path, capsys):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from models.lambdas import LADDERS
 from utils import cli
-from utils.evaluation.bd_rate import delta_quality, delta_rate, key_of, points_of, rising
+from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
 from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite
 
@@ -62,22 +62,31 @@ def points(codec: dict) -> list[Point]:
 
 
 def join_fixed_rates(codecs: list[dict]) -> list[dict]:
-    """Codecs of checkpoints, with those of one rate (TCMs) joined: those of a metric are one curve, a point each."""
-    joined = {}
+    """Codecs of checkpoints, with TCMs of one rate each joined to one curve, which takes the place of the first.
+
+    Those of one metric that were measured on the same pictures are joined, where they are enough for a BD-rate. Their
+    checkpoints are a list, in the order of the points.
+    """
+    groups = defaultdict(list)
     for number, codec in enumerate(codecs):
-        fixed = len(points(codec)) == 1 and "index" not in codec["results"]
-        joined.setdefault(("fixed", codec["metric"]) if fixed else number, []).append(codec)
-    return [group[0] if len(group) == 1 else _one_curve(group) for group in joined.values()]
+        fixed = "index" not in codec["results"]
+        groups[("fixed", codec["metric"], frozenset(pictures(codec))) if fixed else number].append(codec)
+    joined = {id(group[0]): _one_curve(group) for group in groups.values() if len(group) >= MIN_POINTS}
+    absorbed = {id(codec) for group in groups.values() if len(group) >= MIN_POINTS for codec in group[1:]}
+    return [joined.get(id(codec), codec) for codec in codecs if id(codec) not in absorbed]
 
 
 def _one_curve(codecs: list[dict]) -> dict:
     codecs = sorted(codecs, key=lambda codec: codec["results"]["bpp"][0])
     keys = [key for key in codecs[0]["results"] if all(key in codec["results"] for codec in codecs)]
-    return codecs[0] | {
-        "name": f"{len(codecs)} fixed-rate TCMs",
+    metric = codecs[0]["metric"]
+    return {
+        "name": f"{len(codecs)} fixed-rate TCMs" + (" for MS-SSIM" if metric == "ms-ssim" else ""),
+        "description": codecs[0]["description"],
         "results": {key: [codec["results"][key][0] for codec in codecs] for key in keys},
         "images": [row | {"point": number} for number, codec in enumerate(codecs) for row in codec["images"]],
-        "checkpoint": {key: ", ".join(codec["checkpoint"][key] for codec in codecs) for key in codecs[0]["checkpoint"]},
+        "metric": metric,
+        "checkpoints": [codec["checkpoint"] for codec in codecs],
     }
 
 
@@ -118,10 +127,22 @@ def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
 
 
 def add_codecs(codecs: list[dict], file: str, found: list[dict]) -> None:
-    """Add the codecs of a file; those that it was compared with only where there is none of their name yet."""
+    """Add the codecs of a file; those that it was compared with only where they are not known yet."""
+    known = [_identity(codec) for codec in codecs]
     for number, codec in enumerate(found):
-        if not number or all(other["name"] != codec["name"] for other in codecs):
+        if not number or _identity(codec) not in known:
             add_codec(codecs, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
+
+
+def weights_of(codec: dict) -> list[dict]:
+    """Where the weights of a codec come from; of a classical codec nothing."""
+    return codec.get("checkpoints", [codec["checkpoint"]] if "checkpoint" in codec else [])
+
+
+def _identity(codec: dict) -> tuple | str:
+    """What tells codecs apart: classical ones their names, weights where they come from and how they were measured."""
+    weights = weights_of(codec)
+    return (weights, codec["description"]) if weights else codec["name"]
 
 
 def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
@@ -132,7 +153,7 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
     """
     found: list[dict] = []
     for codec in codecs:
-        add_codec(found, codec, codec.get("checkpoint", {}).get("fingerprint", ""))
+        add_codec(found, codec, codec.get("checkpoint", {}).get("fingerprint", "other weights"))
     for file, codecs in files:
         add_codecs(found, file, codecs)
     return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}

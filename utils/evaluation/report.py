@@ -13,7 +13,7 @@ from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.evaluation import anchors, rate_study
-from utils.evaluation.comparison import Point, is_kodak, ms_ssim_decibels, points, published
+from utils.evaluation.comparison import Point, is_kodak, ms_ssim_decibels, points, published, weights_of
 from utils.evaluation.evaluate import evaluate, evaluate_file
 from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
 from utils.evaluation.plots import rd_figure, render, targets_figure
@@ -149,10 +149,11 @@ def write_report(
 
 
 def _in_short(summary: dict) -> str:
-    """A sentence of BD-rates; nothing where there are none."""
-    rates = [(codec["name"], codec["bd_psnr"]["rate"]["value"]) for codec in summary["codecs"][1:]]
-    told = [f"{value:+.1f} % against {name}".replace("-", "−", 1) for name, value in rates if value is not None]
-    return f" Bits at equal PSNR (BD-rate): {', '.join(told)}." if told else ""
+    """A sentence of BD-rates, by the metric of the loss; nothing where there are none."""
+    key, quality = ("bd_psnr", "PSNR") if summary["metric"] == "mse" else ("bd_ms-ssim", "MS-SSIM")
+    rates = [(codec["name"], codec[key]["rate"]["value"]) for codec in summary["codecs"][1:]]
+    told = [f"{value:+.1f}".replace("-", "−") + f" % against {name}" for name, value in rates if value is not None]
+    return f" Bits at equal {quality} (BD-rate): {', '.join(told)}." if told else ""
 
 
 _PICTURES_TEXT = (
@@ -169,9 +170,8 @@ def facts(whole: dict) -> list[tuple[str, str]]:
     versions = made.get("versions", {}).items()
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions)))
     for codec in (whole, *whole.get("compared", ())):
-        if "checkpoint" in codec:
-            weights = "{file}, fingerprint {fingerprint}".format(**codec["checkpoint"])
-            found.append((f"weights of {codec['name']}", weights))
+        weights = ["{file}, fingerprint {fingerprint}".format(**one) for one in weights_of(codec)]
+        found.append((f"weights of {codec['name']}", "; ".join(weights)))
     return [(name, value) for name, value in found if value]
 
 
@@ -199,7 +199,9 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
 
 
 def _lambda(codec: dict, point: Point) -> float | None:
-    return None if point.quality is None else index_to_lambda(point.quality, codec.get("metric", "mse"))
+    """λ of a point of ours. Files of a target have an index each, and a quality from elsewhere need be no index."""
+    known = "checkpoint" in codec and point.quality is not None
+    return index_to_lambda(point.quality, codec["metric"]) if known else None
 
 
 def _side_by_side(summary: dict) -> Section:
