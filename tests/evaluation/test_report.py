@@ -16,6 +16,7 @@ import eval_vbr
 import online_training_vbr
 from models.lambdas import index_to_lambda
 from utils import cli
+from utils.evaluation.plots import rd_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"  # a name that must not become part of the page
@@ -162,6 +163,17 @@ def test_the_page_begins_with_the_bits_at_equal_quality(tmp_path):
     assert eval_vbr.main(["--compare", *map(str, files), "--report", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page" / "index.html").read_text()
     assert "Bits at equal PSNR (BD-rate): +25.0 % against the-better, −20.0 % against the-worse.<" in text
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1, 3), (30, 2), (90, 1)])
+def test_no_name_of_a_plot_is_cut_off(length, columns):
+    names = [letter * length for letter in "abc"]
+    curve = {"bpp": [0.5, 1], "psnr-rgb": [30, 33]}
+    figure = rd_figure([{"name": name, "results": curve} for name in names], [], [], "psnr")
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    if columns > 1:
+        assert 0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.width
 
 
 def test_refinement_and_targets_have_a_page(made_photos, varied_checkpoint, tmp_path, capsys):

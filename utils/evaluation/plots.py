@@ -68,7 +68,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     Args:
         ours: checkpoints, drawn as lines through dots.
         others: codecs measured on the same pictures, drawn as broken lines.
-        published: drawn as dotted gray lines with their names at the end.
+        published: drawn as dotted gray lines.
         metric: "psnr" or "ms-ssim".
     """
     figure = Figure(figsize=(6.4, 5.8), layout="constrained")
@@ -90,8 +90,17 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
             bpp, quality, linestyle=":", marker=marker, color=PUBLISHED_COLOR, linewidth=1, markersize=3.5,
             label=f"{codec['name']}, published", zorder=1,
         )  # fmt: skip
-    figure.legend(fontsize="small", loc="outside lower center", ncols=3)  # inside it would cover curves
+    _add_legend(figure)
     return figure
+
+
+def _add_legend(figure: Figure) -> None:
+    """Name the curves below the axes, where they cover none, in as many columns as the names leave room for."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(fontsize="small", loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def curve_of(codec: dict, metric: str) -> list[tuple[float, float]]:

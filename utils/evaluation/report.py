@@ -226,9 +226,10 @@ def _side_by_side(summary: dict) -> Section:
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
     text += (
         ". The R-D loss needs no overlap of the curves; smaller is better. It averages D, where BD-rate averages "
-        "decibels. JPEG 2000 spends equal bits on all pictures here, which raises its mean PSNR, so that the two "
-        "may disagree."
+        "decibels."
     )
+    if any(codec["name"] == anchors.CODECS["jpeg2000"].title for codec in codecs):
+        text += " JPEG 2000 spends equal bits on all pictures here, which raises its mean PSNR: the two may disagree."
     return Section("Side by side", text, tables=[loss, bd][: len(codecs)])
 
 
