@@ -141,7 +141,7 @@ def sigma_of(model, quantized) -> list[torch.Tensor]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
 @pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
 def test_a_large_tensor_is_whole_and_leaves_nothing_behind(memory_format):
-    """In a process of its own, as freed memory is kept from then on."""
+    """The check runs in a new process, because it sets the allocator to keep freed memory, which cannot be undone."""
     command = [sys.executable, "-c", LEAVES_NOTHING, memory_format]
     assert subprocess.run(command, cwd=Path(__file__).parents[2], check=False, timeout=300).returncode == 0
 

@@ -71,8 +71,9 @@ def join_fixed_rates(codecs: list[dict]) -> list[dict]:
     for number, codec in enumerate(codecs):
         fixed = "index" not in codec["results"]
         groups[("fixed", codec["metric"], frozenset(pictures(codec))) if fixed else number].append(codec)
-    joined = {id(group[0]): _one_curve(group) for group in groups.values() if len(group) >= MIN_POINTS}
-    absorbed = {id(codec) for group in groups.values() if len(group) >= MIN_POINTS for codec in group[1:]}
+    curves = [group for group in groups.values() if len(group) >= MIN_POINTS]
+    joined = {id(group[0]): _one_curve(group) for group in curves}
+    absorbed = {id(codec) for group in curves for codec in group[1:]}
     return [joined.get(id(codec), codec) for codec in codecs if id(codec) not in absorbed]
 
 
