@@ -226,6 +226,24 @@ def test_a_picture_without_room_on_the_gpu_is_named_and_the_others_coded(codec, 
     assert len(list((tmp_path / "coded").iterdir())) == 7
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets a limit that only Linux keeps")
+def test_a_picture_without_room_in_memory_is_named_and_the_others_coded(checkpoint, photos, tmp_path):
+    Image.new("RGB", (3000, 2200)).save(photos / "large.png")
+    program = """
+import resource, sys, codec_vbr
+photos, folder, *more = sys.argv[1:]
+codec_vbr.main(["encode", f"{photos}/p0.png", f"{folder}/loaded.tvbr", *more])
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (1024 * size + 100 * 2**20, resource.RLIM_INFINITY))
+sys.exit(codec_vbr.main(["encode", photos, f"{folder}/coded", *more]))
+"""
+    command = [sys.executable, "-c", program, photos, tmp_path, "--checkpoint", checkpoint, "--device", "cpu", "--threads", "1"]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert f"error: {photos / 'large.png'}: too large for the memory of this machine" in run.stderr
+    assert sorted(file.name for file in (tmp_path / "coded").iterdir()) == [f"p{i}.tvbr" for i in range(8)]
+
+
 def test_info_and_bad_input_do_without_pytorch(codec, photos, tmp_path):
     """PyTorch takes seconds to import. Tested in fresh processes, as this one has imported it."""
     hostile_pictures(tmp_path / "bad", (photos / "p0.png").read_bytes())

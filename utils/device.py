@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import platform
 import sys
 import time
@@ -69,10 +70,23 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def out_of_memory_as_value_error() -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into a ValueError, so that the other pictures of a batch go on."""
-    import torch
-
+    """Turn running out of memory, a GPU's or this machine's, into a ValueError, so that the other pictures go on."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise ValueError("too large for the memory of this GPU: try --device cpu") from None
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        on_gpu = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
+        where = "this GPU: try --device cpu" if on_gpu else "this machine"
+        raise ValueError(f"too large for the memory of {where}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that there was no memory, by whatever it was asked for.
+
+    PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells.
+    """
+    if isinstance(error, OSError):  # of mmap
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text

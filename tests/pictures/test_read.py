@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from utils.pictures import ImageError, read_pixels
 from utils.pictures.color import SRGB, TRANSFERS
@@ -257,6 +257,16 @@ def test_warnings_of_libraries_are_notes(smooth, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read(smooth)[1] == ["tag 282 had too many entries"]
+
+
+def test_a_picture_larger_than_memory_is_told_so(smooth, monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    data = png(smooth, (b"tEXt", b"Comment\0text"))  # which is not to blame
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ImageError, match=r"\(too large for the memory of this machine\)"):
+        read_pixels(data)
 
 
 def test_only_raster_formats_are_tried(smooth):

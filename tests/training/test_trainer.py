@@ -25,6 +25,8 @@ from models.latent_map import TCM_Mapped
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import CheckpointError, build_model, describe, export_model, load_model, read_checkpoint
+from utils.codec.encode import encode
+from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
 from utils.training.objectives import Objective, StaticObjective
@@ -492,6 +494,17 @@ def test_tensorboard_is_not_worth_a_run(photos, checkpoint, tmp_path, monkeypatc
     state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
     assert state["progress"]["step"] == 1
     assert capsys.readouterr().out.count("TensorBoard's events cannot be written any more") == 1
+
+
+def test_without_room_to_fit_them_the_tables_are_those_of_gaussians(photos, checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1099511627776 bytes.")
+
+    monkeypatch.setattr("utils.training.trainer.fit_tables", full)
+    train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+    assert "note: coding tables were not fitted: too large for the memory of this machine" in capsys.readouterr().out
+    model = load_model(tmp_path / "run" / "model.pth.tar")
+    assert encode(model, read_image(photos / "p0.png"), EncodeRequest(1.0)).data
 
 
 def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):

@@ -85,7 +85,7 @@ def encode(
     Raises:
         UserError: the request needs a TCM_VBR.
         UnreachableError: the cap is below the smallest file.
-        ValueError: the picture cannot be coded, or has no room on the GPU.
+        ValueError: the picture cannot be coded, or has no room in memory.
     """
     variable = isinstance(model, TCM_VBR)
     if request.needs_variable_rate and not variable:

@@ -37,7 +37,7 @@ def for_each(
     Args:
         jobs: rates, or whatever else `work` takes.
         work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
-            ValueError: sides or latents that the file format cannot hold, or no room on the GPU.
+            ValueError: sides or latents that the file format cannot hold, or no room in memory.
         names: short names of the pictures (default: those that are short among `paths`).
     """
     names, failed = names or short_names(paths), set()
@@ -91,7 +91,7 @@ def evaluate(
         nearest: of `EncodeRequest`.
 
     Raises:
-        ValueError: it cannot be coded, or has no room on the GPU.
+        ValueError: it cannot be coded, or has no room in memory.
     """
     if real:
         encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map, nearest=nearest))

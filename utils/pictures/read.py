@@ -73,13 +73,14 @@ def read_pixels(
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
         cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         cause = "not a picture of a known format" if isinstance(error, Image.UnidentifiedImageError) else cause
+        cause = "too large for the memory of this machine" if isinstance(error, MemoryError) else cause
         raise ImageError(f"{name}: cannot be read as a picture ({cause})") from None
 
 
 def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
     try:
         return _decode(data, background, max_pixels, note)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         bare = without_metadata(data)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from models import TCM
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
-from utils.device import processor
+from utils.device import out_of_memory_as_value_error, processor
 from utils.distributed import DistContext, is_lost_peer
 from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
@@ -283,8 +283,9 @@ class Trainer:
         """Fit the coding tables of weights for use to the first patches of the run."""
         model.to(self.device, memory_format=torch.channels_last)
         try:
-            fit_tables(model, first_batches(self.dataset, self.progress.patches), self.objective.indexes)
-        except (ValueError, ImageError, torch.OutOfMemoryError) as error:  # the tables of Gaussians do, too
+            with out_of_memory_as_value_error():
+                fit_tables(model, first_batches(self.dataset, self.progress.patches), self.objective.indexes)
+        except (ValueError, ImageError) as error:  # the tables of Gaussians do, too
             self._print(f"note: coding tables were not fitted: {error}")
 
     def _log(self, write: Callable[..., None], *values) -> None:
