@@ -35,7 +35,7 @@ from utils.codec.request import (
     make_request,
 )
 from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files
-from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels
+from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
     from models import TCM
@@ -113,6 +113,8 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     sources, output = list(find(args)), Path(args.output)
     to_folder = len(args.inputs) > 1 or Path(args.inputs[0]).is_dir() or output.is_dir() or args.output.endswith("/")
     if not to_folder:
+        if args.command == "encode" and output.suffix.lower() in suffixes():
+            raise cli.UserError(f"{output}: the name of a picture; what is written is a {SUFFIX} file")
         if args.command == "decode" and output.suffix.lower() not in ("", ".png") and not output.exists():
             raise cli.UserError(f"{output}: pictures are written as PNG, so its name must end in .png")
         return [(sources[0][0], output)], False
@@ -252,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     def load() -> "TCM":
         import torch  # takes seconds: help, info and bad input do without
 
+        from models import TCM_VBR
         from utils.checkpoint import load_model
 
         if args.threads:
@@ -261,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
+        if args.command == "encode" and args.lmd is not None and not isinstance(model, TCM_VBR):
+            raise cli.UserError(f"{args.checkpoint}: a fixed-rate TCM has no rate index; leave out -l")
         cli.print_weights(args.checkpoint)
         model.prepare()
         return model

@@ -3,7 +3,7 @@
     python eval_vbr.py                                   # shipped weights, scikit-image's photographs, six rates
     python eval_vbr.py -d kodak --real                   # from real files: encode, decode, count the bytes
     python eval_vbr.py -d kodak --anchors --json rd.json --report report    # beside JPEG, WebP, AVIF …, as a page to look at
-    python eval_vbr.py -d kodak -l 0 2.5 5 --checkpoint vbr_models/tcm_vbr.pth.tar --save out
+    python eval_vbr.py -d kodak -l 0 2.5 5 --checkpoint vbr_models/tcm_vbr_published.pth.tar --save out
     python eval_vbr.py -d kodak --checkpoint vbr.pth.tar tcm/*/model.pth.tar   # one variable-rate model against TCMs of one rate
     python eval_vbr.py --compare a.json b.json --report report              # nothing is measured
     python eval_vbr.py -d kodak --rate-model rate.png    # does R = Σ log2 m + C hold? A plot and a table
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
 from utils.codec.request import add_index_argument, add_map_arguments, add_nearest_argument, check_map_arguments
-from utils.evaluation.results import Result, file_stem, mean, results_table, stem, to_json
+from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
 from utils.files import BUNDLED, write_json
 from utils.pictures import find_images, find_images_or_samples
 
@@ -117,7 +117,7 @@ def measure(
         if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
-    codec = to_json(groups, stem(file), kind, results)
+    codec = to_json(groups, checkpoint_name(file), kind, results)
     return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 

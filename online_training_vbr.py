@@ -1,6 +1,6 @@
 """Refine each picture's latents before they are coded (DLM), and meet a target rate.
 
-    python online_training_vbr.py -l 2 -d photos -t 20                       # less loss at an index: the paper's DLM
+    python online_training_vbr.py -l 2 -d photos -t 20                       # less loss at an index (DLM)
     python online_training_vbr.py -d photos -t 0 --target-bpp 0.2            # the rate you ask for, nothing refined
     python online_training_vbr.py -d photos -t 100 --max-bytes 20000 --out coded
     python online_training_vbr.py -l 0 1 2 3 4 5 -d photos -t 200 --json dlm.json    # curves, and their BD-rate
@@ -27,7 +27,17 @@ from utils.codec.request import (
     add_target_arguments,
     make_request,
 )
-from utils.evaluation.results import Column, Result, Table, decibels, file_stem, mean, short_names, stem, to_json
+from utils.evaluation.results import (
+    Column,
+    Result,
+    Table,
+    checkpoint_name,
+    decibels,
+    file_stem,
+    mean,
+    short_names,
+    to_json,
+)
 from utils.files import BUNDLED, atomic_write, write_json
 from utils.pictures import find_images_or_samples
 
@@ -203,7 +213,7 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
 
 def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
-    name, how = stem(args.checkpoint), f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
+    name, how = checkpoint_name(args.checkpoint), f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded, refinement = row.encoded, row.encoded.refinement

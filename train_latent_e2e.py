@@ -1,7 +1,7 @@
 """The latent toy experiment: are latents of two rates related by a map in the latent domain? (TCSVT 2025)
 
-    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map channel -e 300
-    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map contextual -e 300
+    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map channel -e 300 --save_path runs/channel
+    python train_latent_e2e.py -d photos/train --high 0.05.pth.tar --low 0.0067.pth.tar --map contextual -e 300 --save_path runs/contextual
 
 Two frozen TCMs, the low-rate one best fine-tuned from the high-rate one; a gain for every channel, or one that
 also sees the latent, learns to turn the latent of the one into that of the other, and back. Each validation

@@ -2,12 +2,11 @@
 
     python train_vbr.py -d photos/train --stage entropy --max-minutes 10 -lr 2e-3 --save_path runs/entropy
     python train_vbr.py -d photos/train --checkpoint runs/entropy/model.pth.tar --transform-lr-factor 0.2 --max-minutes 60
-    python train_vbr.py -d photos/train --stage base --lmd 0.05 --start random -e 100       # a TCM at one λ
-    python train_vbr.py -d photos/train --stage static --checkpoint base.pth.tar --teachers six -e 20
-    python train_vbr.py -d photos/train --stage joint --checkpoint static.pth.tar -e 100    # all λ, all weights
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
-    python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr.pth.tar   # smaller files
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
+    python train_vbr.py -d photos/train --stage base --lmd 0.05 --start random -e 100 --save_path runs/base  # a TCM at one λ
+    python train_vbr.py -d photos/train --stage static --checkpoint runs/base/model.pth.tar --teachers six -e 20 --save_path runs/static
+    python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
 
 Starts from a transform codec in closed form (utils/training/klt_start.py), from random weights, from a TCM (the LAEs at
 identity), or from a TCM_VBR. The learning rate ends with the budget, so choose the budget first. Watch with
@@ -16,6 +15,7 @@ identity), or from a TCM_VBR. The learning rate ends with the budget, so choose 
 
 import argparse
 import math
+import os
 
 from models.config import PRESETS
 from models.lambdas import LADDERS
@@ -65,6 +65,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
         raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
+    if args.stage == "tables" and "WORLD_SIZE" in os.environ:
+        raise cli.UserError("--stage tables runs in one process: leave out torchrun")
     if args.keep_latents is not None and args.keep_latents < 1:
         raise cli.UserError("--keep-latents must be at least 1")
     if (args.stage == "static") != bool(args.teachers):

@@ -17,8 +17,9 @@ from models import STRIDE
 from models.device import LARGE, give_back_freed_memory, large_empty
 from models.layers import ConvTransBlock, SWAtten
 
-# Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. In low bands
-# layers compute too much twice: bands have MIN_ROWS at least, where these are no more than MAX_BAND pixels.
+# Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. Neighboring
+# bands overlap by what the layers see, and the fewer rows they have, the more of the work is done twice: so they have
+# MIN_ROWS or more, unless that makes them larger than MAX_BAND.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
 LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
+LONGEST_CODE, CODER_STATE = 6, 16  # bytes: of an escaped LARGEST_SYMBOL, 16 bits and eight digits; of a stream's end
 PART = 2**22  # symbols that the encoder is handed at once; SliceDecoder asks for no more either
 
 
@@ -131,9 +132,15 @@ def to_symbols(rounded: Tensor) -> Tensor:
 def open_stream(stream: bytes, symbols: int) -> RansDecoder:
     """A decoder of a stream from which at most this many symbols will be read.
 
-    CompressAI's decoder does not know where its stream ends, and a wrong one may end early. So zeros follow, more
-    than the symbols can use up (2 bytes each, and rarely an escape).
+    CompressAI's decoder does not know where its stream ends, and a wrong or malicious one makes it read on. So zeros
+    follow, more than can be used up: every four ones of an escape code announce fifteen digits of four bits, which
+    take fifteen times their room; and where the stream has ended a symbol takes 2 bytes, and an escape half a byte.
+
+    Raises:
+        ValueError: the stream is longer than the codes of so many symbols can be.
     """
+    if len(stream) > LONGEST_CODE * symbols + CODER_STATE:
+        raise ValueError(f"a stream of {len(stream)} bytes is too long for its {symbols} symbols: the file is damaged")
     decoder = RansDecoder()
-    decoder.set_stream(stream + bytes(4 * symbols + 1024))
+    decoder.set_stream(stream + bytes(16 * len(stream) + 3 * symbols + 1024))
     return decoder

@@ -28,7 +28,7 @@ BLOCK = 2**14  # positions that share a shift
 SHIFTS_PER_ROW = 128  # shifts from one boundary of the table to the next; a byte holds two rows of them
 BLOCKS_AT_ONCE = 64  # blocks whose shifts are chosen together, which bounds the memory
 _BITS_PER_LISTED = 16  # what a listed position costs, about
-BELOW = 0.95  # of a σ close to a boundary is below it, and above the one before: they are 13 % apart
+BELOW = 0.95  # times a σ close to a boundary lies below that boundary and above the one before: they are 13 % apart
 
 # Bits of int32 symbols `[n]` with int32 indexes `[n]`.
 CodeLengths = Callable[[Tensor, Tensor], Tensor]
@@ -66,25 +66,28 @@ def choose_shifts(
         size = BLOCKS_AT_ONCE * BLOCK
         parts = zip(symbols.split(size), sigma.split(size), strict=True)
         return np.concatenate([choose_shifts(gaussian, lengths, *part, epsilon) for part in parts])
-    live = (sigma > levels[0]).nonzero().flatten()  # the others have index 0 whatever their shift
-    at = (sigma[live].clamp(max=9 * levels[-1]) / levels[0]).log() / step  # in rows: boundaries are whole numbers
-    above = at.ceil().int().clamp(max=len(levels) - 1)
-    first = live // BLOCK * 256
+    # A larger shift makes σ smaller, until it passes a boundary of the table and is coded by the row below. So the bits
+    # of a block at each of its 256 shifts are a running sum of the changes at the shifts where one of its σ passes a
+    # boundary; and a position is listed at the shift that brings its σ within epsilon of one.
+    live = (sigma > levels[0]).nonzero().flatten()  # the others are coded by row 0 whatever their shift
+    position = (sigma[live].clamp(max=9 * levels[-1]) / levels[0]).log() / step  # in rows: boundaries are whole numbers
+    row = position.ceil().int().clamp(max=len(levels) - 1)  # without a shift
+    block = live // BLOCK * 256
     count = count_blocks(len(sigma)) * 256
-    # Of each block at each shift: bits relative to the shift before, summed up below, and listed positions.
-    cost, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)
-    before = lengths(symbols[live], above)
-    for passed in range(256 // SHIFTS_PER_ROW):  # the boundaries that a shift moves past a σ, one after the other
-        until = (at - (above - 1 - passed)) * SHIFTS_PER_ROW
-        crossed, nearest = until.ceil().long(), until.round().long()
-        after = lengths(symbols[live], (above - 1 - passed).clamp(min=0))
-        real = above > passed  # there is such a boundary
-        inside = real & (crossed < 256)
-        cost += torch.bincount((first + crossed)[inside], (after - before)[inside].double(), count)
-        close = real & (nearest < 256) & ((until.double() - nearest).abs() < epsilon / step * SHIFTS_PER_ROW)
-        listed += torch.bincount((first + nearest)[close], minlength=count)
-        before = after
-    total = cost.view(-1, 256).cumsum(1) + _BITS_PER_LISTED * listed.view(-1, 256)
+    change, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)  # of each block, at each shift
+    bits = lengths(symbols[live], row)
+    for passed in range(256 // SHIFTS_PER_ROW):  # how many boundaries a σ has passed before the one looked at
+        boundary = row - 1 - passed
+        shift = (position - boundary) * SHIFTS_PER_ROW  # at which σ lies on the boundary
+        first_beyond, nearest = shift.ceil().long(), shift.round().long()
+        bits_below = lengths(symbols[live], boundary.clamp(min=0))
+        exists = boundary >= 0
+        reached = exists & (first_beyond < 256)
+        change += torch.bincount((block + first_beyond)[reached], (bits_below - bits)[reached].double(), count)
+        close = exists & (nearest < 256) & ((shift.double() - nearest).abs() < epsilon / step * SHIFTS_PER_ROW)
+        listed += torch.bincount((block + nearest)[close], minlength=count)
+        bits = bits_below
+    total = change.view(-1, 256).cumsum(1) + _BITS_PER_LISTED * listed.view(-1, 256)
     return total.argmin(1).byte().cpu().numpy()
 
 

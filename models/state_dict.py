@@ -56,6 +56,11 @@ def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
     return state_dict
 
 
+def without_tables(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with empty coding tables, to be computed by `update()`: those of weights that change are stale."""
+    return {name: value.new_empty(0) if name.endswith(_TABLES) else value for name, value in state_dict.items()}
+
+
 def empty_tables(model: nn.Module) -> None:
     """Empty the coding tables of a model, so that those of a file fit whatever their sizes."""
     for name, buffer in list(model.named_buffers()):

@@ -230,23 +230,22 @@ class TCM(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, index: RateIndex = None, use_scale_table: bool = False, noise: Noise = None) -> dict:
+    def forward(self, x: Tensor, index: RateIndex = None, noise: Noise = None) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
             index: TCM_VBR draws it at random when it is omitted in training, and requires it in evaluation. TCM
                 ignores it.
-            use_scale_table: estimate the likelihoods of y with the levels of the scale table (`SliceEstimator`).
             noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` (None for a TCM without one); `latent`: y as it enters `h_a`.
+            `[B]` or `[B, 1, h, w]` (None for a TCM without one); `latent`: y as it enters `h_a`.
         """
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index, use_scale_table, noise=noise)
+        return self._reconstruct(y, self.h_a(y), index, noise=noise)
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
@@ -257,12 +256,12 @@ class TCM(CompressionModel):
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
-        of the rounded values. `choose` is that of `SliceEstimator`.
+        of the rounded values. `use_scale_table` and `choose` are those of `SliceEstimator`.
         """
         return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise, choose)
 
     def _reconstruct(
-        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool,
+        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool = False,
         surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
     ) -> dict:
         y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise, choose)
@@ -318,13 +317,6 @@ class TCM(CompressionModel):
         index = self.resolve_index(index, len(x))
         y, log_m = self.analyze(x, index)
         return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
-
-    @torch.no_grad()
-    def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
-        """Code a latent, as `compress`, and return the `x_hat` of `decompress` as well."""
-        index = self.resolve_index(index, len(y))
-        quantized = self.quantize(y, z, portable, complete=True)
-        return self.encode_symbols(quantized) | {"x_hat": self.synthesize(quantized.y_hat, index).clamp_(0, 1)}
 
     @torch.no_grad()
     def decompress(

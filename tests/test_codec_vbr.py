@@ -154,6 +154,8 @@ def test_a_fixed_rate_model_codes_too(photos, tmp_path, capsys):
     assert codec_vbr.main(["decode", str(tmp_path / "a.tvbr"), str(tmp_path / "a.png"), *weights]) == 0
     codec_vbr.main(["info", str(tmp_path / "a.tvbr")])
     assert "fixed rate" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="has no rate index; leave out -l"):
+        codec_vbr.main(["encode", str(photos / "p0.png"), str(tmp_path / "b.tvbr"), "-l", "4", *weights])
 
 
 def hostile_pictures(folder: Path, good: bytes) -> None:
@@ -242,6 +244,19 @@ sys.exit(codec_vbr.main(["encode", photos, f"{folder}/coded", *more]))
     assert run.returncode == 1
     assert f"error: {photos / 'large.png'}: too large for the memory of this machine" in run.stderr
     assert sorted(file.name for file in (tmp_path / "coded").iterdir()) == [f"p{i}.tvbr" for i in range(8)]
+
+
+def test_what_would_overwrite_a_photograph_is_refused(codec, photos):
+    before = (photos / "p1.png").read_bytes()
+    with pytest.raises(cli.UserError, match="p1.png: the name of a picture"):
+        codec("encode", photos / "p0.png", photos / "p1.png", "--force")
+    assert (photos / "p1.png").read_bytes() == before
+
+
+def test_a_lambda_in_place_of_an_index_is_noticed(codec, photos, tmp_path, capsys):
+    assert codec("encode", photos / "p0.png", tmp_path / "a.tvbr", "--lmd", 0.05) == 0
+    assert "note: -l 0.05: is a rate index; the λ of that value has index 5" in capsys.readouterr().err
+    assert unpack((tmp_path / "a.tvbr").read_bytes()).index == np.float32(0.05)
 
 
 def test_info_and_bad_input_do_without_pytorch(codec, photos, tmp_path):

@@ -2,7 +2,9 @@
 
 import argparse
 import pickle
+import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,19 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
         with pytest.raises(CheckpointError, match=name):
             load_model(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("core", ["_core", "core"])
+def test_numbers_of_either_numpy_are_read(tmp_path, core):
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "loss": np.float64(1.5)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        for entry in old.infolist():
+            part = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"multiarray\nscalar" in part
+                part = re.sub(rb"numpy\._?core\.multiarray", f"numpy.{core}.multiarray".encode(), part)
+            new.writestr(entry.filename, part)
+    assert read_checkpoint(tmp_path / "b.pth")["loss"] == 1.5
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", struct.pack("100d", *range(100))])

@@ -108,7 +108,7 @@ def test_codec_meets_targets(weights, two, tmp_path, capsys):
         (["--target-bpp", "nan"], "must be positive"),
         (["-t", "-1"], "must be 0 or more"),
         (["--trials", "0", "--target-bpp", "1"], "1 or more"),
-        (["--probes", "0", "--target-bpp", "1"], "1 or more"),
+        (["--trials", "0", "--target-bpp", "1"], "1 or more"),
         (["-l", "5.1"], "index must lie in"),
         (["--step-size", "0"], "must be positive"),
         (["--step-size", "1", "-t", "0"], "needs -t"),

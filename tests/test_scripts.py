@@ -21,6 +21,7 @@ from utils import cli
 from utils.checkpoint import export_model
 from utils.evaluation import comparison
 from utils.evaluation.evaluate import estimate, evaluate
+from utils.evaluation.results import checkpoint_name
 from utils.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +91,14 @@ def test_mean_loss_is_that_of_all_rates(checkpoint, photos, tmp_path, capsys):
     assert told == pytest.approx(sum(losses) / 12, rel=1e-3)
     eval_vbr.main([*arguments, "-l", "1"])
     assert "mean R-D loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("weights/tcm.pth.tar", "tcm"), ("0.05.pth.tar", "0.05"), ("a.safetensors", "a"), ("runs/b/model.pth.tar", "b")],
+)
+def test_curves_are_called_by_what_tells_weights_apart(path, name):
+    assert checkpoint_name(path) == name
 
 
 def test_a_fixed_rate_model_is_measured_once(photos, tmp_path, capsys):

@@ -21,7 +21,9 @@ __all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_mode
 
 FORMAT = "tcm-vbr/1"
 # What training scripts save beside tensors: classes that only hold values.
-_HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0]]
+_HARMLESS = [argparse.Namespace, np.dtype]
+# A scalar's function has another name in NumPy 2 than in NumPy 1, and a file has that of the NumPy that wrote it.
+_HARMLESS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]
 _HARMLESS += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 
 
@@ -121,7 +123,7 @@ def _what_it_is(path: Path) -> str:
 def build_model(checkpoint: dict, path: str | Path) -> TCM:
     """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 
-    From the state of a run (`last.pth.tar`) it takes the averaged weights, as that run's `model.pth.tar` has them.
+    From the state of a run (`last.pth.tar`) it takes the averaged weights, whose coding tables are not fitted.
 
     Raises:
         CheckpointError: names what does not fit.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch  # imported inside the functions: it takes seconds, and `info` and `--help` do without
 
 T = TypeVar("T")
+RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: of getrusage's ru_maxrss
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest
 from utils.codec.encode import encode as encode_picture
 from utils.images import pad, to_float
+
+ROOT = Path(__file__).parents[2]
 
 SMALL = CodedImage(451, 300, 2.5, b"yyyyy", b"zz", b"weights!", SideInfo(b"list", 77))
 
@@ -203,6 +208,27 @@ def latents(model, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         y, _ = model.analyze(pad(to_float(picture)), torch.tensor([2.0]))
         return y, model.h_a(y)
+
+
+@pytest.mark.parametrize(("length", "symbols", "refused"), [(4 * 10**6, 512, True), (4 * 10**6, 7 * 10**5, False)])
+def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end(length, symbols, refused):
+    """CompressAI's decoder does not check; a process of its own, as the end of that would be the end of this one."""
+    program = f"""
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from models.coding_tables import CodingTables, open_stream
+bottleneck = EntropyBottleneck(1)
+bottleneck.update()
+tables = CodingTables(bottleneck)
+try:
+    tables.decode(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
+    print("decoded")
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert ("too long for its" if refused else "decoded") in run.stdout
 
 
 def test_larger_differences_are_an_error(tiny, picture, monkeypatch):

@@ -1,5 +1,6 @@
 """Several qualities in one picture: the map, its place in the file, rate control and refinement with it."""
 
+import argparse
 import json
 import struct
 import zlib
@@ -23,6 +24,7 @@ from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import crop, to_uint8
 from utils.metrics import mse
+from utils.pictures import ImageError
 
 HEIGHT, WIDTH = 300, 400  # padded to 384×512: 42 above, 56 to the left
 
@@ -73,6 +75,15 @@ def test_a_map_belongs_to_one_size_and_has_one_index(varied, picture, mask):
     for rate in ({}, {"index": 4.0, "above": 1.0}):
         with pytest.raises(ValueError, match="exactly one of them"):
             QualityMap.from_mask(mask, **rate)
+
+
+def test_a_mask_may_be_as_large_as_its_picture(mask, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.codec.quality_map.MAX_PIXELS", 100)
+    Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "mask.png")
+    args = argparse.Namespace(mask=tmp_path / "mask.png", roi=None, mask_index=4.0, mask_weight=None)
+    assert QualityMap.from_arguments(args, HEIGHT, WIDTH).region.shape == (HEIGHT, WIDTH)
+    with pytest.raises(ImageError, match="is more than"):
+        QualityMap.from_arguments(args, 10, 10)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.4])

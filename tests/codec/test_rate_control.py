@@ -8,10 +8,11 @@ import torch
 from models import TCM_VBR
 from tests.conftest import TINY
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.encode import encode
 from utils.codec.rate_control import EXTRA_TRIALS, FIRST_INDEX, RateController, UnreachableError
 from utils.codec.rate_model import GRID, RateCurve
 from utils.codec.refinement import _move_to_rate
-from utils.codec.request import Target
+from utils.codec.request import EncodeRequest, Target
 from utils.images import to_uint8
 
 
@@ -189,3 +190,17 @@ def test_a_search_everywhere_is_spared_where_rates_lie_far_apart():
     with pytest.raises(UnreachableError):
         controller.encode(Target(4000, cap=True))
     assert controller.trials <= 3 and controller.reach is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"index": 6}, {"index": math.nan}, {"index": 1, "bpp": 1}, {"bpp": 1, "bytes": 9}, {"max_bytes": 0}],
+)
+def test_requests_that_contradict_themselves_are_refused(arguments):
+    with pytest.raises(ValueError):
+        EncodeRequest(**arguments)
+
+
+def test_a_request_of_no_rate_is_refused(varied):
+    with pytest.raises(ValueError, match="need a rate index or a target"):
+        encode(varied, torch.zeros(3, 10, 10, dtype=torch.uint8), EncodeRequest())

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_vbr
@@ -217,6 +219,9 @@ def test_teachers_that_do_not_fit_are_named(photos, tcm, tmp_path, six_teachers)
     fails("second teacher for λ = 0.05")
     (tmp_path / "six" / "again 0.05.pth.tar").unlink()
     fails("no teacher for λ = 0.0035")
+    weights = read_checkpoint(six_teachers[0] / "tcm_0.05.pth.tar")["state_dict"]
+    safetensors.torch.save_file(weights, tmp_path / "six" / "x 0.05.safetensors")
+    fails("second teacher for λ = 0.05")
 
 
 def test_ms_ssim_has_its_own_ladder(photos, checkpoint, tmp_path):
@@ -368,8 +373,25 @@ def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, start):
         wait_for(lambda output=output: "%, step " in output.read_text(), process)
         os.killpg(process.pid, number)  # as torchrun and a terminal do: the reading worker is meant too, must not die
         assert process.wait(60) == 0, output.read_text()
+        assert "of the last validation" not in output.read_text()  # there was none
         assert "stopped and saved at step" in output.read_text() and "Traceback" not in output.read_text()
         assert read_checkpoint(folders[number] / "last.pth.tar")["progress"]["step"] >= 1
+
+
+def test_the_state_of_a_run_is_weights_too(photos, checkpoint, tmp_path, capsys):
+    """With the coding tables of its own weights, and its own record: those it started from are stale."""
+    state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 2, "-lr", 0.01, "--ema", 0)
+    model, expected = load_model(tmp_path / "run" / "last.pth.tar"), build_model(state, "last.pth.tar")
+    expected.update(force=True)
+    assert model.fingerprint == expected.fingerprint != load_model(checkpoint).fingerprint
+    assert [record["step"] for record in state["training"]] == [2]
+    again = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 3, "--resume")
+    more = ["--checkpoint", tmp_path / "run" / "last.pth.tar", "--max-steps", 1, "--type", "ms-ssim", "--val-size", 256]
+    for path in photos.iterdir():
+        Image.open(path).resize((256, 256)).save(path)
+    third = train(photos, tmp_path / "more", *more, "--patch-size", 256)
+    assert [[record["step"] for record in run["training"]] for run in (again, third)] == [[3], [3, 1]]
+    assert "trained for mse, and trained on for ms-ssim" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(photos, checkpoint, tmp_path):
@@ -507,7 +529,7 @@ def test_without_room_to_fit_them_the_tables_are_those_of_gaussians(photos, chec
     assert encode(model, read_image(photos / "p0.png"), EncodeRequest(1.0)).data
 
 
-def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):
+def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path, monkeypatch):
     def fails(text, *more):
         with pytest.raises((cli.UserError, CheckpointError), match=text):
             train(photos, tmp_path / "run", *more)
@@ -519,6 +541,9 @@ def test_what_users_get_wrong_is_one_line(photos, checkpoint, tmp_path):
     picture = sorted(photos.iterdir())[0]
     fails("p0.png: refused: not a checkpoint", "-e", 1, "--checkpoint", picture)
     fails("--stage tables needs a --checkpoint", "--stage", "tables")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        fails("leave out torchrun", "--stage", "tables", "--checkpoint", checkpoint)
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "last.pth.tar").write_bytes(Path(checkpoint).read_bytes())
     fails("not the state of a run", "-e", 1, "--resume")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.device import timed
+from utils.device import RESIDENT_UNIT, timed
 
 WARM_UPS = 2  # untimed runs: memory is allocated and kernels are chosen in the first ones
 
@@ -83,4 +83,4 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes so far: of the process on the CPU, of PyTorch's tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from utils import cli
+from utils.device import RESIDENT_UNIT
 from utils.files import BUNDLED
 from utils.pictures import find_images_or_samples, read_pixels
 
@@ -54,7 +55,7 @@ def run(*arguments: str) -> tuple[str, int]:
     lines = process.stderr.strip().splitlines() or [""]
     if process.returncode:
         raise cli.UserError(f"codec_vbr.py {arguments[0]} ended with {process.returncode}: {lines[-1]}")
-    return lines[-1], int(process.stdout) * (1 if sys.platform == "darwin" else 1024)
+    return lines[-1], int(process.stdout) * RESIDENT_UNIT
 
 
 def main(argv: list[str] | None = None) -> None:

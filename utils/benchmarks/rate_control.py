@@ -65,9 +65,9 @@ def measure(model: TCM_VBR, name: str, image: Tensor, targets: int, quality_map:
                     "bits": 8 * len(data),
                     "error": 8 * len(data) / target.bits - 1,
                     "index": trial.index,
-                    "probes": controller.trials - 1,
+                    "trials": controller.trials - 1,
                     "seconds": end - start,
-                    "probe_seconds": (end - analysis_end) / controller.trials,
+                    "trial_seconds": (end - analysis_end) / controller.trials,
                     "encode_seconds": encode_seconds,
                 }
             )
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [row for row in rows if row["mode"] == mode]
         errors = [100 * row["error"] for row in chosen]
         mean, worst = statistics.mean(map(abs, errors)), max(errors, key=abs)
-        trials, seconds = (statistics.mean(row[key] for row in chosen) for key in ("probes", "seconds"))
-        share = statistics.median(row["probe_seconds"] / row["encode_seconds"] for row in chosen)
+        trials, seconds = (statistics.mean(row[key] for row in chosen) for key in ("trials", "seconds"))
+        share = statistics.median(row["trial_seconds"] / row["encode_seconds"] for row in chosen)
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")
     print(f"{len(paths)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
     if args.json:

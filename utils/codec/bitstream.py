@@ -14,7 +14,7 @@ from models.side_info import SideInfo
 from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC, VERSION = b"TVBR", 3
-FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate TCM, the index means nothing; a map of offsets from the index
+FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate TCM, whose index means nothing; with a map of rate indexes
 STEPS = 16  # per index: offsets are multiples of 1/16
 
 # Magic, version, flags, width, height, index, fingerprint, lengths of z and of the side information, CRC of symbols.

@@ -90,6 +90,8 @@ def encode(
     variable = isinstance(model, TCM_VBR)
     if request.needs_variable_rate and not variable:
         raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")
+    if variable and request.index is None and not request.has_target:
+        raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)
     analyzed = AnalyzedImage(model, image, request.quality_map, request.nearest)
     target, controller = request.target(analyzed.pixels), RateController(analyzed)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.codec.bitstream import STEPS
+from utils.files import MAX_PIXELS
 from utils.images import pad
 from utils.metrics import psnr
 from utils.pictures import read_pixels
@@ -91,7 +92,8 @@ class QualityMap:
 
 def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
     if args.mask:
-        gray = read_pixels(args.mask, background="black").mean(2, dtype=np.float32) / 255
+        mask = read_pixels(args.mask, background="black", max_pixels=max(MAX_PIXELS, height * width))
+        gray = mask.mean(2, dtype=np.float32) / 255
         if gray.shape != (height, width):
             found = f"{gray.shape[1]}×{gray.shape[0]}"
             raise ValueError(f"the mask {args.mask} has {found} pixels, the picture {width}×{height}")

@@ -17,7 +17,7 @@ FIRST_INDEX = MAX_INDEX / 2  # of the first trial
 CLOSE = 1e-3  # a trial this near to the target, relatively, is the last
 CLOSE_TO_CAP = 7e-3  # how near to the aim under a cap is good enough, relatively, when the trials are used up
 TARGET_TOLERANCE = 5e-3  # relative: a file this near to its target is as good as one that meets it
-CLEARLY_APART = 0.2  # relative difference of bits at an end of the range from all others: there, R(index) is monotone
+CLEARLY_APART = 0.2  # relative: bits at an end of the range that differ so much from all others are the extreme
 SEARCHED = 21  # indexes all over the range
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
 

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from models.lambdas import MAX_INDEX
+from models.lambdas import LADDER, MAX_INDEX
+from utils import cli
 
 if TYPE_CHECKING:
     from utils.codec.quality_map import QualityMap
@@ -64,7 +65,7 @@ class Target:
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """A rate index, or one of the three targets; and a refinement.
+    """A rate index, or one of the three targets; and a refinement. ValueError where these do not go together.
 
     Attributes:
         index: rate index; None with a target, and for a fixed-rate model.
@@ -85,6 +86,15 @@ class EncodeRequest:
     keep_rate: bool = False
     quality_map: "QualityMap | None" = None
     nearest: bool = False
+
+    def __post_init__(self) -> None:
+        targets = [value for value in (self.bpp, self.bytes, self.max_bytes) if value is not None]
+        if len(targets) + (self.index is not None) > 1:
+            raise ValueError("one rate index or one target, not several of them")
+        if targets and not 0 < targets[0] < math.inf:
+            raise ValueError(f"a target must be positive, not {targets[0]:g}")
+        if self.index is not None and not 0 <= self.index <= MAX_INDEX:
+            raise ValueError(f"the rate index must lie in [0, {MAX_INDEX:g}], not {self.index:g}")
 
     def target(self, pixels: int) -> Target | None:
         """The target for a picture of this many pixels."""
@@ -108,8 +118,17 @@ class EncodeRequest:
 
 def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: str) -> None:
     """Add -l, by its published name and a readable one."""
-    text = f"rate {'indexes' if several else 'index'} in [0, {MAX_INDEX:g}], fractions allowed: larger is better and larger (default: {default})"
-    parser.add_argument("-l", "--lmd", "--index", nargs="+" if several else None, type=float, metavar="INDEX", help=text)
+    text = f"rate {'indexes' if several else 'index'} in [0, {MAX_INDEX:g}], fractions allowed: a larger index is a better picture and a larger file (default: {default})"
+    many = "+" if several else None
+    parser.add_argument("-l", "--lmd", "--index", nargs=many, type=rate_index, metavar="INDEX", help=text)
+
+
+def rate_index(text: str) -> float:
+    """A rate index; says so where it looks like a λ, as some programs take."""
+    value = float(text)
+    if value in LADDER:
+        cli.print_note(f"-l {text}", f"is a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
+    return value
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +137,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
     group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
     group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
-    parser.add_argument("--trials", "--probes", type=int, default=3, metavar="N", help="with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass")
+    parser.add_argument("--trials", type=int, default=3, metavar="N", help="with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass")
 
 
 def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> None:

@@ -1,8 +1,8 @@
 """Tiles of a padded picture, whose latents are refined one after the other: gradients need all activations of a tile.
 
-Between two tiles the networks see past the border, as far as a tile's surroundings reach. What lies beyond, they see
-as the end of the picture; that bends the gradient a little, and no file, as files are made of whole pictures. Errors of
-pixels add up over tiles; MS-SSIM is the mean of that of the tiles, each weighed by its pixels.
+A tile is computed with some of its surroundings, and beyond these as if the picture ended there. So gradients near the
+borders of tiles are approximate; files are not, as they are made of whole pictures. Errors of pixels add up over tiles;
+MS-SSIM is the mean of that of the tiles, each weighed by its pixels.
 """
 
 import math

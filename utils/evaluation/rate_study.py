@@ -77,7 +77,7 @@ def summary(studies: list[Study]) -> dict:
             "models": {name: values.round(1).tolist() for name, values in s.models.items()},
             "monotone": bool((np.diff(s.bits) > 0).all()),
             "fits": {name: dict(zip(("slope", "r2"), s.fit(name), strict=True)) for name in MODELS},
-            "one_probe_error": {name: float(np.abs(s.predict(name) / s.bits - 1).mean()) for name in MODELS},
+            "one_trial_error": {name: float(np.abs(s.predict(name) / s.bits - 1).mean()) for name in MODELS},
         }
         for s in studies
     ]
@@ -85,8 +85,8 @@ def summary(studies: list[Study]) -> dict:
         name: {
             "slope": np.mean([image["fits"][name]["slope"] for image in images]),
             "r2": np.mean([image["fits"][name]["r2"] for image in images]),
-            "one_probe_error": np.mean([image["one_probe_error"][name] for image in images]),
-            "slope_between_indices": np.median([s.local_slopes(name) for s in studies], 0).tolist(),
+            "one_trial_error": np.mean([image["one_trial_error"][name] for image in images]),
+            "slope_between_indexes": np.median([s.local_slopes(name) for s in studies], 0).tolist(),
         }
         for name in MODELS
     }
@@ -99,8 +99,8 @@ def table(means: dict) -> str:
         "R = … + C", 18,
         Column("slope", 6, 2, lambda mean: mean["slope"]),
         Column("R²", 6, 3, lambda mean: mean["r2"]),
-        Column("one-trial error %", 17, 2, lambda mean: 100 * mean["one_probe_error"]),
-        *(Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indices"][i]) for i in range(5)),
+        Column("one-trial error %", 17, 2, lambda mean: 100 * mean["one_trial_error"]),
+        *(Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indexes"][i]) for i in range(5)),
     )
     rows = [lines.row(text, [means[name]]) for name, text in MODELS.items()]
     return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])

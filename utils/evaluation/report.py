@@ -80,6 +80,8 @@ def make_viewers(
             versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle))
         for codec in (anchors.CODECS[key] for key in codecs):
             own = [row for row in rows[codec.title] if row["image"] == name]
+            if not own:
+                continue  # too large for its format
             quality = min(own, key=lambda row: abs(row["bpp"] - result.bpp))["index"]
             versions.append(_version(codec.title, *anchors.measure(name, image.cpu(), codec, quality), middle))
         left = 2 if len(versions) > 2 else 0
@@ -248,8 +250,8 @@ def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None
     columns = [Column("R = … + C"), Column("slope", 3), Column("R²", 4), Column("error of one trial (%)", 2)]
     columns += [Column(f"slope {i}–{i + 1}", 2) for i in range(5)]
     rows = [
-        [text, *(means[name][key] for key in ("slope", "r2")), 100 * means[name]["one_probe_error"]]
-        + means[name]["slope_between_indices"]
+        [text, *(means[name][key] for key in ("slope", "r2")), 100 * means[name]["one_trial_error"]]
+        + means[name]["slope_between_indexes"]
         for name, text in rate_study.MODELS.items()
     ]
     alt = "Bits measured against bits predicted by both models, and bits per pixel over λ; the fits are in the table"

@@ -155,6 +155,10 @@ def to_json(groups: list[list[Result]], name: str, description: str, results: li
     }
 
 
-def stem(path: str) -> str:
-    """A file's name without its suffixes: tcm_vbr_small of tcm_vbr_small.pth.tar."""
-    return Path(path).name.split(".")[0]
+def checkpoint_name(path: str) -> str:
+    """What weights are called by their file: 0.05 of 0.05.pth.tar, and mine of runs/mine/model.pth.tar."""
+    name = Path(path).name
+    for suffix in (".tar", ".pth", ".pt", ".safetensors"):
+        name = name.removesuffix(suffix)
+    parent = Path(path).absolute().parent.name
+    return parent if name == "model" and parent else name

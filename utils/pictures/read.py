@@ -117,7 +117,7 @@ def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Imag
     alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] == 255:
         return color
-    note(f"its transparent pixels are put on {background} (--background); said once", once=True)
+    note(f"its transparent pixels are put on {background}; said once", once=True)
     below = Image.new("RGB", image.size, ImageColor.getrgb(background)[:3])
     return Image.composite(color, below, alpha)
 

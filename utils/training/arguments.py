@@ -23,7 +23,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--val-size", type=int, default=256, metavar="N", help="center crop of the validation photographs; a multiple of 128")
     add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
     add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process; on a GPU try 32 and more, with --amp --compile, as far as its memory goes")
-    add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this, and read again and again by workers otherwise")
+    add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this (on a CPU with one copy for each process of torchrun), and read again and again by workers otherwise")
     add("-n", "--num-workers", type=int, metavar="W", help=f"processes that read photographs which are not kept (default: one for each core, at most {MAX_WORKERS}; cores are shared with the other processes of torchrun)")
 
     budget = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none")

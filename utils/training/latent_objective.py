@@ -62,6 +62,8 @@ def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, li
     """The objective of the map between both codecs, whose weights have no training record."""
     high, _ = _read_tcm(args.high)
     low, record = _read_tcm(args.low)
+    if "ms-ssim" in (high.metric, low.metric):
+        raise cli.UserError("the experiment is between TCMs for MSE; one of these was trained for MS-SSIM")
     if high.M != low.M:
         raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
     mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")

@@ -54,6 +54,8 @@ def train(
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
     gigabytes, cache = decoded_gigabytes(paths), None
+    if context.device.type == "cpu":
+        gigabytes *= context.local_world_size  # each process of a machine has its own
     if gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)
     elif context.is_main:
@@ -80,7 +82,8 @@ def train(
     trainer.run()
     context.close()
     if context.is_main and (weights := folder / "model.pth.tar").exists():
-        print(f"{result}: {weights}")
+        older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
+        print(f"{result}: {weights}{older}")
 
 
 def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Path]]:

@@ -41,6 +41,9 @@ def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         model, history = cls(**start.arguments), checkpoint.get("training", [])
         model.load_state_dict(weights)
+        if "metric" in checkpoint and start.metric != args.type:
+            text = f"trained for {start.metric}, and trained on for {args.type} (--type)"
+            cli.print_note(args.checkpoint, text, once=True)
     model.metric = args.type
     return model, history
 
@@ -55,7 +58,7 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         raise cli.UserError(f"{folder}: no such folder")
     found: dict[float, tuple[Path, TCM]] = {}
     for path in sorted(Path(folder).rglob("*")):
-        if not path.name.endswith((".pth", ".pt", ".tar")) or path.name == "last.pth.tar":
+        if not path.name.endswith((".pth", ".pt", ".tar", ".safetensors")) or path.name == "last.pth.tar":
             continue
         checkpoint = read_checkpoint(path)
         record = (checkpoint.get("training") or [{}])[-1]

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import TCM
+from models.state_dict import without_tables
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.device import out_of_memory_as_value_error, processor
@@ -209,6 +210,11 @@ class Trainer:
             self.batches.close()  # ends its workers
             self._log(SummaryWriter.close)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up, so that the weights for use are those of the last step."""
+        return budget_used(self.progress, self.settings) >= 1
+
     def _percent(self) -> float:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
@@ -218,7 +224,7 @@ class Trainer:
         next_save = self.progress.seconds / 60 + self.settings.save_minutes
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
         with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
-            while budget_used(self.progress, self.settings) < 1:
+            while not self.finished:
                 if self._logged_step(bar):
                     self.save()
                     self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
@@ -344,18 +350,18 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write `last.pth.tar`: everything that the next step depends on."""
+        """Write `last.pth.tar`: everything that the next step depends on. It can be loaded as weights too."""
         if not self.context.is_main:
             return
         state = describe(self.model) | {
-            "state_dict": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
+            "state_dict": without_tables(self.model.state_dict()),
+            "ema": without_tables(self.ema.model.state_dict()),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "settings": asdict(self.settings),
             "objective": self.objective.describe(),
-            "training": self.history,
+            "training": [*self.history, self.record({"step": self.progress.step, "patches": self.progress.patches})],
         }
         write_checkpoint(self.folder / "last.pth.tar", state)
 
@@ -384,10 +390,10 @@ class Trainer:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        self.history = state["training"]
+        *self.history, _ = state["training"]  # the last is of this run so far
         path = self.folder / "validation.jsonl"
         if self.context.is_main and path.exists():  # forget validations that will be made again
-            done = budget_used(self.progress, self.settings) >= 1  # then the last one is among them
+            done = self.finished  # then the last one is among them
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
             with atomic_write(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
