@@ -32,7 +32,8 @@ def test_the_file(bundled):
     assert checkpoint["lambdas"] == list(LADDER)
     assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
     assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
-    assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(checkpoint["training"][-1])
+    *_, joint = (record for record in checkpoint["training"] if record["stage"] == "joint")
+    assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(joint)
     assert bundled.arguments == asdict(PRESETS["small"])
 
 
