@@ -34,6 +34,7 @@ from utils.codec.request import (
     check_map_arguments,
     make_request,
 )
+from utils.device import out_of_memory_as_value_error
 from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
@@ -227,7 +228,9 @@ def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
     """Do one job after the other, print what each returns, and yield whether it succeeded."""
     for source, job in jobs:
         try:
-            tqdm.write(f"{source}: {job()}", file=file)
+            with out_of_memory_as_value_error():
+                told = job()
+            tqdm.write(f"{source}: {told}", file=file)
             yield True
         except BrokenPipeError:  # nobody reads on: no fault of this file
             raise

@@ -213,7 +213,8 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
 
 def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
-    name, how = checkpoint_name(args.checkpoint), f"real files, {args.steps} steps of {args.method}" if args.steps else "real files"
+    name, how = checkpoint_name(args.checkpoint), "real files"
+    how += f", {args.steps} steps of {args.method}" if args.steps else ""
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded, refinement = row.encoded, row.encoded.refinement

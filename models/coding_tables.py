@@ -142,5 +142,5 @@ def open_stream(stream: bytes, symbols: int) -> RansDecoder:
     if len(stream) > LONGEST_CODE * symbols + CODER_STATE:
         raise ValueError(f"a stream of {len(stream)} bytes is too long for its {symbols} symbols: the file is damaged")
     decoder = RansDecoder()
-    decoder.set_stream(stream + bytes(16 * len(stream) + 3 * symbols + 1024))
+    decoder.set_stream(stream + bytes(15 * len(stream) + 5 * symbols // 2 + 1024))
     return decoder

@@ -77,8 +77,7 @@ def out_of_memory_as_value_error() -> Iterator[None]:
     except (RuntimeError, OSError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_gpu = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
-        where = "this GPU: try --device cpu" if on_gpu else "this machine"
+        where = "this GPU: try --device cpu" if "CUDA" in str(error) else "this machine"
         raise ValueError(f"too large for the memory of {where}") from None
 
 

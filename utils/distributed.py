@@ -55,7 +55,7 @@ class DistContext:
 
     @property
     def local_world_size(self) -> int:
-        """Processes of this machine."""
+        """Processes of this run on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def exchange(self, values: Tensor, *numbers: float) -> tuple[list[float], list[float]]:

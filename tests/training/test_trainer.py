@@ -373,7 +373,6 @@ def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, start):
         wait_for(lambda output=output: "%, step " in output.read_text(), process)
         os.killpg(process.pid, number)  # as torchrun and a terminal do: the reading worker is meant too, must not die
         assert process.wait(60) == 0, output.read_text()
-        assert "of the last validation" not in output.read_text()  # there was none
         assert "stopped and saved at step" in output.read_text() and "Traceback" not in output.read_text()
         assert read_checkpoint(folders[number] / "last.pth.tar")["progress"]["step"] >= 1
 
@@ -392,6 +391,16 @@ def test_the_state_of_a_run_is_weights_too(photos, checkpoint, tmp_path, capsys)
     third = train(photos, tmp_path / "more", *more, "--patch-size", 256)
     assert [[record["step"] for record in run["training"]] for run in (again, third)] == [[3], [3, 1]]
     assert "trained for mse, and trained on for ms-ssim" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_tells_that_its_weights_are_older(photos, checkpoint, tmp_path, monkeypatch, capsys):
+    logged_step = Trainer._logged_step
+    monkeypatch.setattr(Trainer, "_logged_step", lambda self, bar: logged_step(self, bar) or self.progress.step == 2)
+    more = ["--checkpoint", checkpoint, "--max-steps", 3, "--validate-minutes", 0]
+    train(photos, tmp_path / "run", *more)
+    assert "model.pth.tar (of the last validation, so older" in capsys.readouterr().out
+    train(photos, tmp_path / "run", *more, "--resume")
+    assert "model.pth.tar\n" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(photos, checkpoint, tmp_path):

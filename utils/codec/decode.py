@@ -20,7 +20,7 @@ def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -
     Raises:
         BitstreamError: not a file of these weights, or damaged.
         DecodingError: the arithmetic of this machine differs from the encoder's by more than the file allows for.
-        ValueError: the picture has no room in memory.
+        ValueError: the picture has no room in memory, or a stream is longer than its symbols can be.
     """
     coded = data if isinstance(data, CodedImage) else unpack(data, max_pixels)
     if coded.fingerprint != model.fingerprint:

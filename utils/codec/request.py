@@ -125,7 +125,10 @@ def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: 
 
 def rate_index(text: str) -> float:
     """A rate index; says so where it looks like a λ, as some programs take."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
     if value in LADDER:
         cli.print_note(f"-l {text}", f"is a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
     return value

@@ -47,7 +47,8 @@ def for_each(
             try:
                 if isinstance(image, ImageError):
                     raise image
-                result = work(names[path], image.to(device), job)
+                with out_of_memory_as_value_error():
+                    result = work(names[path], image.to(device), job)
             except (ImageError, ValueError) as error:
                 if path not in failed:
                     cli.print_error(path, error)

@@ -54,12 +54,11 @@ def train(
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
     gigabytes, cache = decoded_gigabytes(paths), None
-    if context.device.type == "cpu":
-        gigabytes *= context.local_world_size  # each process of a machine has its own
-    if gigabytes <= args.cache_gb:
+    copies = context.local_world_size if context.device.type == "cpu" else 1  # each process has its own
+    if copies * gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)
     elif context.is_main:
-        memory = f"{gigabytes:.1f} GB, more than --cache-gb"
+        memory = f"{gigabytes:.1f} GB{f' in each of {copies} processes' if copies > 1 else ''}, more than --cache-gb"
         print(f"{len(paths)} photographs take some {memory}: workers read them as needed")
     if start and not state:
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]

@@ -14,7 +14,7 @@ from utils.distributed import DistContext
 from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
 
 
-def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[dict]]:
+def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[TCM, list[dict]]:
     """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
     cls = TCM if args.lmd else TCM_VBR
     if state:
@@ -41,9 +41,8 @@ def make_model(args: argparse.Namespace, state: dict | None) -> tuple[TCM, list[
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         model, history = cls(**start.arguments), checkpoint.get("training", [])
         model.load_state_dict(weights)
-        if "metric" in checkpoint and start.metric != args.type:
-            text = f"trained for {start.metric}, and trained on for {args.type} (--type)"
-            cli.print_note(args.checkpoint, text, once=True)
+        if "metric" in checkpoint and start.metric != args.type and not quiet:
+            cli.print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
     model.metric = args.type
     return model, history
 
@@ -87,7 +86,7 @@ def make_objective(
     """The objective of the stage, and the training records of its model's weights."""
     if args.checkpoint and not state and context.is_main:
         cli.print_weights(args.checkpoint)
-    model, history = make_model(args, state)
+    model, history = make_model(args, state, quiet=not context.is_main)
     rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
     if args.stage == "entropy":
         return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history

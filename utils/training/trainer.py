@@ -86,7 +86,7 @@ class Trainer:
         self.dataset, self.workers, self.validation = dataset, workers, validation
         self.folder, self.settings, self.context, self.history = folder, settings, context, list(history)
         self.device = context.device
-        self.progress = Progress()
+        self.progress, self.finished = Progress(), False  # whether the weights for use are those of the last step
         self.ema = ExponentialMovingAverage(self.model)
         self.optimizers = make_optimizers(self.model, settings)
         groups = self.optimizers["net"].param_groups
@@ -210,11 +210,6 @@ class Trainer:
             self.batches.close()  # ends its workers
             self._log(SummaryWriter.close)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the budget is used up, so that the weights for use are those of the last step."""
-        return budget_used(self.progress, self.settings) >= 1
-
     def _percent(self) -> float:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
@@ -224,7 +219,7 @@ class Trainer:
         next_save = self.progress.seconds / 60 + self.settings.save_minutes
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
         with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
-            while not self.finished:
+            while budget_used(self.progress, self.settings) < 1:
                 if self._logged_step(bar):
                     self.save()
                     self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
@@ -283,6 +278,7 @@ class Trainer:
                 file.write(line + "\n")
             history = [*self.history, self.record(result)]
             export_model(self.folder / "model.pth.tar", self.ema.model, history, self._fit_tables if last else None)
+            self.finished = last
             self._draw_curves()
 
     def _fit_tables(self, model: TCM) -> None:
@@ -362,6 +358,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "objective": self.objective.describe(),
             "training": [*self.history, self.record({"step": self.progress.step, "patches": self.progress.patches})],
+            "history": len(self.history),  # records of "training" that are of earlier runs
         }
         write_checkpoint(self.folder / "last.pth.tar", state)
 
@@ -390,10 +387,10 @@ class Trainer:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        *self.history, _ = state["training"]  # the last is of this run so far
+        self.history = state["training"][: state.get("history")]
         path = self.folder / "validation.jsonl"
         if self.context.is_main and path.exists():  # forget validations that will be made again
-            done = self.finished  # then the last one is among them
+            done = budget_used(self.progress, self.settings) >= 1  # then the last one is among them
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
             with atomic_write(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
