@@ -53,11 +53,6 @@ class DistContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def local_world_size(self) -> int:
-        """Processes of this run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
     def exchange(self, values: Tensor, *numbers: float) -> tuple[list[float], list[float]]:
         """Means over the processes of values `[n]` on the device, and maxima of numbers of the host, the same in all.
 

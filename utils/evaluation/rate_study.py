@@ -14,7 +14,6 @@ from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
-from utils.device import out_of_memory_as_value_error
 from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import Column, Table
 from utils.files import atomic_write, finite, write_json
@@ -53,7 +52,6 @@ class Study:
         return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
 
 
-@out_of_memory_as_value_error()
 def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)

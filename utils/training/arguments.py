@@ -86,10 +86,15 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
 
 
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def default_workers() -> int:
     """Readers of one process: its share of the cores that this program may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(MAX_WORKERS, cores // local_processes()))
 
 
 def make_settings(args: argparse.Namespace, photographs: int, world_size: int) -> Settings:

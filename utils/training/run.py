@@ -14,7 +14,7 @@ from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.images import center_crop
 from utils.pictures import find_images
-from utils.training.arguments import MAX_VALIDATION, make_settings
+from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, decoded_gigabytes, read_all, usable
 from utils.training.trainer import Trainer, compile_networks, read_run
@@ -54,7 +54,7 @@ def train(
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
     gigabytes, cache = decoded_gigabytes(paths), None
-    copies = context.local_world_size if context.device.type == "cpu" else 1  # each process has its own
+    copies = local_processes() if context.device.type == "cpu" else 1  # each process has its own
     if copies * gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)
     elif context.is_main:
