@@ -212,7 +212,7 @@ def latents(model, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("length", "symbols", "refused"), [(4 * 10**6, 512, True), (4 * 10**6, 7 * 10**5, False)])
 def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end(length, symbols, refused):
-    """CompressAI's decoder does not check; a process of its own, as the end of that would be the end of this one."""
+    """Runs in another process: a decoder that reads beyond its stream may crash, and the other tests must go on."""
     program = f"""
 import torch
 from compressai.entropy_models import EntropyBottleneck
