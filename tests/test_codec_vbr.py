@@ -1,6 +1,7 @@
 """codec_vbr.py as a user runs it."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -214,17 +215,24 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
         codec("info", photos)
 
 
-def test_a_picture_without_room_on_the_gpu_is_named_and_the_others_coded(codec, photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error, where", (
+    (torch.OutOfMemoryError("CUDA out of memory"), "this GPU: try --device cpu"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "this machine"),
+    (RuntimeError("std::bad_alloc"), "this machine"),
+    (RuntimeError("could not create a primitive"), "this machine"),  # oneDNN's words
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine"),
+))
+def test_a_picture_without_room_is_named_and_the_others_coded(error, where, codec, photos, tmp_path, capsys, monkeypatch):
     real = AnalyzedImage.quantize
 
     def quantize(image, index, last=False):
         if image.width == 193:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real(image, index, last)
 
     monkeypatch.setattr(AnalyzedImage, "quantize", quantize)
     assert codec("encode", photos, tmp_path / "coded") == 1
-    assert "p3.png: too large for the memory of this GPU: try --device cpu" in capsys.readouterr().err
+    assert f"p3.png: too large for the memory of {where}" in capsys.readouterr().err
     assert len(list((tmp_path / "coded").iterdir())) == 7
 
 

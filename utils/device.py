@@ -84,9 +84,12 @@ def out_of_memory_as_value_error() -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that there was no memory, by whatever it was asked for.
 
-    PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells.
+    PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells. oneDNN says no more than
+    that it could not create a primitive; a shape that it does not support is another text ("primitive descriptor").
     """
     if isinstance(error, OSError):  # of mmap
         return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or str(error).strip() == "could not create a primitive":
+        return True
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text
+    return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc"))
