@@ -129,8 +129,7 @@ class QuantizedLatents:
     """All that is coded of a batch of images, before it is coded. Integers have as few bytes as hold them.
 
     Attributes:
-        y: symbols `[B, M, h, w]`; indexes: the rows of the scale table that code them; levels: those that the published
-            rule would choose, which say how large σ is.
+        y: symbols `[B, M, h, w]`; indexes: the rows of the scale table that code them.
         z: symbols, int32 `[B, C, h/4, w/4]`.
         y_hat: `[B, M, h, w]`, on the model's device; None where it was not asked for.
         side_info: of each image, for decoding on other machines; None where the indexes follow the published rule.
@@ -138,7 +137,6 @@ class QuantizedLatents:
 
     y: Tensor
     indexes: Tensor
-    levels: Tensor
     z: Tensor
     y_hat: Tensor | None
     side_info: list[SideInfo] | None
@@ -164,7 +162,7 @@ class SliceEncoder:
         self.shape, self.slices = y.shape, list(y.float().chunk(num_slices, 1))
         self.rounded_z, self.z, self.crcs = z, None, []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
-        self.done: list[list[Tensor]] = []  # symbols, indexes, levels, `[B, n]`
+        self.done: list[list[Tensor]] = []  # symbols and indexes, `[B, n]`
         self.portable = [PortableIndexes() for _ in y]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -194,23 +192,24 @@ class SliceEncoder:
             self._index_part(*parts)
 
     def _index_part(self, rounded: Tensor, sigma: Tensor) -> None:
-        symbols, levels = to_symbols(rounded), table_index(self.gaussian, sigma)
-        indexes = levels
-        if self.epsilon is not None:
+        symbols = to_symbols(rounded)
+        if self.epsilon is None:
+            indexes = table_index(self.gaussian, sigma)
+        else:
             images = zip(self.portable, rounded.int(), sigma, strict=True)
             parts = self.gaussian, self.tables.code_lengths
             indexes = torch.stack([one.add(*parts, *image, self.epsilon) for one, *image in images])
             self.crcs = [crc_of(one, crc) for one, crc in zip(symbols, self.crcs, strict=True)]
-        self.done.append([smallest_dtype(values.cpu()) for values in (symbols, indexes, levels)])
+        self.done.append([smallest_dtype(values.cpu()) for values in (symbols, indexes)])
 
     def finish(self, y_hat: Tensor | None) -> QuantizedLatents:
         """All that was collected, and ŷ."""
-        y, indexes, levels = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
+        y, indexes = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
         side_info = None
         if self.epsilon is not None:
             pairs = zip(self.portable, self.crcs, strict=True)
             side_info = [SideInfo(portable.pack(), crc) for portable, crc in pairs]
-        return QuantizedLatents(y, indexes, levels, self.z, y_hat, side_info)
+        return QuantizedLatents(y, indexes, self.z, y_hat, side_info)
 
 
 class SliceDecoder:

@@ -90,7 +90,7 @@ def test_symbols_in_parts_make_the_same_file(tiny, tall, monkeypatch):
     assert whole.quantized.y[0].numel() > 2**14 and whole.quantized.y.dtype.itemsize < 4
     parts = analyzed.quantize(2.0)
     assert analyzed.write(parts) == data and parts.bits == bits
-    assert torch.equal(parts.quantized.levels, whole.quantized.levels)
+    assert torch.equal(parts.quantized.indexes, whole.quantized.indexes)
     assert torch.equal(decode(tiny, data), expected)
 
 

@@ -187,13 +187,13 @@ def test_targets_are_met_with_a_map(varied, picture, mask, rate):
 
 
 def test_the_rate_model_follows_a_map(varied, picture, mask):
-    """Its shape is the sum over places of s · log2 m, as without a map where both regions have one index."""
+    """Its shape is the sum of the entropies at all places, as without a map where both regions have one index."""
     same = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, above=1e-9)).rate_model
     plain = AnalyzedImage(varied, picture).rate_model
-    levels = torch.randint(40, plain.y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert np.allclose(same.curve(levels).shape, plain.curve(levels).shape, rtol=1e-4)
+    rows = torch.randint(40, plain.y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert np.allclose(same.curve(2.0, rows).shape, plain.curve(2.0, rows).shape, rtol=1e-4)
     kept = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, index=2.5)).rate_model
-    rise, less = (np.ptp(model.curve(levels).shape) for model in (plain, kept))
+    rise, less = (np.ptp(model.curve(2.0, rows).shape) for model in (plain, kept))
     assert 0.8 * rise < less < 0.97 * rise  # of 48 cells four are kept
 
 

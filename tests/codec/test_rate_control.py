@@ -161,13 +161,13 @@ class FormulaImage:
     def quantize(self, index):
         return TrialEncode(index, self, self.bits(index))
 
-    def curve(self, levels):
+    def curve(self, index, rows):
         return RateCurve(100 * GRID)
 
     def write(self, trial):
         return bytes(int(trial.bits / 8))
 
-    levels = None
+    indexes = None
 
 
 def test_the_smallest_file_is_looked_for_where_rates_are_not_monotone():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.codec.rate_model import GRID, RateCurve, RateModel, entropy, sensitivity
+from utils.codec.rate_model import GRID, EntropyTable, RateCurve, RateModel, entropy
 
 
 def curve_of(shape, *measured) -> RateCurve:
@@ -29,9 +29,9 @@ def test_one_measurement_is_exact_where_the_slope_is_one():
 def test_two_measurements_find_a_slope_that_is_not_one(slope):
     shape = 300 * GRID**1.5
     truth = slope * shape + 900
-    curve = curve_of(shape, (2.5, truth[25]), (4.0, truth[40]))
+    curve = curve_of(shape, (2.5, truth[10]), (4.0, truth[16]))
     assert np.allclose(curve.predict(GRID), truth)
-    assert curve.solve(truth[7]) == pytest.approx(0.7)
+    assert curve.solve(truth[3]) == pytest.approx(0.75)
 
 
 def test_measurements_are_met_whatever_the_shape():
@@ -71,10 +71,10 @@ def test_targets_out_of_reach_give_the_nearest_end(bits, index):
 
 
 def test_a_level_curve_has_an_answer():
-    curve = curve_of(np.zeros(51), (2.5, 700.0))
+    curve = curve_of(np.zeros(len(GRID)), (2.5, 700.0))
     assert curve.solve(700.0) == 5.0
     curve.calibrate(4.0, 700.0)
-    assert curve.predict(GRID).tolist() == [700.0] * 51
+    assert curve.predict(GRID).tolist() == [700.0] * len(GRID)
     assert curve.solve(701.0) == 0.0  # all are equally near
 
 
@@ -83,15 +83,16 @@ def test_a_curve_without_a_measurement_is_refused():
         RateCurve(GRID).predict(1.0)
 
 
-def test_entropy_and_its_sensitivity(tiny):
+def test_entropies(tiny):
     assert entropy(50.0) == pytest.approx(math.log2(50 * math.sqrt(2 * math.pi * math.e)), abs=1e-3)
     assert entropy(0.11) < 1e-3
-    slopes = sensitivity(tiny.gaussian_conditional)
-    assert slopes.shape == (64,) and slopes.min() >= 0 and slopes.max() <= 1
-    assert slopes[0] < 0.01 and slopes[-1] > 0.999  # dead latents have none; wide ones the paper's slope of one
+    sigma = tiny.gaussian_conditional.scale_table
+    wide = torch.cat((sigma * math.exp(-2), sigma, sigma * math.exp(1.999)))
+    expected = [entropy(s) for s in wide.tolist()]
+    assert EntropyTable(sigma)(wide.log()).tolist() == pytest.approx(expected, abs=5e-3)
 
 
-def test_the_shape_is_the_sum_over_what_is_sensitive(tiny, image):
+def test_the_shape_is_the_sum_of_the_entropies(tiny, image):
     with torch.no_grad():
         y = tiny.features(image)
         model = RateModel(tiny, y)
@@ -100,7 +101,12 @@ def test_the_shape_is_the_sum_over_what_is_sensitive(tiny, image):
         assert torch.equal(model.scaled(3.3), scaled) and torch.equal(found, log_m) and rows == slice(0, y.shape[2])
         assert model.log2_m(3.3) == pytest.approx(float(log_m.double().sum()) / math.log(2))
         wide = torch.full(y.shape, 63, dtype=torch.uint8)  # σ of 256 steps: the paper's formula
-        curve = model.curve(wide)
+        curve = model.curve(2.0, wide)
         paper = [model.log2_m(index) for index in (0.0, 2.5, 5.0)]
-        assert np.allclose(np.diff(curve.shape[[0, 25, 50]]), np.diff(paper), rtol=1e-3)
-        assert not model.curve(torch.zeros_like(wide)).shape.any()  # nothing there: nothing to scale
+        assert np.allclose(np.diff(curve.shape[[0, 10, 20]]), np.diff(paper), atol=0.2)
+        assert not model.curve(2.0, torch.zeros_like(wide)).shape.any()  # nothing there: nothing to scale
+        rows = torch.randint(64, wide.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        curve, sigma = model.curve(2.0, rows), tiny.gaussian_conditional.scale_table[rows.int()]
+        ((_, before),), ((_, after),) = model.log_m(2.0), model.log_m(5.0)
+        scaled = (sigma * (after - before).exp())[rows > 0]
+        assert curve.shape[20] == pytest.approx(sum(map(entropy, scaled.tolist())), rel=1e-3)

@@ -20,7 +20,7 @@ def test_the_rate_model_is_measured_and_drawn(varied_checkpoint, photos, tmp_pat
     assert min(Image.open(picture).size) > 400
     found = json.loads(file.read_text())
     assert [len(image["bits"]) for image in found["images"]] == [21, 21]
-    assert found["means"]["sensitivity"]["r2"] > 0.9  # m alone changes with the index of these weights
+    assert found["means"]["entropy"]["r2"] > 0.9  # m alone changes with the index of these weights
 
 
 def test_a_rate_model_that_says_nothing(photos, tmp_path, capsys):

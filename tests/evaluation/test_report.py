@@ -103,7 +103,7 @@ def test_every_figure_is_that_of_the_json(report):
         assert float(cells[1][1]) == codec["encode_seconds"]
     expected = [codec[f"bd_{metric}"]["rate"]["value"] for codec in codecs[1:] for metric in ("psnr", "ms-ssim")]
     assert [value and float(value) for _, value in (cells[2] for cells in deltas)] == expected
-    assert float(fits[1][2][1]) == whole["rate_model"]["means"]["sensitivity"]["r2"]
+    assert float(fits[1][2][1]) == whole["rate_model"]["means"]["entropy"]["r2"]
     for table in tables:
         for text, value in (cell for row in table for cell in row):
             if value is not None:  # what is shown is the value, rounded

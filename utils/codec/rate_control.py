@@ -130,6 +130,6 @@ class RateController:
         trial = self.image.quantize(index)
         self.trials += 1
         if self.curve is None:
-            self.curve = self.image.rate_model.curve(trial.quantized.levels)
+            self.curve = self.image.rate_model.curve(index, trial.quantized.indexes)
         self.curve.calibrate(index, trial.bits)
         return trial

@@ -1,13 +1,13 @@
 """The R-λ model: bits at any rate index from the bits at one, and the index that meets a target (TCSVT 2025).
 
 Scaling a continuous latent by m adds log m to its entropy, so R(λ) = Σ log2 m(λ) + C, with C depending on the image
-alone. Quantized latents depart from that: one that is almost surely zero stays zero whatever its scale. The entropy of
-a rounded Gaussian of scale σ grows by s(σ) = dH/dlog2 σ bits for each doubling of σ: one bit where σ is several steps,
-and nothing where it is far below one. Rate control therefore uses
+alone. Quantized latents depart from that: one that is almost surely zero stays zero whatever its scale. Rate control
+therefore uses the entropy H of a rounded Gaussian,
 
-    R(λ) = Σ s(σ) · log2 m(λ) + C
+    R(λ) = Σ H(σ · m(λ) / m(λ₀)) + C
 
-with the σ that the entropy model gave at a trial encode. With s = 1 it is the paper's model.
+with the σ that the entropy model gave at a trial encode, at λ₀. Where σ is several steps, H(σ) is log2 σ plus a
+constant, and this is the paper's model; where σ is far below one step, H is zero at every λ.
 """
 
 import math
@@ -24,10 +24,11 @@ from models.coding_tables import rounded_gaussians
 from models.lambdas import MAX_INDEX
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
-GRID = np.linspace(0, MAX_INDEX, 51)
+GRID = np.linspace(0, MAX_INDEX, 21)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
 _SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
-_NEGLIGIBLE = 0.01  # latents whose bits hardly follow their scale are left out, to save time
+_REACH = 2.0  # the change of ln m between two indexes is less
+_LOG_STEP, _FINE = 1 / 8, 128  # of ln σ, where H is computed; and in how many parts these steps are cut
 
 
 def entropy(sigma: float) -> float:
@@ -36,12 +37,21 @@ def entropy(sigma: float) -> float:
     return float(-torch.special.xlogy(p, p).sum() / math.log(2))
 
 
-def sensitivity(gaussian: GaussianConditional) -> Tensor:
-    """s = dH/dlog2 σ at every level of the scale table, float32 on its device, between 0 and 1."""
-    levels = gaussian.scale_table.double().cpu()
-    step = 1.01
-    change = [entropy(s * step) - entropy(s / step) for s in levels.tolist()]
-    return (torch.tensor(change) / (2 * math.log2(step))).clamp(0, 1).to(gaussian.scale_table)
+class EntropyTable:
+    """H of rounded Gaussians by ln σ, as far around the levels of a scale table as m reaches, on its device."""
+
+    def __init__(self, scale_table: Tensor) -> None:
+        self.log_levels = scale_table.double().log().float()
+        self.first = float(self.log_levels[0]) - _REACH
+        count = math.ceil((float(self.log_levels[-1]) + _REACH - self.first) / _LOG_STEP) + 2
+        known = [entropy(math.exp(self.first + _LOG_STEP * i)) for i in range(count)]
+        fine = np.interp(np.arange(_FINE * (count - 1)) / _FINE, np.arange(count), known)
+        self.entropies = torch.from_numpy(fine).to(self.log_levels)
+
+    def __call__(self, log_sigma: Tensor) -> Tensor:
+        """Entropies in bits of `[n]`."""
+        at = (log_sigma - self.first).mul_(_FINE / _LOG_STEP).int()
+        return self.entropies.index_select(0, at)
 
 
 class RateCurve:
@@ -52,7 +62,7 @@ class RateCurve:
     where these are less than _MIN_DISTANCE apart.
 
     Args:
-        shape: Σ log2 m (or Σ s · log2 m) at the indexes of GRID, up to a constant.
+        shape: Σ log2 m (or Σ H) at the indexes of GRID, up to a constant.
     """
 
     def __init__(self, shape: Sequence[float]) -> None:
@@ -163,25 +173,28 @@ class RateModel:
         return sum(float(log_m.double().sum()) for _, log_m in self.log_m(index)) / math.log(2)
 
     @torch.no_grad()
-    def curve(self, levels: Tensor) -> RateCurve:
-        """Σ s(σ) · log2 m + C, not calibrated.
+    def curve(self, index: float, rows: Tensor) -> RateCurve:
+        """Σ H(σ · m / m(index)) + C, not calibrated.
 
         Args:
-            levels: of σ in the scale table, for every latent, `[1, M, h, w]`, at a trial encode.
+            index: of a trial encode.
+            rows: of the scale table that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
+                be anything below it: its latents are taken as dead.
         """
-        indexes, cells = torch.from_numpy(GRID)[:, None], None
+        points, cells = np.append(GRID, index)[:, None], None
         if self.quality_map:
-            indexes = torch.from_numpy(self.quality_map.indexes(GRID))  # [51, K]
+            points = self.quality_map.indexes(points[:, 0])  # [52, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
-        rates = self.mask.rate(indexes.flatten().float()).view(*indexes.shape, -1)  # [51, K, M]
-        every, shape = sensitivity(self.gaussian), np.zeros(len(GRID))
+        *rates, own = self.mask.rate(torch.from_numpy(points).flatten().float()).view(len(points), -1)  # [K · M] each
+        table, shape = EntropyTable(self.gaussian.scale_table), np.zeros(len(GRID))
         for here, content in self.content():
-            weights = every[levels[:, :, here].to(every.device).int()].flatten()
-            chosen = (weights > _NEGLIGIBLE).nonzero().flatten()
-            weights, values = weights[chosen] / math.log(2), content.flatten()[chosen]
-            places = content[0, 0].numel()
-            channels = chosen // places
-            cell = 0 if cells is None else cells[here].flatten()[chosen % places]
-            log_m = (self.mask.log_m(rate[cell, channels], values) for rate in rates)
-            shape += [float((values * weights).double().sum()) for values in log_m]
+            rows_here = rows[:, :, here].to(content.device).int().flatten()
+            alive = rows_here.nonzero().flatten()
+            values, places = content.flatten()[alive], content[0, 0].numel()
+            which = alive // places
+            if cells is not None:
+                which += self.y.shape[1] * cells[here].flatten()[alive % places]
+            log_m = (self.mask.log_m(rate.index_select(0, which), values) for rate in (own, *rates))
+            log_sigma = table.log_levels[rows_here[alive]] - next(log_m)
+            shape += [float(table(log_sigma + change).double().sum()) for change in log_m]
         return RateCurve(shape)

@@ -20,7 +20,7 @@ from utils.files import atomic_write, finite, write_json
 
 INDEXES = np.linspace(0, MAX_INDEX, 21)
 FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
-MODELS = {"paper": "Σ log2 m", "sensitivity": "Σ s(σ) · log2 m"}
+MODELS = {"paper": "Σ log2 m", "entropy": "Σ H(σ · m)"}
 
 
 @dataclass
@@ -55,10 +55,10 @@ class Study:
 def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
-    curve = analyzed.rate_model.curve(analyzed.quantize(FIRST_INDEX).quantized.levels)
+    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.indexes)
     models = {
         "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
-        "sensitivity": curve.shape_at(INDEXES),
+        "entropy": curve.shape_at(INDEXES),
     }
     bits = np.array([analyzed.quantize(index).bits for index in INDEXES])
     return Study(name, model.metric, analyzed.pixels, bits, models)
@@ -122,7 +122,7 @@ def draw(studies: list[Study]) -> Figure:
     for number, s in enumerate(studies):
         labels = (None, None) if number else ("measured", "predicted from one trial")
         (line,) = curves.plot(lambdas, s.bits / s.pixels, "-", linewidth=1, label=labels[0])
-        predicted = s.predict("sensitivity") / s.pixels
+        predicted = s.predict("entropy") / s.pixels
         curves.plot(lambdas, predicted, ":", color=line.get_color(), linewidth=1.5, label=labels[1])
     curves.set(xscale="log", xlabel="λ", ylabel="bits per pixel", title="R(λ) of every image")
     curves.set_xticks(lambdas[::4], [f"{lmbda:g}" for lmbda in lambdas[::4]], rotation=30)
