@@ -105,6 +105,11 @@ def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         yield from ((file, file.relative_to(path).parent if Path(path).is_dir() else Path()) for file in found)
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, whose name says nothing about its content."""
+    return path.exists() and not path.is_file()
+
+
 def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]], bool]:
     """The files to read, each with the file to write, and whether these go to a folder, which mirrors subfolders.
 
@@ -116,7 +121,7 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     if not to_folder:
         if args.command == "encode" and output.suffix.lower() in suffixes():
             raise cli.UserError(f"{output}: the name of a picture; what is written is a {SUFFIX} file")
-        if args.command == "decode" and output.suffix.lower() not in ("", ".png") and not output.exists():
+        if args.command == "decode" and output.suffix.lower() not in ("", ".png") and not is_special(output):
             raise cli.UserError(f"{output}: pictures are written as PNG, so its name must end in .png")
         return [(sources[0][0], output)], False
     if args.output == "-":
@@ -179,7 +184,7 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
         result = encode.encode(model, image, request, lambda step: bar.update(step.number > 0))
-    message = describe(result, pixels.shape[1], pixels.shape[0])
+    message = describe(result, request.has_target, pixels.shape[1], pixels.shape[0])
     if args.verify:
         decoded = decode.decode(model, result.data)
         message += f", verified: {psnr(image, decoded):.2f} dB"
@@ -190,20 +195,21 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     return message
 
 
-def describe(result: "EncodeResult", width: int, height: int) -> str:
+def describe(result: "EncodeResult", has_target: bool, width: int, height: int) -> str:
     """A file in words: size, rate, time, target and refinement."""
     refinement = result.refinement
     seconds = result.seconds + (refinement.seconds if refinement else 0)
     parts = [f"{len(result.data)} bytes", f"{8 * len(result.data) / (height * width):.4f} bpp"]
     parts += [] if result.index is None else [f"index {result.index:.4g}"]
     parts += [f"{width}×{height}", f"{seconds:.2f} s"]
-    parts += [] if result.error is None else [f"{100 * result.error:+.2f} % off the target"]
+    goal = "target" if has_target else "size before refinement"
+    parts += [] if result.error is None else [f"{100 * result.error:+.2f} % off the {goal}"]
     parts += [f"the target is {result.note}"] if result.note else []
-    parts += [] if result.error is None else [f"{result.trials} trial{'' if result.trials == 1 else 's'}"]
+    parts += [f"{result.trials} trial{'' if result.trials == 1 else 's'}"] if has_target else []
     if refinement and refinement.chosen:
         before, after = refinement.before, refinement.after
         change = 100 * (after.bpp / before.bpp - 1)
-        parts += [f"refined: {after.psnr - before.psnr:+.2f} dB", f"{change:+.2f} % bits"]
+        parts += [f"refined: {refinement.gain:+.2f} dB", f"{change:+.2f} % bits"]
     elif refinement:
         parts += ["refined: nothing better found"]
     return ", ".join(parts)
@@ -251,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(f"{done[0]}: exists; --force overwrites it")
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
-        work = [(source, target) for source, target in work if target not in done]
+        finished = set(done)
+        work = [(source, target) for source, target in work if target not in finished]
 
     @functools.cache
     def load() -> "TCM":

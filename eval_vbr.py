@@ -107,6 +107,7 @@ def measure(
     if not results:
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
+    groups = [group for group in groups if group]
     if context.is_main:
         table = results_table(bool(args.mask or args.roi))
         print(table.header)
@@ -135,13 +136,17 @@ def main(argv: list[str] | None = None) -> int:
     # What may be wrong is found before hours of measuring.
     shown = report.named(find_images(args.show), paths) if args.show else report.spread(paths)
     earlier = [(file, comparison.read_codecs(file)) for file in args.compare]
-    if args.report:
-        Path(args.report).mkdir(parents=True, exist_ok=True)
+    for folder in (args.report, args.json and Path(args.json).parent):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    known = anchors.available(args.anchors)
     files = args.checkpoint if args.measure else []
     models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]
     for file, model in zip(files, models, strict=True):
         if args.lmd and not isinstance(model, TCM_VBR):
             raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
+        if (args.mask or args.roi) and not isinstance(model, TCM_VBR):
+            raise cli.UserError(f"{file}: a fixed-rate TCM knows no regions; leave out --mask and --roi")
         if context.is_main:
             cli.print_weights(file)
         model.prepare()
@@ -154,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         codecs.append(codec)
         failed = max(failed, broken)
     codecs = comparison.join_fixed_rates(codecs)
-    ours, known = max(1, len(codecs)), anchors.available(args.anchors)
+    ours = max(1, len(codecs))
     codecs += anchors.measure_all(known, paths, context)
     context.close()
     if not context.is_main:

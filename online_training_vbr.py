@@ -83,6 +83,10 @@ class Row:
         return self.encoded.refinement.seconds if self.encoded.refinement else 0.0
 
     @property
+    def gain(self) -> float:
+        return self.encoded.refinement.gain if self.encoded.refinement else 0.0
+
+    @property
     def loss_change(self) -> float:
         return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
 
@@ -94,7 +98,7 @@ TABLE = Table(
     Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
     Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
     Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-    Column("ΔPSNR", 6, 3, lambda row: row.result.psnr - row.plain.psnr),
+    Column("ΔPSNR", 6, 3, lambda row: row.gain),
     Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
     Column("error %", 8, 3, lambda row: row.error),
     Column("trials", 6, 1, lambda row: row.encoded.trials),
@@ -193,8 +197,8 @@ def tell(context: "DistContext", text: str) -> None:
 
 
 def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
-    """The results with refinement ("result") or without ("plain"), of each request."""
-    return [[getattr(row, kind) for row in group] for group in rows]
+    """The results with refinement ("result") or without ("plain"), of each request that has any."""
+    return [[getattr(row, kind) for row in group] for group in rows if group]
 
 
 def bd_rate_of_refinement(rows: list[list[Row]]) -> str:

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture, when no checkpoint gives one")
     add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
-    add("--N", type=int, metavar="N", help="width of the transforms, in place of the preset's")
+    add("--N", type=int, metavar="N", help="half the width of the transforms, a multiple of 32, in place of the preset's")
     add_run_arguments(parser, save_path="runs/train_vbr")
     return parser.parse_args(argv)
 

@@ -29,7 +29,7 @@ class CodingTables:
         self.sizes = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
-        self._lengths: Tensor | None = None
+        self._lengths: dict[torch.device, Tensor] = {}  # of all symbols within reach and all rows
         self._reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def fewest_bits(self, indexes: Tensor) -> float:
@@ -49,13 +49,13 @@ class CodingTables:
     def code_lengths_within_reach(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         """As `code_lengths`, with symbols far beyond the tables clamped: without a wait for a GPU."""
         reach = self._reach
-        if self._lengths is None:
+        if not self._lengths:
             every = torch.arange(-reach, reach + 1, dtype=torch.int32).repeat(len(self.cdfs))
             rows = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
-            self._lengths = self._compute_lengths(every, rows)
-        if self._lengths.device != symbols.device:
-            self._lengths = self._lengths.to(symbols.device)
-        return self._lengths[indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
+            self._lengths[rows.device] = self._compute_lengths(every, rows)
+        if symbols.device not in self._lengths:
+            self._lengths[symbols.device] = next(iter(self._lengths.values())).to(symbols.device)
+        return self._lengths[symbols.device][indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
 
     def _compute_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         offsets, sizes = torch.tensor(self.offsets), torch.tensor(self.sizes)

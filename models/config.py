@@ -58,7 +58,7 @@ class TCMConfig:
             _need(inter > 0 and inter % 16 == 0, f"inter_dim must be a positive multiple of 16, not {inter}")
 
     def canonical(self) -> "TCMConfig":
-        """The same network, with one value for what leaves no trace in it (as `infer_config` finds it)."""
+        """The same network, with one value for what leaves no trace in it."""
         supports = self.num_slices if self.max_support_slices >= self.num_slices - 1 else self.max_support_slices
         heads = [width if blocks else self.N for width, blocks in zip(self.head_dim, self.config, strict=True)]
         return replace(self, head_dim=heads, drop_path_rate=0.0, max_support_slices=supports)

@@ -119,6 +119,10 @@ def test_decoding_writes_png(codec, photos, tmp_path):
     codec("encode", photos / "p0.png", tmp_path / "a.tvbr")
     with pytest.raises(cli.UserError, match="back.jpg: pictures are written as PNG"):
         codec("decode", tmp_path / "a.tvbr", tmp_path / "back.jpg")
+    before = (tmp_path / "a.tvbr").read_bytes()
+    with pytest.raises(cli.UserError, match="a.tvbr: pictures are written as PNG"):
+        codec("decode", tmp_path / "a.tvbr", tmp_path / "a.tvbr", "--force")
+    assert (tmp_path / "a.tvbr").read_bytes() == before
 
 
 def test_streams_as_shells_leave_them(codec, photos, tmp_path):
@@ -217,6 +221,8 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
 
 @pytest.mark.parametrize("error, where", (
     (torch.OutOfMemoryError("CUDA out of memory"), "this GPU: try --device cpu"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "this GPU: try --device cpu"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "this GPU: try --device cpu"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "this machine"),
     (RuntimeError("std::bad_alloc"), "this machine"),
     (RuntimeError("could not create a primitive"), "this machine"),  # oneDNN's words

@@ -120,6 +120,13 @@ def _what_it_is(path: Path) -> str:
     return ""
 
 
+def trained_lambda(checkpoint: dict) -> float | None:
+    """λ of a fixed-rate TCM by its file; None where that does not say. The last record is not of its training where
+    only its tables were fitted since."""
+    records = [*checkpoint.get("training", ()), checkpoint.get("objective", {})]
+    return next((record["lmd"] for record in reversed(records) if "lmd" in record), None)
+
+
 def build_model(checkpoint: dict, path: str | Path) -> TCM:
     """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 

@@ -77,7 +77,8 @@ def out_of_memory_as_value_error() -> Iterator[None]:
     except (RuntimeError, OSError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        where = "this GPU: try --device cpu" if "CUDA" in str(error) else "this machine"
+        on_gpu = any(name in str(error) for name in ("CUDA", "cuDNN"))
+        where = "this GPU: try --device cpu" if on_gpu else "this machine"
         raise ValueError(f"too large for the memory of {where}") from None
 
 
@@ -92,4 +93,4 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or str(error).strip() == "could not create a primitive":
         return True
     text = str(error).lower()
-    return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc"))
+    return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))

@@ -99,7 +99,7 @@ def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """The middle of uint8 `[3, H, W]`: at most size × size, sides multiples of 128."""
+    """A copy of the middle of uint8 `[3, H, W]`: at most size × size, sides multiples of 128."""
     height, width = (min(size, side // STRIDE * STRIDE) for side in image.shape[1:])
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top : top + height, left : left + width]
+    return image[:, top : top + height, left : left + width].clone()

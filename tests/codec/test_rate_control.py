@@ -12,7 +12,7 @@ from utils.codec.encode import encode
 from utils.codec.rate_control import EXTRA_TRIALS, FIRST_INDEX, RateController, UnreachableError
 from utils.codec.rate_model import GRID, RateCurve
 from utils.codec.refinement import _move_to_rate
-from utils.codec.request import EncodeRequest, Target
+from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import to_uint8
 
 
@@ -194,11 +194,14 @@ def test_a_search_everywhere_is_spared_where_rates_lie_far_apart():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"index": 6}, {"index": math.nan}, {"index": 1, "bpp": 1}, {"bpp": 1, "bytes": 9}, {"max_bytes": 0}],
+    [{"index": 6}, {"index": math.nan}, {"index": 1, "bpp": 1}, {"bpp": 1, "bytes": 9}, {"max_bytes": 0}]
+    + [{"max_bytes": 9, "keep_rate": True}],
 )
 def test_requests_that_contradict_themselves_are_refused(arguments):
     with pytest.raises(ValueError):
         EncodeRequest(**arguments)
+    with pytest.raises(ValueError, match="0 steps or more"):
+        RefinementSettings(-1)
 
 
 def test_a_request_of_no_rate_is_refused(varied):

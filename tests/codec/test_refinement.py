@@ -1,10 +1,12 @@
 """DLM: the latents of one picture are refined by gradient descent, and the weights stay as they are."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from codec_vbr import describe
 from models.lambdas import index_to_lambda
 from utils.codec import encode as encode_module
 from utils.codec.analyzed import AnalyzedImage
@@ -140,6 +142,10 @@ def test_an_index_may_keep_its_rate(varied, picture):
     result = encode(varied, picture, request_of(1.5, 8, keep_rate=True))
     assert abs(result.refinement.after.bpp / result.refinement.before.bpp - 1) <= 0.005
     assert gain(result) > 0 and result.error is not None
+    said = describe(result, False, 260, 150)
+    assert "off the size before refinement" in said and "trial" not in said
+    exact = replace(result.refinement.after, psnr=math.inf)
+    assert replace(result.refinement, before=exact, after=exact).gain == 0
 
 
 def test_targets_out_of_reach_still_give_a_file(varied, picture):

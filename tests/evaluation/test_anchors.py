@@ -46,6 +46,25 @@ def test_qualities_go_from_few_bits_to_many(name, picture):
     assert min(low.encode_seconds, low.decode_seconds) > 0
 
 
+def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(picture, tmp_path, capsys, monkeypatch):
+    """A side of a JPEG has at most 65,500 pixels. And a curve leaves out a rate at which every picture failed."""
+    Image.new("RGB", (2, 65501)).save(tmp_path / "long.png")
+    (codec,) = anchors.measure_all(["jpeg"], [picture, tmp_path / "long.png"], ALONE)
+    assert {row["image"] for row in codec["images"]} == {"picture.png"}
+    assert "long.png: JPEG 4:2:0: " in capsys.readouterr().err
+    real = anchors.encode
+
+    def fails(image, codec, quality):
+        if quality == 10:
+            raise ValueError("no room")
+        return real(image, codec, quality)
+
+    monkeypatch.setattr(anchors, "encode", fails)
+    (codec,) = anchors.measure_all(["jpeg"], [picture], ALONE)
+    rates = codec["results"]["bpp"]
+    assert len(rates) == len(anchors.CODECS["jpeg"].qualities) - 1 and None not in rates
+
+
 def test_the_scripts_choices_are_the_codecs():
     assert tuple(anchors.CODECS) == eval_vbr.ANCHORS
 

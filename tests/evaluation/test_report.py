@@ -14,8 +14,11 @@ from PIL import Image
 
 import eval_vbr
 import online_training_vbr
+from models import TCM
 from models.lambdas import index_to_lambda
+from tests.conftest import TINY
 from utils import cli
+from utils.checkpoint import export_model
 from utils.evaluation.plots import rd_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -126,13 +129,21 @@ def test_the_same_command_gives_the_same_json_but_for_times(report, tmp_path):
     assert whole["made"]["versions"]["torch"] and len(whole["checkpoint"]["fingerprint"]) >= 16
 
 
-def test_what_is_wrong_is_said_before_anything_is_measured(report, made_photos, tmp_path, monkeypatch):
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    report, made_photos, varied_checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setattr(eval_vbr, "measure", None)  # which would fail
     arguments = report[2][: report[2].index("--json")]
     (tmp_path / "file").write_text("")
     for more in (["--compare", str(tmp_path / "none.json")], ["--report", str(tmp_path / "file")]):
         with pytest.raises((cli.UserError, OSError), match=re.escape(more[1])):
             eval_vbr.main([*arguments, *more])
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+        eval_vbr.main([*arguments, "--json", str(tmp_path / "file" / "r.json")])
+    export_model(tmp_path / "tcm.pth.tar", TCM(**TINY).eval(), [])
+    with pytest.raises(cli.UserError, match="knows no regions"):
+        both = ["--checkpoint", varied_checkpoint, str(tmp_path / "tcm.pth.tar")]
+        eval_vbr.main(["-d", str(made_photos), *both, "--roi", "0,0,64,64", "--mask-index", "4"])
     with pytest.raises(cli.UserError, match="p1.png: not one of the pictures"):
         eval_vbr.main([*arguments, "--report", str(tmp_path / "page"), "--show", str(made_photos / "p1.png")])
 

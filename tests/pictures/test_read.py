@@ -32,10 +32,10 @@ def read(image: Image.Image | bytes, format: str = "PNG", **options) -> tuple[np
     return read_pixels(image, note=lambda text, once=False: notes.append(text)), notes
 
 
-def png(image: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
+def png(image: Image.Image, *chunks: tuple[bytes, bytes], **options) -> bytes:
     """A PNG file with further chunks after its header."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", **options)
     added = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     return file.getvalue()[:33] + b"".join(added) + file.getvalue()[33:]
 
@@ -137,6 +137,13 @@ def test_color_chunks_of_png(smooth):
     assert np.array_equal(by_number, by_primaries) and not np.array_equal(by_number, as_it_is)
     pixels, notes = read(png(smooth, (b"cICP", bytes([9, 16, 0, 1]))))  # PQ
     assert np.array_equal(pixels, as_it_is) and "cICP 9, 16" in notes[0]
+    with Image.open(P3) as image:  # a PNG may have a profile for readers that do not know cICP
+        profile = image.info["icc_profile"]
+    both, _ = read(png(smooth, (b"cICP", bytes([1, 13, 0, 1])), icc_profile=profile))
+    assert np.array_equal(both, as_it_is)
+    only, _ = read(smooth, icc_profile=profile)
+    unknown, notes = read(png(smooth, (b"cICP", bytes([9, 16, 0, 1])), icc_profile=profile))
+    assert np.array_equal(unknown, only) and not np.array_equal(only, as_it_is) and not notes
     pixels, notes = read(png(smooth, (b"cICP", bytes([1]))))
     assert np.array_equal(pixels, as_it_is) and "cICP is broken" in notes[0]
 

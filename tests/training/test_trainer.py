@@ -178,6 +178,20 @@ def test_static_stage_moves_the_laes_alone(photos, tcm, tmp_path, six_teachers):
         assert f"{lae}.mask.alpha" in moved and f"{lae}.mask.lmd_map.fc_layers.1.bias" in moved
 
 
+def test_teachers_whose_tables_were_fitted_or_that_do_not_name_their_metric(six_teachers, tmp_path):
+    """As after --stage tables, whose record has no λ; and published weights, here for MS-SSIM."""
+    ladder, student = LADDERS["ms-ssim"], TCM(**TINY)
+    student.metric = "ms-ssim"
+    files = [tmp_path / f"{letter}.pth.tar" for letter in "abcdef"]
+    for file, lmbda, teacher in zip(files, ladder, six_teachers[1], strict=True):
+        export_model(file, teacher, [{"lmd": lmbda}, {"stage": "tables"}])
+    with pytest.raises(cli.UserError, match="a TCM for mse"):
+        read_teachers(str(tmp_path), ladder, student)
+    for file in files:
+        torch.save({key: value for key, value in read_checkpoint(file).items() if key != "metric"}, file)
+    assert [teacher.metric for teacher in read_teachers(str(tmp_path), ladder, student)] == ["ms-ssim"] * 6
+
+
 def test_static_loss_is_the_published_one(six_teachers):
     """Against the formula of SPEC 4, sample by sample."""
     folder, teachers = six_teachers

@@ -1,7 +1,7 @@
 """From a picture to its file: at a rate index or of a target size, with latents refined or not (DLM; TCSVT 2025)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,6 +46,12 @@ class Refinement:
     loss_change: float
     seconds: float
 
+    @property
+    def gain(self) -> float:
+        """In PSNR, dB."""
+        before, after = self.before.psnr, self.after.psnr
+        return 0.0 if before == after else after - before  # both may be infinite
+
 
 @dataclass(frozen=True)
 class EncodeResult:
@@ -54,7 +60,8 @@ class EncodeResult:
     Attributes:
         data, index: the file, and its rate index (None for a fixed-rate model).
         trials: indexes tried besides that of the file.
-        error: relative distance of the size from the target; None without a target, and for a cap above every file.
+        error: relative distance of the size from the target, or with `keep_rate` from the size before refinement; None
+            without either, and for a cap above every file.
         note: why the target was not met; empty where it was.
         refinement: None where none was asked for.
         seconds: analysis, rate control and coding, without refinement.
@@ -115,7 +122,7 @@ def encode(
     error, note = None, ""
     if target is not None:
         if not target.allows(8 * len(data)):
-            raise UnreachableError(trial)
+            raise UnreachableError(replace(trial, bits=8.0 * len(data)))
         error, note = _target_error(target, data, index, analyzed.pixels, controller.reach)
     return EncodeResult(data, index, max(0, controller.trials - 1), error, note, refinement, seconds)
 

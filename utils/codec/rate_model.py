@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 
 from models import TCM_VBR
@@ -183,7 +182,7 @@ class RateModel:
         """
         points, cells = np.append(GRID, index)[:, None], None
         if self.quality_map:
-            points = self.quality_map.indexes(points[:, 0])  # [52, K]
+            points = self.quality_map.indexes(points[:, 0])  # [22, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
         *rates, own = self.mask.rate(torch.from_numpy(points).flatten().float()).view(len(points), -1)  # [K · M] each
         table, shape = EntropyTable(self.gaussian.scale_table), np.zeros(len(GRID))

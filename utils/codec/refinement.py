@@ -170,7 +170,7 @@ def descend(
     def rank(step: Step) -> tuple[float, float]:
         return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
 
-    with _training_latents(model, tiles[0].outer_pixels, settings.seed, device):
+    with _training_latents(model, max(tile.outer_pixels for tile in tiles), settings.seed, device):
         for number in range(settings.steps + 1):
             progress = number / max(1, settings.steps)
             temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress

@@ -41,6 +41,10 @@ class RefinementSettings:
     learning_rate: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"refinement has 0 steps or more, not {self.steps}")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -95,6 +99,8 @@ class EncodeRequest:
             raise ValueError(f"a target must be positive, not {targets[0]:g}")
         if self.index is not None and not 0 <= self.index <= MAX_INDEX:
             raise ValueError(f"the rate index must lie in [0, {MAX_INDEX:g}], not {self.index:g}")
+        if self.keep_rate and targets:
+            raise ValueError("a target is a rate to keep itself: not keep_rate beside it")
 
     def target(self, pixels: int) -> Target | None:
         """The target for a picture of this many pixels."""

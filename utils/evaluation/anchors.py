@@ -81,9 +81,12 @@ def available(names: Iterable[str]) -> list[str]:
 
 
 def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
-    """The file of a picture, uint8 `[3, H, W]`."""
+    """The file of a picture, uint8 `[3, H, W]`. ValueError where the codec cannot make one."""
     file = io.BytesIO()
-    Image.fromarray(to_pixels(image)).save(file, codec.format, **codec.options(quality))
+    try:
+        Image.fromarray(to_pixels(image)).save(file, codec.format, **codec.options(quality))
+    except (OSError, RuntimeError) as error:  # by which Pillow's encoders fail, and those of plugins
+        raise ValueError(f"{codec.title}: {error}") from None
     return file.getvalue()
 
 
@@ -110,5 +113,6 @@ def measure_all(names: list[str], paths: list[Path], context: DistContext) -> li
     for name in names:
         results = [result for codec, result in found if codec == name]
         groups = [[result for result in results if result.index == quality] for quality in CODECS[name].qualities]
+        groups = [group for group in groups if group]
         codecs.append(to_json(groups, CODECS[name].title, "real files by Pillow", results))
     return codecs

@@ -258,9 +258,9 @@ def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None
     text = f"Bits of {len(studies)} pictures at {len(rate_study.INDEXES)} rates, measured and predicted from one trial."
     text += (
         " R is the size in bits, m the scale that the network gives a latent for a rate index, C a constant of the"
-        " picture, H(σ · m) the entropy of a rounded Gaussian of scale σ that m scales. The first model is the paper's, the"
-        " second is what rate control uses. A model holds where its slope is near one between all indexes (medians), not"
-        " only in the mean."
+        " picture, H(σ · m) the entropy of a rounded Gaussian of scale σ that m scales. The first model is the"
+        " paper's, the second is what rate control uses. A model holds where its slope is near one between all"
+        " indexes (medians), not only in the mean."
     )
     plot = render(lambda: rate_study.draw(studies), "rate_model", alt, folder)
     return Section("The R-λ model", text, [plot], [Table("Means over these pictures", columns, rows)])

@@ -52,26 +52,25 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
         data: the bytes of its file.
         note: called with a line where a profile cannot be used.
     """
+    cicp = _png_cicp(data) if image.format == "PNG" else b""
+    if cicp and len(cicp) != 4:
+        note("its chunk cICP is broken and was ignored")
+    elif cicp:
+        primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
+        if primaries is not None and transfer is not None:
+            rgb = _plain(image)
+            return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)
+        if not image.info.get("icc_profile"):  # which is meant for readers that do not know the others
+            note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
+            return _plain(image)
     if profile := image.info.get("icc_profile"):
         try:
             return _by_profile(image, profile)
         except Exception as error:  # damaged, or of another kind of picture
             note(f"its color profile cannot be used, and its samples are taken as sRGB ({error})")
-    transparent = image.mode == "P" and "transparency" in image.info  # Pillow warns about these otherwise
-    rgb = (image.convert("RGBA") if transparent else image).convert("RGB")
-    if image.format != "PNG":
-        return rgb
-    cicp = _png_cicp(data)
-    if cicp and len(cicp) != 4:
-        note("its chunk cICP is broken and was ignored")
-    elif cicp:
-        primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
-        if primaries is None or transfer is None:
-            note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
-            return rgb
-        return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)
+    rgb = _plain(image)
     gamma, chromaticity = image.info.get("gamma"), image.info.get("chromaticity")
-    if profile or "srgb" in image.info or not (gamma or chromaticity):
+    if image.format != "PNG" or profile or "srgb" in image.info or not (gamma or chromaticity):
         return rgb
     primaries = tuple(chromaticity) if chromaticity else SRGB
     usual = not gamma or abs(gamma - 0.45455) < 0.005  # the value that programs write for sRGB
@@ -82,6 +81,12 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
     except (np.linalg.LinAlgError, ZeroDivisionError):
         note("its color chunks make no sense: its samples are taken as sRGB")
         return rgb
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The samples as RGB."""
+    transparent = image.mode == "P" and "transparency" in image.info  # Pillow warns about these otherwise
+    return (image.convert("RGBA") if transparent else image).convert("RGB")
 
 
 def _by_profile(image: Image.Image, data: bytes) -> Image.Image:

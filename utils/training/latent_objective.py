@@ -9,7 +9,7 @@ from models import TCM
 from models.lambdas import LADDER
 from models.latent_map import TCM_Mapped
 from utils import cli
-from utils.checkpoint import CheckpointError, build_model, read_checkpoint
+from utils.checkpoint import CheckpointError, build_model, read_checkpoint, trained_lambda
 from utils.training.objectives import FixedRateObjective, Noise
 
 
@@ -61,20 +61,20 @@ class LatentMapObjective(FixedRateObjective):
 def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, list[dict]]:
     """The objective of the map between both codecs, whose weights have no training record."""
     high, _ = _read_tcm(args.high)
-    low, record = _read_tcm(args.low)
+    low, lmbda = _read_tcm(args.low)
     if "ms-ssim" in (high.metric, low.metric):
         raise cli.UserError("the experiment is between TCMs for MSE; one of these was trained for MS-SSIM")
     if high.M != low.M:
         raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
     mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentMapObjective(mapped, low, args.lmd or record.get("lmd", LADDER[0])), []
+    return LatentMapObjective(mapped, low, args.lmd or lmbda or LADDER[0]), []
 
 
-def _read_tcm(path: str) -> tuple[TCM, dict]:
-    """A fixed-rate codec, and the description of its training."""
+def _read_tcm(path: str) -> tuple[TCM, float | None]:
+    """A fixed-rate codec, and its λ where its file has it."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     if type(model) is not TCM:
         raise CheckpointError(f"{path}: holds a {type(model).__name__}; the experiment is between two fixed-rate TCMs")
-    return model, checkpoint.get("objective") or (checkpoint.get("training") or [{}])[-1]
+    return model, trained_lambda(checkpoint)

@@ -66,6 +66,7 @@ def train(
     dataset = PatchDataset(paths, size, args.seed, repeat=objective.repeat, cache=cache)
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=quiet)
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
+    del found  # whole photographs
 
     on_one_cpu = context.world_size == 1 and context.device.type == "cpu"
     if on_one_cpu and not state and (cores := torch.get_num_threads()) > 1:

@@ -9,7 +9,7 @@ from models import TCM, TCM_VBR
 from models.config import PRESETS
 from models.lambdas import LADDERS
 from utils import cli
-from utils.checkpoint import build_model, read_checkpoint
+from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
 from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
 
@@ -60,15 +60,17 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         if not path.name.endswith((".pth", ".pt", ".tar", ".safetensors")) or path.name == "last.pth.tar":
             continue
         checkpoint = read_checkpoint(path)
-        record = (checkpoint.get("training") or [{}])[-1]
+        lmbda = trained_lambda(checkpoint)
         names = {float(number) for part in path.parts[-2:] for number in re.findall(r"\d+(?:\.\d+)?", part)}
-        lambdas = {record["lmd"]} if "lmd" in record else names & set(ladder)
+        lambdas = {lmbda} if lmbda is not None else names & set(ladder)
         if len(lambdas) != 1 or not lambdas <= set(ladder):
             raise cli.UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
         lmbda = lambdas.pop()
         if lmbda in found:
             raise cli.UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
         teacher = build_model(checkpoint, path)
+        if "metric" not in checkpoint:  # published weights do not say
+            teacher.metric = student.metric
         if type(teacher) is not TCM or teacher.metric != student.metric:
             kind = f"a {type(teacher).__name__} for {teacher.metric}"
             raise cli.UserError(f"{path}: {kind}; teachers are TCMs for {student.metric}")

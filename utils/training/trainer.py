@@ -233,6 +233,9 @@ class Trainer:
                 elif minutes >= next_save:
                     next_save = minutes + self.settings.save_minutes
                     self.save()
+                else:
+                    continue
+                self.context.gather(None)  # the main process writes; the others would count the wait as training
                 self.lap += time.monotonic() - paused
         self.save()  # first: what follows may be interrupted
         self.validate(last=True)
