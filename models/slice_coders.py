@@ -149,21 +149,23 @@ class SliceEncoder:
     between slices, and what a large picture keeps of its symbols and σ is a few bytes.
 
     Args:
+        slices: of y, `[B, M/S, h, w]` each; the list is used up, so that a slice that nothing else holds is freed.
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: of the portable indexes; None for those of the published rule.
         choose: makes the symbols.
     """
 
     def __init__(
-        self, gaussian: GaussianConditional, tables: CodingTables, y: Tensor, z: Tensor, num_slices: int,
+        self, gaussian: GaussianConditional, tables: CodingTables, slices: list[Tensor], z: Tensor,
         epsilon: float | None, choose: Choice,
     ) -> None:
         self.gaussian, self.tables, self.epsilon, self.choose = gaussian, tables, epsilon, choose
-        self.shape, self.slices = y.shape, list(y.float().chunk(num_slices, 1))
+        batch, channels, height, width = slices[0].shape
+        self.shape, self.slices = (batch, channels * len(slices), height, width), slices
         self.rounded_z, self.z, self.crcs = z, None, []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
         self.done: list[list[Tensor]] = []  # symbols and indexes, `[B, n]`
-        self.portable = [PortableIndexes() for _ in y]
+        self.portable = [PortableIndexes() for _ in range(batch)]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         # Contiguous, so that to flatten them in the order of coding copies nothing.

@@ -359,16 +359,19 @@ class TCM(CompressionModel):
 
     @torch.no_grad()
     def quantize(
-        self, y: Tensor, z: Tensor, portable: bool = True, complete: bool = False, choose: Choice = nearest_symbols
+        self, y: Tensor | list[Tensor], z: Tensor, portable: bool = True, complete: bool = False,
+        choose: Choice = nearest_symbols,
     ) -> QuantizedLatents:
         """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
 
         Args:
+            y: or the list of its slices in float32, `[B, M/S, h, w]` each, which is used up slice by slice.
             complete: compute ŷ as well, which no file needs.
             choose: makes the symbols of y.
         """
         rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
-        coder = SliceEncoder(*parts, y, rounded, self.num_slices, self.epsilon if portable else None, choose)
+        slices = y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1))
+        coder = SliceEncoder(*parts, slices, rounded, self.epsilon if portable else None, choose)
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder, complete)
         return coder.finish(y_hat)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models import TCM, TCM_VBR
+from models.device import large_copy
 from models.lambdas import index_to_lambda
 from models.slice_coders import QuantizedLatents, nearest_symbols
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
@@ -70,10 +71,15 @@ class AnalyzedImage:
 
         last, complete: of `latents` and of `TCM.quantize`.
         """
-        return self.quantize_latents(index, *self.latents(index, last), complete)
+        y, z = self.latents(index, last)
+        if not last:  # a copy of its own for every slice, which goes when its symbols are there
+            y = [large_copy(part) for part in y.chunk(self.model.num_slices, 1)]
+        return self.quantize_latents(index, y, z, complete)
 
-    def quantize_latents(self, index: float | None, y: Tensor, z: Tensor, complete: bool = False) -> TrialEncode:
-        """The symbols of given latents, as `latents` returns them, for a file of this index."""
+    def quantize_latents(
+        self, index: float | None, y: Tensor | list[Tensor], z: Tensor, complete: bool = False
+    ) -> TrialEncode:
+        """The symbols of given latents, as `latents` returns them, for a file of this index; y as in `TCM.quantize`."""
         quantized = self.model.quantize(y, z, complete=complete, choose=self.choose)
         overhead = 8 * (HEADER_BYTES + len(pack_offsets(self.offsets(index)))) + CODER_BITS
         return TrialEncode(index, quantized, overhead + self.model.count_bits(quantized)[0])
