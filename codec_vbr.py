@@ -35,7 +35,7 @@ from utils.codec.request import (
     make_request,
 )
 from utils.device import out_of_memory_as_value_error
-from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files
+from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files, is_special
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
@@ -103,11 +103,6 @@ def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         else:
             found = find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
         yield from ((file, file.relative_to(path).parent if Path(path).is_dir() else Path()) for file in found)
-
-
-def is_special(path: Path) -> bool:
-    """Whether it is a device or a pipe, whose name says nothing about its content."""
-    return path.exists() and not path.is_file()
 
 
 def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]], bool]:
@@ -252,13 +247,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     code, suffix = (encode, SUFFIX) if args.command == "encode" else (decode, ".png")
     work, to_folder = pairs(args, suffix)
-    done = [target for _, target in work if target.exists() and str(target) != "-" and not args.force]
+    done = {target for _, target in work if target.exists() and str(target) != "-" and not args.force}
     if done and not to_folder:
-        raise cli.UserError(f"{done[0]}: exists; --force overwrites it")
+        raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
-        finished = set(done)
-        work = [(source, target) for source, target in work if target not in finished]
+        work = [(source, target) for source, target in work if target not in done]
 
     @functools.cache
     def load() -> "TCM":

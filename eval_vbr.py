@@ -107,13 +107,12 @@ def measure(
     if not results:
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
-    groups = [group for group in groups if group]
     if context.is_main:
         table = results_table(bool(args.mask or args.roi))
         print(table.header)
         if args.per_image:
             print(*(table.row(result.image, [result]) for result in results), table.rule, sep="\n")
-        for group in groups:
+        for group in filter(None, groups):
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
@@ -143,9 +142,10 @@ def main(argv: list[str] | None = None) -> int:
     files = args.checkpoint if args.measure else []
     models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]
     for file, model in zip(files, models, strict=True):
-        if args.lmd and not isinstance(model, TCM_VBR):
+        variable = isinstance(model, TCM_VBR)
+        if args.lmd and not variable:
             raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
-        if (args.mask or args.roi) and not isinstance(model, TCM_VBR):
+        if (args.mask or args.roi) and not variable:
             raise cli.UserError(f"{file}: a fixed-rate TCM knows no regions; leave out --mask and --roi")
         if context.is_main:
             cli.print_weights(file)

@@ -67,12 +67,17 @@ def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[P
     return inside, others
 
 
+def is_special(path: Path) -> bool:
+    """Whether a path is /dev/null, a pipe or the like: what is there is no file, and its name has no meaning."""
+    return path.exists() and not path.is_file()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name when the block ends; on an error an older file stays as it was."""
     path = Path(path).resolve()  # a symbolic link keeps pointing to the file
-    if path.exists() and not path.is_file():
-        with path.open("wb") as device:  # /dev/null, a pipe
+    if is_special(path):
+        with path.open("wb") as device:
             yield device
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ with the σ that the entropy model gave at a trial encode, at λ₀. Where σ is
 constant, and this is the paper's model; where σ is far below one step, H is zero at every λ.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -36,6 +37,12 @@ def entropy(sigma: float) -> float:
     return float(-torch.special.xlogy(p, p).sum() / math.log(2))
 
 
+@functools.lru_cache(maxsize=8)
+def _entropies(first: float, count: int) -> list[float]:
+    """H at ln σ = first, first + _LOG_STEP, …: a twentieth of a trial encode's time, and the same for every picture."""
+    return [entropy(math.exp(first + _LOG_STEP * i)) for i in range(count)]
+
+
 class EntropyTable:
     """H of rounded Gaussians by ln σ, as far around the levels of a scale table as m reaches, on its device."""
 
@@ -43,7 +50,7 @@ class EntropyTable:
         self.log_levels = scale_table.double().log().float()
         self.first = float(self.log_levels[0]) - _REACH
         count = math.ceil((float(self.log_levels[-1]) + _REACH - self.first) / _LOG_STEP) + 2
-        known = [entropy(math.exp(self.first + _LOG_STEP * i)) for i in range(count)]
+        known = _entropies(self.first, count)
         fine = np.interp(np.arange(_FINE * (count - 1)) / _FINE, np.arange(count), known)
         self.entropies = torch.from_numpy(fine).to(self.log_levels)
 
@@ -180,9 +187,9 @@ class RateModel:
             rows: of the scale table that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
                 be anything below it: its latents are taken as dead.
         """
-        points, cells = np.append(GRID, index)[:, None], None
+        points, cells = np.append(GRID, index), None
         if self.quality_map:
-            points = self.quality_map.indexes(points[:, 0])  # [22, K]
+            points = self.quality_map.indexes(points)  # [22, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
         *rates, own = self.mask.rate(torch.from_numpy(points).flatten().float()).view(len(points), -1)  # [K · M] each
         table, shape = EntropyTable(self.gaussian.scale_table), np.zeros(len(GRID))

@@ -113,6 +113,5 @@ def measure_all(names: list[str], paths: list[Path], context: DistContext) -> li
     for name in names:
         results = [result for codec, result in found if codec == name]
         groups = [[result for result in results if result.index == quality] for quality in CODECS[name].qualities]
-        groups = [group for group in groups if group]
         codecs.append(to_json(groups, CODECS[name].title, "real files by Pillow", results))
     return codecs

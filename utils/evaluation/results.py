@@ -141,9 +141,10 @@ def to_json(groups: list[list[Result]], name: str, description: str, results: li
     "point" is the position of its group.
 
     Args:
-        groups: results whose means are the points of the curve.
+        groups: results whose means are the points of the curve. A group without any, where all failed, is left out.
         results: the same results, in the order in which `images` has them (default: that of the groups).
     """
+    groups = [group for group in groups if group]
     point = {id(result): number for number, group in enumerate(groups) for result in group}
     means = {key: finite([mean(getattr(r, field) for r in group) for group in groups]) for key, field in FIELDS.items()}
     results = results or [result for group in groups for result in group]

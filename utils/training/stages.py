@@ -60,9 +60,9 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         if not path.name.endswith((".pth", ".pt", ".tar", ".safetensors")) or path.name == "last.pth.tar":
             continue
         checkpoint = read_checkpoint(path)
-        lmbda = trained_lambda(checkpoint)
+        recorded = trained_lambda(checkpoint)
         names = {float(number) for part in path.parts[-2:] for number in re.findall(r"\d+(?:\.\d+)?", part)}
-        lambdas = {lmbda} if lmbda is not None else names & set(ladder)
+        lambdas = {recorded} if recorded is not None else names & set(ladder)
         if len(lambdas) != 1 or not lambdas <= set(ladder):
             raise cli.UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
         lmbda = lambdas.pop()
