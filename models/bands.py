@@ -23,6 +23,7 @@ from models.layers import ConvTransBlock, SWAtten
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
 LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow
+KEPT = 2**18  # places of latents for which the output of the hyper-synthesis is kept, and not computed for every slice
 TENSORS = 12  # a layer takes about as much memory as so many tensors of the size of its widest input
 
 
@@ -90,12 +91,30 @@ def latent_rows(width: int) -> int:
     return max(8, LATENTS // width // 8 * 8)
 
 
-def rows_of(x: Tensor | Sequence[Tensor], rows: int) -> Iterator[Tensor]:
-    """The bands of a tensor `[B, C, h, w]`, or of several of one height and width, joined along their channels."""
-    parts = [x] if isinstance(x, Tensor) else x
-    for at in range(0, parts[0].shape[2], rows):
-        bands = [part[:, :, at : at + rows] for part in parts]
-        yield bands[0] if len(bands) == 1 else torch.cat(bands, 1)
+class Recomputed:
+    """What a chain of layers makes of x, which takes less memory: computed anew, in bands, each time it is read.
+
+    Attributes:
+        shape: of what they make, but None for its channels.
+    """
+
+    def __init__(self, layers: nn.Sequential, x: Tensor, rows: int) -> None:
+        self.layers, self.x, self.rows = layers, x, rows
+        batch, _, *sides = x.shape
+        self.shape = (batch, None, *(scaled_height(layers, side) for side in sides))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return in_bands(self.layers, rows_of([self.x], self.rows), self.x.shape[2])
+
+
+def rows_of(parts: Sequence[Tensor | Recomputed], rows: int) -> Iterator[Tensor]:
+    """The bands of tensors `[B, C, h, w]` of one height and width, joined along their channels.
+
+    Only the first may be a `Recomputed`; the bands are then its own.
+    """
+    first, *others = parts
+    for here, band in with_rows(first if isinstance(first, Recomputed) else first.split(rows, 2)):
+        yield torch.cat((band, *(other[:, :, here] for other in others)), 1) if others else band
 
 
 def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:

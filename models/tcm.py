@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
-from models.bands import band_rows, gather, in_bands, latent_rows, rows_of, scaled_height, with_rows
+from models.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height, with_rows
 from models.coding_tables import CodingTables, open_stream
 from models.config import PRESETS, TCMConfig
 from models.device import send
@@ -151,7 +151,7 @@ class TCM(CompressionModel):
         """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
         return self._through([self.g_s], y_hat)
 
-    def _through(self, networks: Sequence[nn.Sequential], *parts: Tensor, stride: int = 1) -> Tensor:
+    def _through(self, networks: Sequence[nn.Sequential], *parts: Tensor | Recomputed, stride: int = 1) -> Tensor:
         """What a chain of networks makes of tensors, joined along their channels.
 
         With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
@@ -191,7 +191,7 @@ class TCM(CompressionModel):
 
     def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
         """A quantized latent `[B, M, h, w]` as `g_s` sees it, in bands of about so many rows."""
-        return rows_of(y_hat, rows)
+        return rows_of([y_hat], rows)
 
     # The slice loop --------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class TCM(CompressionModel):
             complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
         """
         z_hat = self._in_weight_format(z_hat)
-        means, scales = (self._through([network], z_hat, stride=4) for network in (self.h_mean_s, self.h_scale_s))
+        means, scales = (self._hyper_synthesis(network, z_hat) for network in (self.h_mean_s, self.h_scale_s))
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             supports = decoded[: self.max_support_slices]
@@ -227,6 +227,14 @@ class TCM(CompressionModel):
             del y_hat, residual
         del means, scales
         return torch.cat(decoded, 1)
+
+    def _hyper_synthesis(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
+        """What the slices read of ẑ, `[B, M, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
+        height, width = z_hat.shape[2:]
+        rows = latent_rows(4 * width) // 4
+        if 16 * height * width <= KEPT or rows >= height or torch.is_grad_enabled():
+            return self._through([network], z_hat, stride=4)
+        return Recomputed(network, z_hat, rows)
 
     # Estimation ------------------------------------------------------------------------------
 
@@ -523,7 +531,7 @@ class mask(nn.Module):
 
     def content(self, y: Tensor, rows: int) -> Iterator[Tensor]:
         """α · attn(y), the part of the logits that depends on no rate, in bands of about so many rows."""
-        return (self.alpha * band for band in in_bands([self.latent_attn], rows_of(y, rows), y.shape[2]))
+        return (self.alpha * band for band in in_bands([self.latent_attn], rows_of([y], rows), y.shape[2]))
 
     def rate(self, index: Tensor) -> Tensor:
         """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`.

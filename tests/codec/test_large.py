@@ -5,7 +5,7 @@ import pytest
 import torch
 from pytorch_msssim import ms_ssim
 
-from models import bands, coding_tables, slice_coders
+from models import bands, coding_tables, slice_coders, tcm
 from utils import metrics
 from utils.codec import tiles
 from utils.codec.analyzed import AnalyzedImage
@@ -35,7 +35,8 @@ def in_parts(monkeypatch):
     def move() -> None:
         for module, name, value in (
             (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_ROWS", 128), (bands, "LATENTS", 256),
-            (coding_tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14), (metrics, "AT_ONCE", 10000),
+            (tcm, "KEPT", 256), (coding_tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
+            (metrics, "AT_ONCE", 10000),
         ):
             monkeypatch.setattr(module, name, value)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import bands
+from models import bands, tcm
 from models.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
 from models.portable import EPSILON
 
@@ -48,7 +48,7 @@ def noise(channels: int, height: int) -> torch.Tensor:
 def test_bands_are_exact(exact, name, rows):
     layers, channels, height = chains(exact)[name]
     x = noise(channels, height)
-    whole, found = layers(x), list(in_bands(layers, rows_of(x, rows), height))
+    whole, found = layers(x), list(in_bands(layers, rows_of([x], rows), height))
     assert len(found) >= 2 and whole.shape[2] == scaled_height(layers, height)
     assert torch.allclose(gather(found, whole.shape[2]), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
     assert max(band.shape[2] for band in found) <= 2 * scaled_height(layers, 48)  # none is much larger than the others
@@ -67,7 +67,7 @@ def test_every_layer_needs_its_halo(exact, name, monkeypatch):
             return Footprint(0, found.align, found.scale) if isinstance(layer, kind) else found
 
         monkeypatch.setattr(bands, "footprint", without)
-        found = gather(in_bands(layers, rows_of(x, 16), height), whole.shape[2])
+        found = gather(in_bands(layers, rows_of([x], 16), height), whole.shape[2])
         assert not torch.allclose(found, whole, rtol=0, atol=1e-6)
 
 
@@ -110,14 +110,17 @@ def test_rows_of_a_band(monkeypatch):
         assert band_rows(6016, 4096, 64, gpu) == rows
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @torch.no_grad()
-def test_slices_in_bands_steer_the_same_decoder(tiny, monkeypatch):
+def test_slices_in_bands_steer_the_same_decoder(tiny, monkeypatch, recomputed):
     y = torch.randn(1, tiny.M, 48, 16, generator=torch.Generator().manual_seed(0)) * 3
     z = tiny.h_a(y)
     whole = tiny.quantize(y, z, complete=True)
     seen = sigma_of(tiny, whole)
     monkeypatch.setattr(bands, "LATENTS", 16 * 16)
+    monkeypatch.setattr(tcm, "KEPT", 16 * 16 if recomputed else 2**18)
     assert latent_rows(16) == 16
+    assert isinstance(tiny._hyper_synthesis(tiny.h_mean_s, z), tcm.Recomputed) == recomputed
     parts = tiny.quantize(y, z, complete=True)
     for one, other in zip(sigma_of(tiny, whole), seen, strict=True):
         assert ((one - other) / other).abs().max() < EPSILON
@@ -160,7 +163,7 @@ memory_format = getattr(torch, sys.argv[1])
 x = torch.rand(1, LARGE * 2 // (64 * 128 * 4), 64, 128).contiguous(memory_format=memory_format)
 give_back_freed_memory()  # as `gather` does at its end
 before = resident()
-found = gather(rows_of(x, 16), 64)
+found = gather(rows_of([x], 16), 64)
 assert torch.equal(found, x) and found.stride() == x.stride()
 assert resident() > before + 1.9 * LARGE
 part = found[:, :1]
