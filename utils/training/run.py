@@ -1,7 +1,6 @@
 """A training run from its arguments: photographs, objective, first weights, trainer."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,10 +67,6 @@ def train(
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs
 
-    on_one_cpu = context.world_size == 1 and context.device.type == "cpu"
-    if on_one_cpu and not state and (cores := torch.get_num_threads()) > 1:
-        better = f"torchrun --nproc-per-node {cores} and -bs {max(1, args.batch_size // cores)}"
-        print(f"note: on a CPU one process per core is faster: start with {better}", file=sys.stderr)
     settings = make_settings(args, len(paths), context.world_size)
     trainer = Trainer(objective, dataset, args.num_workers, validation, folder, settings, context, history)
     if state:
