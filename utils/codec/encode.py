@@ -123,7 +123,8 @@ def encode(
     if target is not None:
         if not target.allows(8 * len(data)):
             raise UnreachableError(replace(trial, bits=8.0 * len(data)))
-        error, note = _target_error(target, data, index, analyzed.pixels, controller.reach)
+        unrefined = refinement.before.data if refinement else data
+        error, note = _target_error(target, data, 8 * len(unrefined), index, analyzed.pixels, controller.reach)
     return EncodeResult(data, index, max(0, controller.trials - 1), error, note, refinement, seconds)
 
 
@@ -163,14 +164,19 @@ def _refine(
 
 
 def _target_error(
-    target: Target, data: bytes, index: float, pixels: int, reach: tuple[float, float] | None
+    target: Target, data: bytes, unrefined: int, index: float, pixels: int, reach: tuple[float, float] | None
 ) -> tuple[float | None, str]:
-    """Relative error of a size against its target, and why it was not met; reach as in `RateController`."""
+    """Relative error of a size against its target, and why it was not met.
+
+    Args:
+        unrefined: bits of the file before refinement, which is what reach is of.
+        reach: as in `RateController`.
+    """
     bits = 8 * len(data)
     error = bits / target.bits - 1
     size = f"{len(data)} bytes, {bits / pixels:.4f} bpp"
-    largest = bits >= reach[1] if reach else index == MAX_INDEX
-    smallest = bits <= reach[0] if reach else index == 0
+    largest = unrefined >= reach[1] if reach else index == MAX_INDEX
+    smallest = unrefined <= reach[0] if reach else index == 0
     if error < -TARGET_TOLERANCE and largest:
         if target.cap:
             return None, f"above the largest file ({size})"

@@ -26,9 +26,9 @@ class Method:
 
 
 METHODS = {
+    "sgd": Method(800.0, "the paper's SGD, straight-through rounding; scaled with the pixels"),
     "noise": Method(0.005, "Adam, noise in the rate"),
     "sga": Method(0.03, "Adam, stochastic Gumbel annealing in the rate"),
-    "sgd": Method(800.0, "the paper's SGD, straight-through rounding; scaled with the pixels"),
 }
 
 
@@ -37,7 +37,7 @@ class RefinementSettings:
     """Steps of one of METHODS, at the learning rate of the method where none is given."""
 
     steps: int = 20
-    method: str = "noise"
+    method: str = "sgd"
     learning_rate: float | None = None
     seed: int = 0
 
