@@ -161,17 +161,22 @@ class TCM(CompressionModel):
             stride: rows of the latent y for each of their rows.
         """
         height, width = parts[0].shape[2:]
-        rows, with_gradient = latent_rows(stride * width) // stride, torch.is_grad_enabled()
-        if rows < height and not with_gradient:
+        if rows := self._rows_of_bands(height, width, stride):
             return gather(in_bands(networks, rows_of(parts, rows), height), scaled_height(networks, height))
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         for network in networks:
-            if self.checkpointing and with_gradient:
+            if self.checkpointing and torch.is_grad_enabled():
                 for layer in network:
                     x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = network(x)  # as a whole, which may be compiled
         return x
+
+    @staticmethod
+    def _rows_of_bands(height: int, width: int, stride: int) -> int | None:
+        """Rows of the bands in which `_through` computes; None where it computes all at once, as with gradients."""
+        rows = latent_rows(stride * width) // stride
+        return rows if rows < height and not torch.is_grad_enabled() else None
 
     # Large pictures, in bands of rows --------------------------------------------------------
 
@@ -231,10 +236,10 @@ class TCM(CompressionModel):
     def _hyper_synthesis(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
         """What the slices read of ẑ, `[B, M, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
         height, width = z_hat.shape[2:]
-        rows = latent_rows(4 * width) // 4
-        if 16 * height * width <= KEPT or rows >= height or torch.is_grad_enabled():
-            return self._through([network], z_hat, stride=4)
-        return Recomputed(network, z_hat, rows)
+        rows = self._rows_of_bands(height, width, stride=4)
+        if rows and 16 * height * width > KEPT:
+            return Recomputed(network, z_hat, rows)
+        return self._through([network], z_hat, stride=4)
 
     # Estimation ------------------------------------------------------------------------------
 
