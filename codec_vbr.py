@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from models.side_info import DecodingError
+from models.coding.side_info import DecodingError
 from utils import cli
 from utils.codec.bitstream import extremes, unpack
 from utils.codec.request import (
@@ -39,7 +39,7 @@ from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files, is_specia
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
-    from models import TCM
+    from models import Codec
     from utils.codec.encode import EncodeResult
 
 SUFFIX = ".tvbr"
@@ -161,7 +161,7 @@ def info(source: Path) -> str:
     )
 
 
-def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
+def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
     pixels = read_pixels(  # which `image` below shares
         read_bytes(source) if str(source) == "-" else source,
@@ -210,7 +210,7 @@ def describe(result: "EncodeResult", has_target: bool, width: int, height: int) 
     return ", ".join(parts)
 
 
-def decode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "TCM"]) -> str:
+def decode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
     if str(source) == "-":
         load()  # first, while what is piped in is being made
@@ -255,10 +255,10 @@ def main(argv: list[str] | None = None) -> int:
         work = [(source, target) for source, target in work if target not in done]
 
     @functools.cache
-    def load() -> "TCM":
+    def load() -> "Codec":
         import torch  # takes seconds: help, info and bad input do without
 
-        from models import TCM_VBR
+        from models import VariableRate
         from utils.checkpoint import load_model
 
         if args.threads:
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
-        if args.command == "encode" and args.lmd is not None and not isinstance(model, TCM_VBR):
+        if args.command == "encode" and args.lmd is not None and not isinstance(model, VariableRate):
             raise cli.UserError(f"{args.checkpoint}: a fixed-rate TCM has no rate index; leave out -l")
         cli.print_weights(args.checkpoint)
         model.prepare()

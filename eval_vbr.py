@@ -29,7 +29,7 @@ from utils.pictures import find_images, find_images_or_samples
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
     from torch import Tensor
 
-    from models import TCM
+    from models import Codec
     from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
 
@@ -82,19 +82,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(
-    model: "TCM", file: str, paths: list[Path], args: argparse.Namespace, context: "DistContext",
+    model: "Codec", file: str, paths: list[Path], args: argparse.Namespace, context: "DistContext",
     map_of: Callable[[int, int], "QualityMap | None"],
 ) -> tuple[dict, int]:
     """The weights of a file as a codec in CompressAI's format, and how many pictures failed. Prints their table.
 
     map_of: the map of a picture of a height and width.
     """
-    from models import TCM_VBR
+    from models import VariableRate
     from utils.evaluation.evaluate import evaluate, measure_all
     from utils.evaluation.provenance import origin
     from utils.images import save_image
 
-    variable = isinstance(model, TCM_VBR)
+    variable = isinstance(model, VariableRate)
     indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
@@ -123,7 +123,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from models import TCM_VBR
+    from models import VariableRate
     from utils.checkpoint import load_model
     from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     files = args.checkpoint if args.measure else []
     models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]
     for file, model in zip(files, models, strict=True):
-        variable = isinstance(model, TCM_VBR)
+        variable = isinstance(model, VariableRate)
         if args.lmd and not variable:
             raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
         if (args.mask or args.roi) and not variable:

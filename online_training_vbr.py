@@ -44,7 +44,7 @@ from utils.pictures import find_images_or_samples
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
     from torch import Tensor
 
-    from models import TCM_VBR
+    from models import VariableRate
     from utils.codec.encode import EncodeResult
     from utils.codec.refinement import Step
     from utils.distributed import DistContext
@@ -107,7 +107,7 @@ TABLE = Table(
 )
 
 
-def encode(model: "TCM_VBR", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
+def encode(model: "VariableRate", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
     """Encode one picture, uint8 `[3, H, W]`, measure its file, and return the decoded picture too."""
     from utils.codec import encode
     from utils.evaluation.evaluate import evaluate_file
@@ -140,7 +140,7 @@ def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
 
 
 def encode_all(
-    model: "TCM_VBR", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace, context: "DistContext"
+    model: "VariableRate", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace, context: "DistContext"
 ) -> tuple[list[list[Row]], int]:
     """Every picture by every request; returns the rows of each request, and how many pictures failed.
 

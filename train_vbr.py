@@ -17,8 +17,8 @@ import argparse
 import math
 import os
 
-from models.config import PRESETS
 from models.lambdas import LADDERS
+from models.registry import PRESETS
 from utils import cli
 from utils.training.arguments import add_run_arguments, check_run_arguments
 

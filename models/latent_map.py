@@ -61,8 +61,9 @@ class TCM_Mapped(TCM):
         """y mapped, and the logarithm of the gain."""
         return self.map.g_a(y)
 
-    def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        return super().synthesize(self.map.g_s(y_hat)[0], index)
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
+        """ŷ mapped back."""
+        return self.map.g_s(y_hat)[0]
 
     def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        return super().demodulate_bands(self.map.g_s(y_hat)[0], index, rows)
+        return super().demodulate_bands(self.demodulate(y_hat), index, rows)

@@ -13,12 +13,14 @@ from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from models.large.bands import Footprint, footprint, multiple
+
 # Elements that are computed at once, without gradients. On a CPU 1 MiB of input and 4 MiB of a transformer's hidden
 # layer stay in the cache; on a GPU the limit bounds the memory of large pictures.
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
 MAX_WINDOWS = 2**16 - 1  # of one call: CUDA's attention kernels have as many blocks in one dimension of their grid
 
-__all__ = ["WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock"]
+__all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "SWAtten", "SubsampledConv", "SwinBlock"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,6 +176,14 @@ class ConvTransBlock(nn.Module):
         return out
 
 
+@footprint.register
+def _(layer: ConvTransBlock) -> Footprint:
+    """Window attention sees windows of p rows that start at multiples of p, or half a window later: in an aligned slice
+    only the half windows at its ends differ from those of the picture. The two 3×3 convolutions beside it see less."""
+    window = layer.trans_block.msa.window_size
+    return Footprint(multiple(max(window // 2, 2), window), window)
+
+
 class SwinBlock(nn.Module):
     """Two transformer blocks, windows aligned and then shifted, on `[B, dim, H, W]`."""
 
@@ -209,3 +219,29 @@ class SWAtten(AttentionBlock):
         u = self.in_conv(x)
         gate = torch.sigmoid(self.conv_b(self.non_local_block(u)))
         return self.out_conv(self.conv_a(u) * gate + u)
+
+
+@footprint.register
+def _(layer: SWAtten) -> Footprint:  # half a window, then three 3×3 convolutions
+    window = layer.non_local_block.block_2.msa.window_size
+    return Footprint(multiple(window // 2 + 3, window), window)
+
+
+class SubsampledConv(nn.Conv2d):
+    """A 1×1 convolution of stride 2, computed as one of stride 1 on every other pixel.
+
+    The numbers are the same, but oneDNN's weight gradient of the strided one writes past its buffer on
+    channels-last images of 3 channels (AVX-512, torch 2.15: memory corruption in training).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, ::2, ::2])
+
+
+class Float32Conv(nn.Conv2d):
+    """A convolution that stays in float32 under autocast: its output is rounded to whole numbers, and bfloat16
+    numbers above 128 are a step of one apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())

@@ -1,20 +1,16 @@
-"""State dicts of published and own checkpoints: bring them to one form, explain a mismatch, infer the sizes."""
-
-import re
+"""State dicts of published and own checkpoints: bring them to one form, explain a mismatch."""
 
 import torch
 from compressai.entropy_models import EntropyModel
 from compressai.models.utils import remap_old_keys
 from torch import Tensor, nn
 
-from models.config import TCMConfig
-
 # Constants of the layers. A model keeps those it was made with: a float16 file has them rounded, some to zero.
 _CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
 _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
 
 
-_KNOWN = "g_a.0.conv1.weight"  # a name that every TCM has
+_KNOWN = "entropy_bottleneck.quantiles"  # a name that every codec has
 
 
 def find_state_dict(checkpoint: dict) -> dict:
@@ -84,57 +80,3 @@ def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:
         for what, names in found.items()
         if names
     )
-
-
-def infer_config(state_dict: dict[str, Tensor]) -> TCMConfig:
-    """Architecture of the TCM or TCM_VBR that a (normalized) state dict belongs to.
-
-    Two values leave no trace in the weights and get their defaults: the drop-path rate, and the head width of a
-    stage without blocks. max_support_slices = num_slices is found as num_slices − 1, which is the same network.
-
-    Raises:
-        ValueError: names that every TCM has are missing.
-    """
-    try:
-        N = state_dict["g_a.0.conv1.weight"].shape[0] // 2
-        M = state_dict["h_a.0.conv1.weight"].shape[1]
-        num_slices = 1 + max(_numbers(state_dict, r"cc_mean_transforms\.(\d+)\."))
-        first, last = (state_dict[f"cc_mean_transforms.{i}.0.weight"] for i in (0, num_slices - 1))
-        supports = (last.shape[1] - M) // (M // num_slices)
-        inter = state_dict.get("atten_mean.0.0.in_conv.weight")
-        stages = _stages(state_dict, "g_a") + _stages(state_dict, "g_s")
-        return TCMConfig(
-            config=[count for count, _ in stages],
-            head_dim=[N // heads for _, heads in stages],
-            N=N,
-            M=M,
-            num_slices=num_slices,
-            max_support_slices=supports,
-            hyper_channels=state_dict["entropy_bottleneck.quantiles"].shape[0],
-            inter_dim=None if inter is None else inter.shape[0],
-            slice_widths=[first.shape[0], state_dict["cc_mean_transforms.0.2.weight"].shape[0]],
-        )
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        cause = f"no {error.args[0]}" if isinstance(error, KeyError) else error
-        raise ValueError(f"these are not the weights of a TCM ({cause})") from None
-
-
-def _numbers(state_dict: dict[str, Tensor], pattern: str) -> list[int]:
-    found = {int(match[1]) for name in state_dict if (match := re.match(pattern, name))}
-    if not found:
-        raise KeyError(pattern.split("\\")[0])
-    return sorted(found)
-
-
-def _stages(state_dict: dict[str, Tensor], network: str) -> list[tuple[int, int]]:
-    """Blocks and attention heads of the three stages between the strided layers of `g_a` or `g_s`."""
-    stages: list[tuple[int, int]] = []
-    for i in _numbers(state_dict, rf"{network}\.(\d+)\.")[:-1]:  # the last one is the outer convolution
-        bias = state_dict.get(f"{network}.{i}.trans_block.msa.relative_position_params")
-        if bias is None:
-            stages.append((0, 1))
-        else:
-            stages[-1] = (stages[-1][0] + 1, len(bias))
-    if len(stages) != 3:
-        raise KeyError(f"{network} of three stages")
-    return stages

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from models.coding.precision import deterministic
 from models.layers import WMSA
-from models.precision import deterministic
 from utils.checkpoint import load_model
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest, encode

@@ -1,13 +1,12 @@
 """The shipped weights: size and training record of the file, and more bits at every higher index."""
 
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from models import TCM_VBR
-from models.config import PRESETS
 from models.lambdas import LADDER
+from models.registry import from_preset
 from utils.checkpoint import load_model, read_checkpoint
 from utils.evaluation.evaluate import evaluate
 from utils.files import BUNDLED
@@ -34,7 +33,7 @@ def test_the_file(bundled):
     assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
     *_, joint = (record for record in checkpoint["training"] if record["stage"] == "joint")
     assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(joint)
-    assert bundled.arguments == asdict(PRESETS["small"])
+    assert bundled.arguments == from_preset("small").arguments
 
 
 def test_more_bits_at_every_higher_index(bundled, photo):

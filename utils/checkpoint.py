@@ -10,9 +10,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from models.lambdas import LADDERS
-from models.latent_map import TCM_Mapped
+from models.registry import model_class, recognize
 from models.state_dict import find_state_dict
 from utils.cli import UserError
 from utils.files import BUNDLED, atomic_write
@@ -31,7 +31,7 @@ class CheckpointError(UserError):
     """A file that is no checkpoint of ours or of the published models."""
 
 
-def describe(model: TCM) -> dict:
+def describe(model: Codec) -> dict:
     """What a checkpoint stores of a model besides its weights."""
     return {
         "format": FORMAT,
@@ -44,7 +44,7 @@ def describe(model: TCM) -> dict:
 
 
 def export_model(
-    path: str | Path, model: TCM, training: list[dict], fit: Callable[[TCM], None] | None = None
+    path: str | Path, model: Codec, training: list[dict], fit: Callable[[Codec], None] | None = None
 ) -> None:
     """Write a model for use: float16 weights, and the coding tables of exactly those weights.
 
@@ -121,14 +121,14 @@ def _what_it_is(path: Path) -> str:
 
 
 def trained_lambda(checkpoint: dict) -> float | None:
-    """λ of a fixed-rate TCM by its file; None where that does not say. The last record is not of its training where
+    """λ of a fixed-rate codec by its file; None where that does not say. The last record is not of its training where
     only its tables were fitted since."""
     records = [*checkpoint.get("training", ()), checkpoint.get("objective", {})]
     return next((record["lmd"] for record in reversed(records) if "lmd" in record), None)
 
 
-def build_model(checkpoint: dict, path: str | Path) -> TCM:
-    """The TCM or TCM_VBR that a checkpoint holds, in float32 and evaluation mode, on the CPU.
+def build_model(checkpoint: dict, path: str | Path) -> Codec:
+    """The codec that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 
     From the state of a run (`last.pth.tar`) it takes the averaged weights, whose coding tables are not fitted.
 
@@ -142,43 +142,39 @@ def build_model(checkpoint: dict, path: str | Path) -> TCM:
     if list(checkpoint.get("lambdas", LADDERS[metric])) != list(LADDERS[metric]):
         raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
     try:
-        cls = _class_of(state)
-        if "arguments" not in checkpoint:  # a published file: the sizes are in its shapes
-            return _checked(cls.from_state_dict(state), path)
-        model = cls(**checkpoint["arguments"])
+        if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
+            return _checked(recognize(state).from_state_dict(state), path)
+        model = model_class(checkpoint["model"])(**checkpoint["arguments"])
         model.load_state_dict(state)
         model.metric = metric
         return _checked(model.eval(), path)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no entry {error.args[0]!r}") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _checked(model: TCM, path: str | Path) -> TCM:
+def _checked(model: Codec, path: str | Path) -> Codec:
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise CheckpointError(f"{path}: its weights are not finite ({name})")
     return model
 
 
-def _class_of(state: dict) -> type[TCM]:
-    if any("modnet_" in name for name in state):
-        return TCM_VBR
-    return TCM_Mapped if any(name.startswith("map.") for name in state) else TCM
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> TCM:
+def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> Codec:
     """A model ready to code: weights, coding tables (computed where the file has none), channels last.
 
     Raises:
         CheckpointError: names what does not fit, also a fixed-rate model where variable_rate is required.
     """
     model = model_to_code_with(read_checkpoint(path), path, device)
-    if variable_rate and not isinstance(model, TCM_VBR):
-        raise CheckpointError(f"{path}: a fixed-rate TCM; rate targets and refinement need variable-rate weights")
+    if variable_rate and not isinstance(model, VariableRate):
+        kind = f"a fixed-rate {type(model).__name__}"
+        raise CheckpointError(f"{path}: {kind}; rate targets and refinement need variable-rate weights")
     return model
 
 
-def model_to_code_with(checkpoint: dict, path: str | Path, device: torch.device | str) -> TCM:
+def model_to_code_with(checkpoint: dict, path: str | Path, device: torch.device | str) -> Codec:
     """As `load_model`, of a checkpoint that was read already."""
     model = build_model(checkpoint, path)
     model.update()

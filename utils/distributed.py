@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.device import send
+from models.large.memory import send
 from utils import cli
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ def rate_distortion(
     """The training loss mean_b(λ_b · D_b) + bpp (TCSVT 2025).
 
     Args:
-        out: what `TCM.forward` returned.
+        out: what `Codec.forward` returned.
         x: images `[B, 3, H, W]` in [0, 1].
         lmbda: λ of each sample, `[B]`.
         metric: D is 255² · MSE for "mse", 1 − MS-SSIM for "ms-ssim" (sides above 160 then).

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from models.portable import EPSILON
+from models.coding.portable import EPSILON
 from utils.benchmarks import decoding
 
 

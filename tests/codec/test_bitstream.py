@@ -12,10 +12,10 @@ import pytest
 import skimage.data
 import torch
 
-from models import portable, slice_coders
-from models.portable import EPSILON, crc_of, pack_positions, unpack_positions
-from models.side_info import DecodingError, SideInfo
-from models.slice_coders import SliceDecoder, SliceEncoder
+from models.coding import portable, slice_coders
+from models.coding.portable import EPSILON, crc_of, pack_positions, unpack_positions
+from models.coding.side_info import DecodingError, SideInfo
+from models.coding.slice_coders import SliceDecoder, SliceEncoder
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest
@@ -216,7 +216,7 @@ def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end(length, sy
     program = f"""
 import torch
 from compressai.entropy_models import EntropyBottleneck
-from models.coding_tables import CodingTables, open_stream
+from models.coding.tables import CodingTables, open_stream
 bottleneck = EntropyBottleneck(1)
 bottleneck.update()
 tables = CodingTables(bottleneck)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from pytorch_msssim import ms_ssim
 
-from models import bands, coding_tables, slice_coders, tcm
+from models import codec
+from models.coding import slice_coders, tables
+from models.large import bands
 from utils import metrics
 from utils.codec import tiles
 from utils.codec.analyzed import AnalyzedImage
@@ -35,7 +37,7 @@ def in_parts(monkeypatch):
     def move() -> None:
         for module, name, value in (
             (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_ROWS", 128), (bands, "LATENTS", 256),
-            (tcm, "KEPT", 256), (coding_tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
+            (codec, "KEPT", 256), (tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
             (metrics, "AT_ONCE", 10000),
         ):
             monkeypatch.setattr(module, name, value)
@@ -86,7 +88,7 @@ def test_symbols_in_parts_make_the_same_file(tiny, tall, monkeypatch):
     whole = analyzed.quantize(2.0)
     data, bits = analyzed.write(whole), whole.bits
     expected = decode(tiny, data)
-    monkeypatch.setattr(coding_tables, "PART", 777)
+    monkeypatch.setattr(tables, "PART", 777)
     monkeypatch.setattr(slice_coders, "AT_ONCE", 2**14)
     assert whole.quantized.y[0].numel() > 2**14 and whole.quantized.y.dtype.itemsize < 4
     parts = analyzed.quantize(2.0)

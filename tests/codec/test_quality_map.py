@@ -12,8 +12,8 @@ from PIL import Image
 
 import codec_vbr
 import eval_vbr
+from models.coding.side_info import SideInfo
 from models.lambdas import index_to_lambda
-from models.side_info import SideInfo
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import bands, tcm
-from models.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
-from models.portable import EPSILON
+from models import codec
+from models.coding.portable import EPSILON
+from models.large import bands
+from models.large.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
 
 HEIGHT = 640
 
@@ -118,9 +119,9 @@ def test_slices_in_bands_steer_the_same_decoder(tiny, monkeypatch, recomputed):
     whole = tiny.quantize(y, z, complete=True)
     seen = sigma_of(tiny, whole)
     monkeypatch.setattr(bands, "LATENTS", 16 * 16)
-    monkeypatch.setattr(tcm, "KEPT", 16 * 16 if recomputed else 2**18)
+    monkeypatch.setattr(codec, "KEPT", 16 * 16 if recomputed else 2**18)
     assert latent_rows(16) == 16
-    assert isinstance(tiny._hyper_synthesis(tiny.h_mean_s, z), tcm.Recomputed) == recomputed
+    assert isinstance(tiny.synthesize_hyper(tiny.h_mean_s, z), bands.Recomputed) == recomputed
     parts = tiny.quantize(y, z, complete=True)
     for one, other in zip(sigma_of(tiny, whole), seen, strict=True):
         assert ((one - other) / other).abs().max() < EPSILON
@@ -151,8 +152,8 @@ def test_a_large_tensor_is_whole_and_leaves_nothing_behind(memory_format):
 
 LEAVES_NOTHING = """
 import os, sys, torch
-from models.bands import gather, rows_of
-from models.device import LARGE, give_back_freed_memory
+from models.large.bands import gather, rows_of
+from models.large.memory import LARGE, give_back_freed_memory
 from utils.device import keep_freed_memory
 
 def resident():

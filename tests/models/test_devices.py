@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import models.tcm
+import models.lae
 from models.layers import _cut_windows
 from models.tcm import TCM_VBR
 from utils.codec.rate_model import RateModel
@@ -17,7 +17,7 @@ from utils.training.objectives import Objective
 def on_gpu(tiny, monkeypatch) -> TCM_VBR:
     """`tiny`, in channels-last format, on a GPU that need not exist."""
     # The one value that a pass reads, and always of a tensor on the CPU.
-    monkeypatch.setattr(models.tcm, "check_index", lambda index, batch: torch.as_tensor(index).flatten().expand(batch))
+    monkeypatch.setattr(models.lae, "check_index", lambda index, batch: torch.as_tensor(index).flatten().expand(batch))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # needs a driver
     tiny.to(memory_format=torch.channels_last)
     with FakeTensorMode() as mode:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import backends
 
-from models import precision
-from models.precision import deterministic
+from models.coding import precision
+from models.coding.precision import deterministic
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = hasattr(backends, "fp32_precision")
@@ -64,7 +64,7 @@ def test_a_switch_that_follows_another_still_does_afterwards():
     """In a new process: whoever has set a switch once has ended its following another."""
     code = """
 from torch import backends
-from models.precision import deterministic
+from models.coding.precision import deterministic
 with deterministic():
     assert backends.cuda.matmul.fp32_precision == "ieee"
 backends.fp32_precision = "tf32"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.portable import table_index
-from models.slice_coders import ERROR_BITS, choose_symbols
+from models.coding.portable import table_index
+from models.coding.slice_coders import ERROR_BITS, choose_symbols
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode

@@ -8,7 +8,7 @@ import torch
 from compressai.entropy_models import GaussianConditional
 
 from models import TCM_VBR
-from models.coding_tables import rounded_gaussians
+from models.coding.tables import rounded_gaussians
 from utils.checkpoint import load_model, read_checkpoint
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import train_vbr
-from models import TCM, TCM_VBR, TCMConfig
-from models.config import PRESETS
+from models import TCM, TCM_VBR
 from models.lambdas import LADDERS, index_to_lambda, middle_lambda
+from models.registry import PRESETS, from_preset
 from tests.conftest import TINY
 from utils import cli
 from utils.checkpoint import read_checkpoint
@@ -113,7 +113,7 @@ def test_step_minimizes_the_high_rate_loss(lmbda):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_starts_as_a_codec(patches, preset, metric):
     torch.manual_seed(0)
-    model = TCM_VBR(PRESETS[preset]).eval()
+    model = from_preset(preset).eval()
     model.metric = metric
     record = klt_start(model, patches[::8])
     assert record["mse_lost_in_each_stage"][0] == pytest.approx(0, abs=0.01)  # 12 of 12 are kept
@@ -146,7 +146,7 @@ def test_fixed_rate_of_the_ms_ssim_ladder_takes_the_step_of_its_rung(patches):
 
 @pytest.fixture
 def arguments(photos, tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setitem(PRESETS, "small", TCMConfig(**TINY))
+    monkeypatch.setitem(PRESETS, "small", ("TCM", TINY))
     sizes = ["--patch-size", "128", "--val-size", "128", "-bs", "2", "--warmup", "1", "--device", "cpu"]
     return ["-d", str(photos), "--save_path", str(tmp_path / "run"), *sizes]
 

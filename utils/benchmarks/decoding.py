@@ -4,7 +4,7 @@
     python -m utils.benchmarks.decoding -d kodak --crop 256 -l 3 --compile      # compiling takes minutes on a CPU
 
 Pictures are encoded with the defaults of the CPU; under every other setting μ and σ are computed from the same symbols,
-and the file is decoded. σ may differ by less than ε (models/portable.py), relatively, except below the scale table.
+and the file is decoded. σ may differ by less than ε, relatively (models/coding/portable.py), except below the table.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from models import TCM
-from models.portable import scale_factors, table_index, unpack_scales
-from models.precision import deterministic
-from models.side_info import DecodingError
-from models.slice_coders import QuantizedLatents
+from models import Codec
+from models.coding.portable import scale_factors, table_index, unpack_scales
+from models.coding.precision import deterministic
+from models.coding.side_info import DecodingError
+from models.coding.slice_coders import QuantizedLatents
 from utils import cli
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settings(model: TCM, with_compile: bool) -> Iterator[tuple[str, TCM]]:
+def settings(model: Codec, with_compile: bool) -> Iterator[tuple[str, Codec]]:
     """What a decoder may run under besides the defaults: a name and the model to use, in force until the next one."""
     threads = torch.get_num_threads()
     for count in (1 if threads > 1 else 2, 3):
@@ -69,7 +69,7 @@ def settings(model: TCM, with_compile: bool) -> Iterator[tuple[str, TCM]]:
 
 
 @torch.no_grad()
-def predict(model: TCM, quantized: QuantizedLatents) -> Tensor:
+def predict(model: Codec, quantized: QuantizedLatents) -> Tensor:
     """μ and σ of known symbols: `[2, 1, M, h, w]`, on the CPU."""
     slices, seen = iter(quantized.y.chunk(model.num_slices, 1)), []
 
@@ -82,7 +82,7 @@ def predict(model: TCM, quantized: QuantizedLatents) -> Tensor:
     return torch.cat(seen, 2)
 
 
-def compare(other: TCM, model: TCM, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
+def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
     """Errors of σ `[n]`, relative, the largest of μ, how many table indexes differ, and whether the file is decoded."""
     gaussian, count = model.gaussian_conditional, mu.numel()
     other_mu, other_sigma = predict(other, quantized)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import TCM_VBR
+from models import VariableRate
 from models.lambdas import MAX_INDEX
 from utils import cli
 from utils.checkpoint import load_model
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(model: TCM_VBR, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
+def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
     analyzed = AnalyzedImage(model, image, quality_map)
     smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))

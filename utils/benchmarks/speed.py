@@ -13,10 +13,9 @@ import argparse
 
 import torch
 
-from models import TCM_VBR
-from models.coding_tables import open_stream
-from models.config import PRESETS
-from models.portable import PortableIndexes
+from models.coding.portable import PortableIndexes
+from models.coding.tables import open_stream
+from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.benchmarks.decoding import predict
@@ -55,7 +54,7 @@ def measure(args: argparse.Namespace) -> None:
         model = load_model(args.checkpoint, device)
         cli.print_weights(args.checkpoint)
     else:
-        model = TCM_VBR(PRESETS[args.preset]).eval()
+        model = from_preset(args.preset).eval()
         model.update()
         model.to(device, memory_format=torch.channels_last)
     x = pad(torch.rand(1, 3, args.height, args.width, device=device))
@@ -73,7 +72,7 @@ def measure(args: argparse.Namespace) -> None:
         references["TF32 matrix product"] = matrix_product(device, tf32=True)
     works = references | works
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{args.width}×{args.height}, padded to {x.shape[3]}×{x.shape[2]}, N={model.N}, M={model.M}")
+    print(f"{args.width}×{args.height}, padded to {x.shape[3]}×{x.shape[2]}, {type(model).__name__}, M={model.M}")
     print(f"{'':<22} {'seconds':>9} {'GMAC':>8} {'GMAC/s':>8} {'of matrix rate':>15}")
     seconds = median_seconds(works.values(), device, args.runs)
     measured = {name: (s, count_macs(work)) for (name, work), s in zip(works.items(), seconds, strict=True)}

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from models import TCM_VBR
-from models.config import PRESETS
+from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
 from utils.device import choose_kernels_for_training
@@ -44,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     """A trainer of random weights on random photographs."""
     context = DistContext(cli.pick_device(args.device))
-    objective = Objective(TCM_VBR(PRESETS[args.preset]))
+    objective = Objective(from_preset(args.preset))
     objective.to(context.device, memory_format=torch.channels_last)
     size, sides = (args.patch_size, args.patch_size), (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import TCM, TCM_VBR
-from models.device import large_copy
+from models import Codec, VariableRate
+from models.coding.slice_coders import QuantizedLatents, nearest_symbols
 from models.lambdas import index_to_lambda
-from models.slice_coders import QuantizedLatents, nearest_symbols
+from models.large.memory import large_copy
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
@@ -32,7 +32,7 @@ class AnalyzedImage:
     Attributes:
         height, width, pixels: of the original.
         image: the picture.
-        rate_model: of a TCM_VBR, which also scales the latent; None for a TCM.
+        rate_model: of a variable-rate codec, which also scales the latent; None at a fixed rate.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
         choose: makes the symbols.
 
@@ -42,7 +42,7 @@ class AnalyzedImage:
 
     @torch.no_grad()
     def __init__(
-        self, model: TCM, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
+        self, model: Codec, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
     ) -> None:
         self.model, self.image, self.quality_map = model, image, quality_map
         self.choose = nearest_symbols if nearest else model.choose_symbols
@@ -53,7 +53,7 @@ class AnalyzedImage:
         left, right, top, bottom = margins(self.height, self.width)
         height, width = top + self.height + bottom, left + self.width + right
         self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
-        variable = isinstance(model, TCM_VBR)
+        variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class AnalyzedImage:
     def quantize(self, index: float | None, last: bool = False, complete: bool = False) -> TrialEncode:
         """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode.
 
-        last, complete: of `latents` and of `TCM.quantize`.
+        last, complete: of `latents` and of `Codec.quantize`.
         """
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every slice, which goes when its symbols are there
@@ -79,7 +79,7 @@ class AnalyzedImage:
     def quantize_latents(
         self, index: float | None, y: Tensor | list[Tensor], z: Tensor, complete: bool = False
     ) -> TrialEncode:
-        """The symbols of given latents, as `latents` returns them, for a file of this index; y as in `TCM.quantize`."""
+        """The symbols of given latents, of the form of `latents`, for a file of an index; y as in `Codec.quantize`."""
         quantized = self.model.quantize(y, z, complete=complete, choose=self.choose)
         overhead = 8 * (HEADER_BYTES + len(pack_offsets(self.offsets(index)))) + CODER_BITS
         return TrialEncode(index, quantized, overhead + self.model.count_bits(quantized)[0])

@@ -9,12 +9,12 @@ import zlib
 from dataclasses import dataclass, replace
 
 from models import STRIDE
+from models.coding.side_info import SideInfo
 from models.lambdas import MAX_INDEX
-from models.side_info import SideInfo
 from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC, VERSION = b"TVBR", 3
-FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate TCM, whose index means nothing; with a map of rate indexes
+FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate codec, whose index means nothing; with a map of rate indexes
 STEPS = 16  # per index: offsets are multiples of 1/16
 
 # Magic, version, flags, width, height, index, fingerprint, lengths of z and of the side information, CRC of symbols.

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from utils.codec.bitstream import BitstreamError, CodedImage, unpack
 from utils.codec.quality_map import index_of_places
 from utils.device import out_of_memory_as_value_error
@@ -11,7 +11,7 @@ from utils.images import join_bands
 
 
 @out_of_memory_as_value_error()
-def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(model: Codec, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The picture in a file, uint8 `[3, H, W]` on the model's device.
 
     Args:
@@ -26,7 +26,7 @@ def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -
     if coded.fingerprint != model.fingerprint:
         theirs, ours = coded.fingerprint.hex(), model.fingerprint.hex()
         raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")
-    if (coded.index is None) == isinstance(model, TCM_VBR):
+    if (coded.index is None) == isinstance(model, VariableRate):
         raise BitstreamError("encoded with weights of another kind (fixed-rate or variable-rate)")
     index = coded.index
     if coded.offsets:
@@ -35,7 +35,7 @@ def decode(model: TCM, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -
     return picture_of(model, y_hat, index, coded.height, coded.width)
 
 
-def picture_of(model: TCM, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:
+def picture_of(model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:
     """The picture of a quantized latent `[1, M, h, w]`, uint8 `[3, height, width]` on the model's device."""
     rows = model.band_rows(16 * y_hat.shape[3], 16 * y_hat.shape[2])
     return join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), rows), height, width)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
@@ -78,7 +78,7 @@ class EncodeResult:
 
 @out_of_memory_as_value_error()
 def encode(
-    model: TCM, image: Tensor, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
+    model: Codec, image: Tensor, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
 ) -> EncodeResult:
     """Encode one picture, uint8 `[3, H, W]` on the model's device, as requested.
 
@@ -86,15 +86,15 @@ def encode(
     rate first and then by distortion.
 
     Args:
-        request: a fixed-rate TCM ignores its index.
+        request: a fixed-rate codec ignores its index.
         on_step: called with every step of the refinement.
 
     Raises:
-        UserError: the request needs a TCM_VBR.
+        UserError: the request needs a variable-rate codec.
         UnreachableError: the cap is below the smallest file.
         ValueError: the picture cannot be coded, or has no room in memory.
     """
-    variable = isinstance(model, TCM_VBR)
+    variable = isinstance(model, VariableRate)
     if request.needs_variable_rate and not variable:
         raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")
     if variable and request.index is None and not request.has_target:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import TCM_VBR
-from models.bands import gather, latent_rows, with_rows
-from models.coding_tables import rounded_gaussians
+from models import VariableRate
+from models.coding.tables import rounded_gaussians
 from models.lambdas import MAX_INDEX
+from models.large.bands import content_bands, gather, latent_rows, log_m_of_band, with_rows
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
 GRID = np.linspace(0, MAX_INDEX, 21)
@@ -124,28 +124,28 @@ class RateModel:
     y is large.
 
     Args:
-        model: TCM_VBR.
+        model: a variable-rate codec.
         y: `[1, M, h, w]`, g_a of the image.
         quality_map: where the index differs from that of the file, which is then the index that the model is asked for.
     """
 
     @torch.no_grad()
-    def __init__(self, model: TCM_VBR, y: Tensor, quality_map: QualityMap | None = None) -> None:
+    def __init__(self, model: VariableRate, y: Tensor, quality_map: QualityMap | None = None) -> None:
         self.quality_map = quality_map
         self.mask, self.gaussian, self.y = model.modnet_ga.mask, model.gaussian_conditional, y
         self.rows = latent_rows(y.shape[3])
-        self._content = list(self.mask.content(y, self.rows)) if y.shape[2] <= self.rows else None
+        self._content = list(content_bands(self.mask, y, self.rows)) if y.shape[2] <= self.rows else None
 
     def content(self) -> Iterator[tuple[slice, Tensor]]:
         """α · attn(y) in bands, each with the rows that it is of."""
-        return with_rows(self._content or self.mask.content(self.y, self.rows))
+        return with_rows(self._content or content_bands(self.mask, self.y, self.rows))
 
     @torch.no_grad()
     def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
         """ln m in bands, each with the rows that it is of."""
         places = self.index_of_places(index)
         for here, content in self.content():
-            yield here, self.mask.band(places, here, content)
+            yield here, log_m_of_band(self.mask, places, here, content)
 
     def index_of_places(self, index: float) -> Tensor:
         """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
@@ -169,7 +169,7 @@ class RateModel:
         before, after = self.index_of_places(index), self.index_of_places(other)
 
         def change(here: slice, content: Tensor) -> Tensor:
-            return self.mask.band(after, here, content) - self.mask.band(before, here, content)
+            return log_m_of_band(self.mask, after, here, content) - log_m_of_band(self.mask, before, here, content)
 
         bands = (scaled[:, :, here] * change(here, content).exp() for here, content in self.content())
         return gather(bands, self.y.shape[2])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import TCM
+from models import Codec
+from models.coding.slice_coders import Surrogate, ste_round
 from models.lambdas import MAX_INDEX, index_to_lambda
-from models.slice_coders import Surrogate, ste_round
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
 from utils.codec.quality_map import pixel_weights
 from utils.codec.rate_control import CLOSE, CLOSE_TO_CAP
@@ -256,7 +256,7 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: fl
 
 
 @contextlib.contextmanager
-def _training_latents(model: TCM, pixels: int, seed: int, device: torch.device) -> Iterator[None]:
+def _training_latents(model: Codec, pixels: int, seed: int, device: torch.device) -> Iterator[None]:
     """Gradients of latents alone, in bounded memory, with random numbers of a seed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)

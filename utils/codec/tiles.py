@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models import STRIDE
-from models.bands import WHOLE
+from models.large.bands import WHOLE
 from utils.images import margins
 
 SIDE = 1024  # at most, without the surroundings

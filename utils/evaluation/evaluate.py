@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
 from utils import cli
 from utils.codec.analyzed import AnalyzedImage
@@ -81,7 +81,7 @@ def measure_all(
 
 
 def evaluate(
-    model: TCM, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None,
+    model: Codec, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None,
     nearest: bool = False,
 ) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def evaluate_file(
-    model: TCM, name: str, image: Tensor, index: float | None, data: bytes, encode_seconds: float
+    model: Codec, name: str, image: Tensor, index: float | None, data: bytes, encode_seconds: float
 ) -> tuple[Result, Tensor]:
     """As `evaluate`, for a file that exists already."""
     decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
@@ -116,7 +116,7 @@ def evaluate_file(
 
 @out_of_memory_as_value_error()
 @torch.no_grad()
-def estimate(model: TCM, image: Tensor, index: float | None, nearest: bool = False) -> tuple[float, Tensor]:
+def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = False) -> tuple[float, Tensor]:
     """Bits of a file by its code lengths, some bytes off (`CODER_BITS`), and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
     trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
@@ -138,9 +138,9 @@ def result_of(
 
 
 def _result(
-    model: TCM, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
+    model: Codec, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
 ) -> Result:
-    result = result_of(name, image, decoded, count, index if isinstance(model, TCM_VBR) else None, **seconds)
+    result = result_of(name, image, decoded, count, index if isinstance(model, VariableRate) else None, **seconds)
     distortion = result.distortion(model.metric)
     if index is not None and distortion is not None:
         result.loss = result.bpp + index_to_lambda(index, model.metric) * distortion

@@ -7,14 +7,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from models import TCM
+from models import Codec
 from utils.device import processor
 from utils.distributed import DistContext
 
 PACKAGES = ("torch", "numpy", "compressai", "pillow", "pytorch-msssim")
 
 
-def origin(checkpoint: str, model: TCM) -> dict:
+def origin(checkpoint: str, model: Codec) -> dict:
     """Which weights results are of, in plain values."""
     return {"file": Path(checkpoint).name, "fingerprint": model.fingerprint.hex()}
 

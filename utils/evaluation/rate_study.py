@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from models import TCM_VBR
+from models import VariableRate
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage
@@ -52,7 +52,7 @@ class Study:
         return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
 
 
-def study(model: TCM_VBR, name: str, image: Tensor) -> Study:
+def study(model: VariableRate, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
     curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.indexes)
@@ -134,7 +134,7 @@ def draw(studies: list[Study]) -> Figure:
     return figure
 
 
-def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> int:
+def run(model: VariableRate, paths: list[Path], picture: Path, json: str | None) -> int:
     """Study pictures; print the table, and write the plot and, where a file is named, JSON. Returns the exit status.
 
     Raises:
@@ -152,7 +152,7 @@ def run(model: TCM_VBR, paths: list[Path], picture: Path, json: str | None) -> i
     return 0 if len(studies) == len(paths) else 1
 
 
-def study_all(model: TCM_VBR, paths: list[Path]) -> list[Study]:
+def study_all(model: VariableRate, paths: list[Path]) -> list[Study]:
     """Study those of the pictures that can be measured."""
     jobs = for_each(paths, [None], model.medians.device, lambda name, image, _: study(model, name, image))
     bar = tqdm(jobs, total=len(paths), desc="21 rates of each", unit="image", disable=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
 from utils.cli import UserError
 from utils.codec.encode import encode
@@ -45,7 +45,7 @@ def named(shown: Sequence[Path], paths: Sequence[Path]) -> list[Path]:
 
 
 def make_viewers(
-    model: TCM, whole: dict, paths: list[Path], shown: list[Path], codecs: list[str],
+    model: Codec, whole: dict, paths: list[Path], shown: list[Path], codecs: list[str],
     map_of: Callable[[int, int], QualityMap | None],
 ) -> list[Viewer]:
     """A viewer for each picture that was measured: the original, the model's at a low rate, and each codec's of
@@ -114,9 +114,9 @@ def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int
     return Version(codec, note, _crop(decoded, middle))
 
 
-def study(model: TCM | None, shown: list[Path]) -> list[rate_study.Study]:
+def study(model: Codec | None, shown: list[Path]) -> list[rate_study.Study]:
     """The R-λ model of those pictures that can be measured; none without variable-rate weights."""
-    return rate_study.study_all(model, shown) if isinstance(model, TCM_VBR) else []
+    return rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
 
 
 # Sections ------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from compressai.entropy_models import GaussianConditional
 from torch import Tensor
 
-from models import TCM, TCM_VBR
-from models.coding_tables import rounded_gaussians
+from models import Codec, VariableRate
+from models.coding.tables import rounded_gaussians
 from utils import cli
 from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
 from utils.distributed import DistContext
@@ -33,13 +33,13 @@ ITERATIONS = 200  # three times as many save nothing more
 
 
 @torch.no_grad()
-def fit_tables(model: TCM, patches: Iterable[Tensor], indexes: Sequence[float | None]) -> None:
+def fit_tables(model: Codec, patches: Iterable[Tensor], indexes: Sequence[float | None]) -> None:
     """Replace the coding tables of y by those of the mixtures that fit the symbols of patches.
 
     Args:
         model: in evaluation mode, with the tables of `update()`.
         patches: uint8 `[B, 3, H, W]`, sides multiples of 128.
-        indexes: rate indexes to code every patch at; (None,) for a fixed-rate TCM.
+        indexes: rate indexes to code every patch at; (None,) for a fixed-rate codec.
 
     Raises:
         ValueError: the symbols cannot be coded (latents that are not finite, or enormous).
@@ -113,7 +113,7 @@ def refit(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_to_code_with(checkpoint, args.checkpoint, DistContext.from_environment(args.device).device)
     paths = find_images(args.dataset)
-    indexes = (Objective if isinstance(model, TCM_VBR) else FixedRateObjective).indexes
+    indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
     try:
         fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
     except ValueError as error:

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from models import TCM
+from models import TCM, Codec
 from models.lambdas import LADDER
 from models.latent_map import TCM_Mapped
 from utils import cli
@@ -71,7 +71,7 @@ def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, li
     return LatentMapObjective(mapped, low, args.lmd or lmbda or LADDER[0]), []
 
 
-def _read_tcm(path: str) -> tuple[TCM, float | None]:
+def _read_tcm(path: str) -> tuple[Codec, float | None]:
     """A fixed-rate codec, and its λ where its file has it."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)

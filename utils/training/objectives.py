@@ -1,4 +1,4 @@
-"""The losses of the training stages: everything jointly, a fixed-rate TCM, the entropy model alone, the LAEs alone."""
+"""The losses of the training stages: everything jointly, a fixed-rate codec, the entropy model or the LAEs alone."""
 
 import contextlib
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models import TCM, TCM_VBR
-from models.device import send
+from models import Codec, VariableRate
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from models.large.memory import send
 from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
 from utils.training.maps import draw_maps
@@ -31,7 +31,7 @@ class Objective(nn.Module):
     repeat = 0  # number of patches to train on again and again; 0 for always new ones
     indexes: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
 
-    def __init__(self, model: TCM, metric: str = "mse") -> None:
+    def __init__(self, model: Codec, metric: str = "mse") -> None:
         super().__init__()
         self.model, self.metric = model, metric
         self.autocast: torch.dtype | None = None
@@ -79,11 +79,11 @@ class Objective(nn.Module):
         return send(index_to_lambda(index, self.metric), x.device)
 
     @torch.no_grad()
-    def measure(self, model: TCM, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
+    def measure(self, model: Codec, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
         """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
         log_m: list[Tensor] = []  # of analysis, then of synthesis
         with contextlib.ExitStack() as hooks:
-            for lae in (model.modnet_ga, model.modnet_gs) if isinstance(model, TCM_VBR) else ():
+            for lae in (model.modnet_ga, model.modnet_gs) if isinstance(model, VariableRate) else ():
                 hooks.enter_context(lae.mask.register_forward_hook(lambda mask, inputs, output: log_m.append(output)))
             out = model(x, index)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
@@ -105,12 +105,12 @@ class Objective(nn.Module):
 
 
 class FixedRateObjective(Objective):
-    """A plain TCM at one λ: the base of the variable-rate model, and the teachers of the static stage."""
+    """A fixed-rate codec at one λ: the base of the variable-rate model, and the teachers of the static stage."""
 
     stage = "base"
     indexes = (None,)
 
-    def __init__(self, model: TCM, lmbda: float, metric: str = "mse") -> None:
+    def __init__(self, model: Codec, lmbda: float, metric: str = "mse") -> None:
         super().__init__(model, metric)
         self.lmbda = lmbda
 
@@ -186,7 +186,7 @@ class StaticObjective(Objective):
     stage = "static"
     latent_weight, norm_weight = 0.03, 1e-4
 
-    def __init__(self, model: TCM_VBR, teachers: Sequence[TCM], metric: str = "mse") -> None:
+    def __init__(self, model: VariableRate, teachers: Sequence[Codec], metric: str = "mse") -> None:
         super().__init__(model, metric)
         model.requires_grad_(False)
         self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]

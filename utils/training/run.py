@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import STRIDE, TCM
+from models import STRIDE, Codec
 from utils import cli
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
@@ -24,7 +24,7 @@ MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS
 def train(
     args: argparse.Namespace,
     make_objective: Callable[[argparse.Namespace, DistContext, dict | None], tuple[Objective, list[dict]]],
-    start: Callable[[TCM, PatchDataset], dict] | None = None,
+    start: Callable[[Codec, PatchDataset], dict] | None = None,
     result: str = "weights for use",
 ) -> None:
     """Read the photographs, make the objective, train it, and print the path of the weights.

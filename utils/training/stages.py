@@ -1,45 +1,46 @@
 """The models and the objectives of the stages of train_vbr.py."""
 
 import argparse
-import dataclasses
 import re
 from pathlib import Path
 
-from models import TCM, TCM_VBR
-from models.config import PRESETS
+from models import Codec, VariableRate
 from models.lambdas import LADDERS
+from models.registry import fixed_rate, from_preset, model_class, variable_rate
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
 from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
 
 
-def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[TCM, list[dict]]:
+def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
     """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
-    cls = TCM if args.lmd else TCM_VBR
+    of_kind = fixed_rate if args.lmd else variable_rate
     if state:
-        if state["model"] != cls.__name__:
+        cls = model_class(state["model"])
+        if cls is not of_kind(cls):
             wanted = f"--stage {args.stage}"
             if args.stage == "entropy":
                 wanted += " with --lmd" if args.lmd else " without --lmd"
-            raise cli.UserError(f"{args.save_path}: holds a run of a {state['model']}; {wanted} is of a {cls.__name__}")
+            other = of_kind(cls).__name__
+            raise cli.UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
         model, history = cls(**state["arguments"]), []
     elif args.checkpoint is None:
-        preset = PRESETS[args.preset]
+        changes = {"N": args.N} if args.N else {}
         try:
-            model, history = cls(dataclasses.replace(preset, N=args.N or preset.N)), []
-        except ValueError as error:
-            raise cli.UserError(str(error)) from None
+            model, history = from_preset(args.preset, variable=not args.lmd, **changes), []
+        except (ValueError, TypeError) as error:
+            raise cli.UserError(f"--preset {args.preset}: {error}") from None
     else:
         checkpoint = read_checkpoint(args.checkpoint)
         start = build_model(checkpoint, args.checkpoint)
-        if type(start) not in (TCM, TCM_VBR):
-            kind = type(start).__name__
-            raise cli.UserError(f"{args.checkpoint}: holds a {kind}; training starts from a TCM or TCM_VBR")
+        kind = type(start)
+        if kind not in (fixed_rate(kind), variable_rate(kind)):
+            raise cli.UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
         weights = start.state_dict()
-        if cls is TCM:  # the LAEs of a TCM_VBR stay behind
+        if args.lmd:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
-        model, history = cls(**start.arguments), checkpoint.get("training", [])
+        model, history = of_kind(kind)(**start.arguments), checkpoint.get("training", [])
         model.load_state_dict(weights)
         if "metric" in checkpoint and start.metric != args.type and not quiet:
             cli.print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
@@ -47,15 +48,15 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
     return model, history
 
 
-def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[TCM]:
-    """The TCM of every λ of the ladder, from checkpoints whose training record or name has their λ.
+def read_teachers(folder: str, ladder: tuple[float, ...], student: Codec) -> list[Codec]:
+    """The fixed-rate codec of every λ of the ladder, from checkpoints whose training record or name has their λ.
 
     Raises:
         UserError: one is missing, exists twice, or has another latent than the student.
     """
     if not Path(folder).is_dir():
         raise cli.UserError(f"{folder}: no such folder")
-    found: dict[float, tuple[Path, TCM]] = {}
+    found: dict[float, tuple[Path, Codec]] = {}
     for path in sorted(Path(folder).rglob("*")):
         if not path.name.endswith((".pth", ".pt", ".tar", ".safetensors")) or path.name == "last.pth.tar":
             continue
@@ -71,9 +72,9 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: TCM) -> list[
         teacher = build_model(checkpoint, path)
         if "metric" not in checkpoint:  # published weights do not say
             teacher.metric = student.metric
-        if type(teacher) is not TCM or teacher.metric != student.metric:
+        if isinstance(teacher, VariableRate) or teacher.metric != student.metric:
             kind = f"a {type(teacher).__name__} for {teacher.metric}"
-            raise cli.UserError(f"{path}: {kind}; teachers are TCMs for {student.metric}")
+            raise cli.UserError(f"{path}: {kind}; teachers are fixed-rate codecs for {student.metric}")
         if teacher.M != student.M:
             raise cli.UserError(f"{path}: a latent of {teacher.M} channels cannot teach one of {student.M}")
         found[lmbda] = path, teacher

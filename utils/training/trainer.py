@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models import TCM
+from models import Codec
 from models.state_dict import without_tables
 from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
@@ -44,20 +44,21 @@ SECONDS_PER_LINE = 60  # of progress, where there is no terminal for a bar
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
 
 
-def make_optimizers(model: TCM, settings: Settings) -> dict[str, torch.optim.Adam]:
+def make_optimizers(model: Codec, settings: Settings) -> dict[str, torch.optim.Adam]:
     """Adam "net" for the networks and Adam "aux" for the bottleneck's quantiles, of parameters that are trained.
 
     CompressAI's net_aux_optimizer does not fit, as it has no groups: the density of z starts 10 wide, and Adam moves
     a weight by the learning rate per step, so that at the networks' rate z would cost 3 bits per symbol for long.
     """
     networks, transforms, density, quantiles = [], [], [], []
+    slow = set(model.transform_parameters())
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if name.startswith("entropy_bottleneck."):
             (quantiles if name.endswith(".quantiles") else density).append(p)
         else:
-            (transforms if name.startswith(("g_a.", "g_s.")) else networks).append(p)
+            (transforms if p in slow else networks).append(p)
     factors = (1.0, settings.transform_factor, settings.density_factor)
     groups = [{"params": p, "factor": f} for p, f in zip((networks, transforms, density), factors, strict=True) if p]
     optimizers = {"net": torch.optim.Adam(groups, settings.learning_rate, fused=True)}
@@ -284,7 +285,7 @@ class Trainer:
             self.finished = last
             self._draw_curves()
 
-    def _fit_tables(self, model: TCM) -> None:
+    def _fit_tables(self, model: Codec) -> None:
         """Fit the coding tables of weights for use to the first patches of the run."""
         model.to(self.device, memory_format=torch.channels_last)
         try:
@@ -399,11 +400,11 @@ class Trainer:
                 file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def compile_networks(model: TCM) -> None:
+def compile_networks(model: Codec) -> None:
     """`torch.compile` the sub-networks in place; the slice loop between them is not compiled."""
-    networks = [model.g_a, model.g_s, model.h_a, model.h_mean_s, model.h_scale_s]
-    networks += [*model.atten_mean, *model.atten_scale]
-    networks += [*model.cc_mean_transforms, *model.cc_scale_transforms, *model.lrp_transforms]
+    parts = list(model.children())
+    networks = [part for part in parts if isinstance(part, nn.Sequential)]
+    networks += [network for part in parts if isinstance(part, nn.ModuleList) for network in part]
     # Dynamo counts the graphs of all networks together, as they are calls of one nn.Module method: its limit of 8 would
     # leave g_s out.
     config = torch._dynamo.config

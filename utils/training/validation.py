@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models import TCM, TCM_VBR
+from models import Codec, VariableRate
 from utils.distributed import DistContext
 from utils.images import to_float
 from utils.training.objectives import Objective
@@ -14,7 +14,7 @@ from utils.training.objectives import Objective
 
 @torch.no_grad()
 def validate(
-    objective: Objective, model: TCM, photographs: Sequence[Tensor], context: DistContext,
+    objective: Objective, model: Codec, photographs: Sequence[Tensor], context: DistContext,
     canceled: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, dict[str, Tensor]] | None:
     """Means over photographs of what an objective measures, with rounded latents, of a model set to evaluation.
@@ -25,7 +25,7 @@ def validate(
 
     Returns:
         Lists of means, one element per rate, but `loss` is the mean over the rates, and `alpha_ga` and `alpha_gs` are
-        those of a TCM_VBR. And the first photograph with its reconstructions, in the main process.
+        those of a variable-rate codec. And the first photograph with its reconstructions, in the main process.
     """
     model.eval()
     rows: dict[tuple[int, int], dict[str, float]] = {}  # by photograph and rate
@@ -45,7 +45,7 @@ def validate(
     means = torch.tensor(table, dtype=torch.float64).mean(0).T.tolist()
     result = {name: [round(v, 5) for v in values] for name, values in zip(rows[0, 0], means, strict=True)}
     result["loss"] = round(sum(result["loss"]) / len(result["loss"]), 5)
-    if isinstance(model, TCM_VBR):
+    if isinstance(model, VariableRate):
         result |= {"alpha_ga": float(model.modnet_ga.mask.alpha), "alpha_gs": float(model.modnet_gs.mask.alpha)}
     return result, pictures
 

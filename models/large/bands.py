@@ -1,10 +1,11 @@
-"""Layers on large pictures, band of rows by band of rows: the numbers of the whole picture in bounded memory.
+"""Layers and LAEs on large pictures, band of rows by band of rows: the numbers of the whole picture in bounded memory.
 
 Every layer waits until the rows that it looks at have come, keeps those that the next band looks at too, and hands on
 what is final. So nothing is approximated, and a layer computes only the few rows around a cut twice. The last bit of a
 convolution may depend on the height of its input; nothing else differs.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -14,8 +15,7 @@ from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride
 from torch import Tensor, nn
 
 from models import STRIDE
-from models.device import LARGE, give_back_freed_memory, large_empty
-from models.layers import ConvTransBlock, SWAtten
+from models.large.memory import LARGE, give_back_freed_memory, large_empty
 
 # Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. Neighboring
 # bands overlap by what the layers see, and the fewer rows they have, the more of the work is done twice: so they have
@@ -36,44 +36,57 @@ class Footprint(NamedTuple):
     scale: Fraction = Fraction(1)
 
 
+@functools.singledispatch
 def footprint(layer: nn.Module) -> Footprint:
-    """The footprint of a layer of TCM, in rows of its input.
-
-    Window attention sees windows of p rows that start at multiples of p, or half a window later: in an aligned slice
-    only the half windows at its ends differ from those of the picture. The convolutions beside it reach less far.
-    """
-    if isinstance(layer, ConvTransBlock):  # half a window, and beside it two 3×3 convolutions
-        window = layer.trans_block.msa.window_size
-        return Footprint(_multiple(max(window // 2, 2), window), window)
-    if isinstance(layer, SWAtten):  # half a window, then three 3×3 convolutions
-        window = layer.non_local_block.block_2.msa.window_size
-        return Footprint(_multiple(window // 2 + 3, window), window)
-    if isinstance(layer, ResidualBlockWithStride):  # 3×3 of stride 2, then 3×3
-        return Footprint(4, 2, Fraction(1, 2))
-    if isinstance(layer, ResidualBlockUpsample):  # 3×3, shuffled to twice the rows, then 3×3
-        return Footprint(2, 1, Fraction(2))
-    if isinstance(layer, nn.Conv2d):
-        stride, reach = layer.stride[0], layer.kernel_size[0] // 2
-        return Footprint(_multiple(reach, stride), stride, Fraction(1, stride))
-    if isinstance(layer, nn.PixelShuffle):
-        return Footprint(0, 1, Fraction(layer.upscale_factor))
-    if isinstance(layer, nn.GELU):
-        return Footprint(0, 1)
+    """The footprint of a layer, in rows of its input. A new kind of layer registers its own, beside its class."""
     raise TypeError(f"no footprint is known of {type(layer).__name__}")
 
 
-def _multiple(rows: int, of: int) -> int:
+@footprint.register
+def _(layer: ResidualBlockWithStride) -> Footprint:  # 3×3 of stride 2, then 3×3
+    return Footprint(4, 2, Fraction(1, 2))
+
+
+@footprint.register
+def _(layer: ResidualBlockUpsample) -> Footprint:  # 3×3, shuffled to twice the rows, then 3×3
+    return Footprint(2, 1, Fraction(2))
+
+
+@footprint.register
+def _(layer: nn.Conv2d) -> Footprint:
+    stride, reach = layer.stride[0], layer.kernel_size[0] // 2
+    return Footprint(multiple(reach, stride), stride, Fraction(1, stride))
+
+
+@footprint.register
+def _(layer: nn.PixelShuffle) -> Footprint:
+    return Footprint(0, 1, Fraction(layer.upscale_factor))
+
+
+@footprint.register
+def _(layer: nn.PixelUnshuffle) -> Footprint:
+    return Footprint(0, layer.downscale_factor, Fraction(1, layer.downscale_factor))
+
+
+@footprint.register(nn.GELU)
+@footprint.register(nn.SiLU)
+def _(layer: nn.Module) -> Footprint:
+    return Footprint(0, 1)
+
+
+def multiple(rows: int, of: int) -> int:
+    """The least multiple that is not less."""
     return -(-rows // of) * of
 
 
-def band_rows(width: int, height: int, channels: int, device: torch.device) -> int:
+def band_rows(width: int, height: int, bytes_per_pixel: float, device: torch.device) -> int:
     """Rows of a band of a picture of width × height pixels, after padding: all of them up to WHOLE pixels.
 
     On a GPU a band may be as large as half of the free memory allows. Its rows are 128 times a power of two: so they,
     and with them the last bits of the latents, seldom depend on how much of it happens to be free.
 
     Args:
-        channels: of the widest layer, which works on a quarter of the pixels.
+        bytes_per_pixel: of the widest tensor between two layers.
     """
     if width * height <= WHOLE:
         return height
@@ -81,7 +94,7 @@ def band_rows(width: int, height: int, channels: int, device: torch.device) -> i
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        rows = free // 2 // (TENSORS * channels * width)  # a quarter of the pixels, of four bytes
+        rows = int(free // 2 / (TENSORS * bytes_per_pixel * width))
         rows = STRIDE << max(0, (rows // STRIDE).bit_length() - 1)
     return min(height, max(STRIDE, rows // STRIDE * STRIDE))
 
@@ -126,7 +139,7 @@ def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor
         if isinstance(layer, nn.Sequential):
             bands, height = in_bands(layer, bands, height), scaled_height(layer, height)
         else:
-            bands, height = _through(layer, bands, height), scaled_height([layer], height)
+            bands, height = _layer_in_bands(layer, bands, height), scaled_height([layer], height)
     return iter(bands)
 
 
@@ -138,7 +151,7 @@ def scaled_height(layers: Sequence[nn.Module] | nn.Sequential, height: int) -> i
     return height
 
 
-def _through(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
+def _layer_in_bands(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
     halo, align, scale = footprint(layer)
     kept, start, done, end = None, 0, 0, 0  # of the input's rows start … end are kept, those before `done` computed
     for band in bands:
@@ -159,6 +172,22 @@ def _through(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator
             kept = None if above == end else kept[:, :, above - start :].clone()
             start, done = above, ready
             yield result.pop()  # so that nothing here holds it while the layers that follow work
+
+
+def content_bands(mask: nn.Module, y: Tensor, rows: int) -> Iterator[Tensor]:
+    """`mask.content` of a latent `[B, M, h, w]`, in bands of about so many rows (models/lae.py)."""
+    return (mask.alpha * band for band in in_bands([mask.latent_attn], rows_of([y], rows), y.shape[2]))
+
+
+def log_m_of_band(mask: nn.Module, index: Tensor, here: slice, content: Tensor) -> Tensor:
+    """ln m of some rows, from their content and an index as in `mask.rate`, which for maps is that of all rows."""
+    return mask.log_m(mask.rate(index[:, :, here] if index.dim() == 4 else index), content)
+
+
+def scaled_bands(lae: nn.Module, y: Tensor, index: Tensor, rows: int) -> Iterator[Tensor]:
+    """y · m of an LAE, in bands of about so many rows."""
+    for here, content in with_rows(content_bands(lae.mask, y, rows)):
+        yield y[:, :, here] * log_m_of_band(lae.mask, index, here, content).exp()
 
 
 def gather(bands: Iterable[Tensor], height: int) -> Tensor:

@@ -9,7 +9,7 @@ class SideInfo:
 
     Attributes:
         scales: one byte per block of positions, its shift of the scale table; then the positions whose σ lies close
-            to a boundary of that table, coded (models/portable.py).
+            to a boundary of that table, coded (models/coding/portable.py).
         crc: CRC-32 of all symbols, z's first.
     """
 

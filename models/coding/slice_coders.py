@@ -13,9 +13,9 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
-from models.coding_tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
-from models.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_factors, table_index, unpack_scales
-from models.side_info import SideInfo
+from models.coding.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_factors, table_index, unpack_scales
+from models.coding.side_info import SideInfo
+from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]

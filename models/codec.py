@@ -1,0 +1,490 @@
+"""The codec that every backbone plugs into: image ↔ latents ↔ symbols ↔ streams.
+
+            ┌─────────────────── encoder ───────────────────┐         ┌──────────── decoder ────────────┐
+    x ──► g_a ──► y ──► LAE ──► y · m ──► round(y · m − μ) ──► rANS ──► symbols ──► ŷ ──► LAE ──► g_s ──► x̂
+                                 │                ▲              │                   ▲
+                                h_a               │ μ, σ         │                   │ μ, σ
+                                 ▼                │              │                   │
+                                 z ──► rounded, ẑ ┴─► slices     └──► z ──► ẑ ──► slices
+
+The two LAEs are there in a variable-rate codec (models/lae.py; TCSVT 2025). The slices are a channel-wise
+autoregression ("Channel-wise Autoregressive Entropy Models for Learned Image Compression",
+https://arxiv.org/abs/2007.08739): ŷ is coded in parts, and each sees ẑ and the parts before it. Their loop,
+`Codec.run_slices`, exists once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which
+estimates its bits, writes its symbols, or reads them.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from compressai.models import CompressionModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models import STRIDE
+from models.coding.portable import EPSILON, crc_of
+from models.coding.precision import deterministic
+from models.coding.side_info import DecodingError, SideInfo
+from models.coding.slice_coders import (
+    ERROR_BITS,
+    Choice,
+    QuantizedLatents,
+    SliceDecoder,
+    SliceEncoder,
+    SliceEstimator,
+    Surrogate,
+    choose_symbols,
+    likelihood_of_z,
+    nearest_symbols,
+    ste_round,
+)
+from models.coding.tables import CodingTables, open_stream
+from models.lambdas import check_index
+from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.state_dict import empty_tables, explain_mismatch, normalize
+
+# In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
+RateIndex = Tensor | float | None
+Noise = tuple[Tensor, Tensor] | None  # added to y and to z
+
+
+class Codec(CompressionModel):
+    """What all backbones share. A fixed-rate backbone is a subclass with these networks (models/tcm.py is one):
+
+    - `g_a` and `g_s`, `nn.Sequential`: image `[B, 3, H, W]` to latent y `[B, M, H/16, W/16]`, in float32, and back;
+    - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
+    - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
+    - the methods `hyper_synthesis`, `predict` and `correct`, which are what the slices compute.
+
+    Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py) and are computed by
+    `run_networks`, so that pictures of any size take bounded memory. The last layer of `g_a` is a 3×3 convolution.
+    The networks of latent residuals are called `lrp_transforms`. A class NAME and its variable-rate form NAME_VBR
+    stand in models/registry.py.
+
+    Args: a `Config` of the class, or its fields by position or name.
+
+    Attributes:
+        Config: dataclass of the architecture, with M, num_slices, max_support_slices and hyper_channels among its
+            fields, and `canonical()`, `infer(state_dict)`.
+        config: the architecture.
+        metric: "mse" or "ms-ssim", the distortion that the weights were trained for.
+        epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
+        checkpointing: compute gradients by running every layer twice, in a fraction of the memory.
+
+    Raises:
+        ValueError: naming the constraint of the `Config` that does not hold.
+    """
+
+    Config: ClassVar[type]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__()
+        self.config = c = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
+        self.M, self.num_slices, self.max_support_slices = c.M, c.num_slices, c.max_support_slices
+        self._tables: tuple[CodingTables, CodingTables] | None = None
+        self._fingerprint: bytes | None = None
+        self.epsilon, self.checkpointing, self.metric = EPSILON, False, "mse"
+
+    @property
+    def arguments(self) -> dict:
+        """Plain values that rebuild the model, `type(model)(**model.arguments)`; a checkpoint stores them."""
+        return asdict(self.config)
+
+    # What a backbone defines -----------------------------------------------------------------
+
+    def hyper_synthesis(self, z_hat: Tensor) -> Any:
+        """What the slices read of ẑ `[B, C, h/4, w/4]`; made by `synthesize_hyper`."""
+        raise NotImplementedError
+
+    def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
+        """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `correct` wants to see again.
+
+        Args:
+            hyper: of `hyper_synthesis`.
+            supports: the slices before it that it may see, `[B, M/S, h, w]` each.
+            corrected: whether `correct` follows; without, the third value is not used.
+        """
+        raise NotImplementedError
+
+    def correct(self, i: int, context: Any, y_hat: Tensor) -> Tensor:
+        """Slice i with its latent residual, `[B, M/S, h, w]`; context is the third value of `predict`."""
+        raise NotImplementedError
+
+    def transform_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights that `--transform-lr-factor` is for: they learn more slowly than the others."""
+        yield from self.g_a.parameters()
+        yield from self.g_s.parameters()
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        """Memory of the widest tensor of `g_a` and `g_s`, in bytes per pixel of the image."""
+        raise NotImplementedError
+
+    # What a variable-rate codec overrides ----------------------------------------------------
+
+    def resolve_index(self, index: RateIndex, batch: int) -> Tensor | None:
+        """The rate index as `check_index` returns it; None stays None, as a fixed-rate model needs no index."""
+        return None if index is None else check_index(index, batch)
+
+    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The latent of `features` as the entropy model sees it, and ln m. A fixed rate leaves it unchanged."""
+        return y, y.new_zeros(len(y), 1, 1, 1)
+
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
+        """A quantized latent `[B, M, h, w]` as `g_s` sees it."""
+        return y_hat
+
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        """`demodulate` in bands of about so many rows."""
+        return rows_of([y_hat], rows)
+
+    # Transforms ------------------------------------------------------------------------------
+
+    def analyze(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Image `[B, 3, H, W]` in [0, 1] to latent y `[B, M, H/16, W/16]` and ln m (of a fixed rate `[B, 1, 1, 1]`)."""
+        return self.modulate(self.features(x), index)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Image `[B, 3, H, W]` in [0, 1] to the output of `g_a` `[B, M, H/16, W/16]`, before any scaling by m."""
+        return self.g_a(self._in_weight_format(x))
+
+    def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
+        """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
+        return self.run_networks([self.g_s], self.demodulate(y_hat, index))
+
+    def run_networks(self, networks: Sequence[nn.Sequential], *parts: Tensor | Recomputed, stride: int = 1) -> Tensor:
+        """What a chain of networks makes of tensors, joined along their channels.
+
+        With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
+        `bands.LATENTS` go through in bands.
+
+        Args:
+            stride: rows of the latent y for each of their rows.
+        """
+        height, width = parts[0].shape[2:]
+        if rows := self._rows_of_bands(height, width, stride):
+            return gather(in_bands(networks, rows_of(parts, rows), height), scaled_height(networks, height))
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        for network in networks:
+            if self.checkpointing and torch.is_grad_enabled():
+                for layer in network:
+                    x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = network(x)  # as a whole, which may be compiled
+        return x
+
+    @staticmethod
+    def _rows_of_bands(height: int, width: int, stride: int) -> int | None:
+        """Rows of the bands in which `run_networks` computes; None where it computes all at once, as with gradients."""
+        rows = latent_rows(stride * width) // stride
+        return rows if rows < height and not torch.is_grad_enabled() else None
+
+    # Large pictures, in bands of rows --------------------------------------------------------
+
+    def band_rows(self, width: int, height: int) -> int:
+        """Rows of the bands in which a picture of this size is best computed: all of them up to two megapixels."""
+        return band_rows(width, height, self.bytes_per_pixel, self.medians.device)
+
+    @torch.no_grad()
+    def features_of_bands(self, bands: Iterable[Tensor], height: int) -> Tensor:
+        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, rows, W]`."""
+        return gather(in_bands(self.g_a, map(self._in_weight_format, bands), height), height // 16)
+
+    @torch.no_grad()
+    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        """`synthesize` in bands, computed from bands of so many rows of the image, a multiple of 128."""
+        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, rows // 16), y_hat.shape[2])
+
+    # The slice loop --------------------------------------------------------------------------
+
+    def run_slices(
+        self, z_hat: Tensor, coder: Callable[[Tensor, Tensor], Tensor], complete: bool = True
+    ) -> Tensor | None:
+        """Channel-wise autoregression: ŷ `[B, M, h, w]` from ẑ `[B, C, h/4, w/4]` and a slice coder.
+
+        Everything that steers entropy coding is computed here, always in the memory format of the weights:
+        convolutions may differ in the last bit between formats, and decoding must not.
+
+        Args:
+            complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
+        """
+        hyper = self.hyper_synthesis(self._in_weight_format(z_hat))
+        decoded: list[Tensor] = []
+        for i in range(self.num_slices):
+            corrected = complete or i < self.num_slices - 1
+            mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected)
+            if not corrected:
+                del hyper, decoded, context  # no slice follows; the coder has their room
+                coder(mu, sigma)
+                return None
+            y_hat = self._in_weight_format(coder(mu, sigma))
+            del mu, sigma  # of a large picture each is hundreds of megabytes, and so is what follows
+            decoded.append(self.correct(i, context, y_hat))
+            del context, y_hat
+        del hyper
+        return torch.cat(decoded, 1)
+
+    def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
+        """What a network makes of ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
+        height, width = z_hat.shape[2:]
+        rows = self._rows_of_bands(height, width, stride=4)
+        if rows and 16 * height * width > KEPT:
+            return Recomputed(network, z_hat, rows)
+        return self.run_networks([network], z_hat, stride=4)
+
+    # Estimation ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, index: RateIndex = None, noise: Noise = None) -> dict:
+        """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
+
+        Args:
+            index: a variable-rate codec draws it at random when it is omitted in training, and requires it in
+                evaluation. A fixed-rate one ignores it.
+            noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
+
+        Returns:
+            `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
+            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`.
+        """
+        _check_sides(x)
+        index = self.resolve_index(index, len(x))
+        y, _ = self.analyze(x, index)
+        return self._reconstruct(y, self.h_a(y), index, noise=noise)
+
+    def forward_fromlatent(
+        self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
+    ) -> dict:
+        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
+
+        In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
+        rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
+        the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
+        of the rounded values. `use_scale_table` and `choose` are those of `SliceEstimator`.
+        """
+        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise, choose)
+
+    def _reconstruct(
+        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool = False,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
+    ) -> dict:
+        y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise, choose)
+        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
+
+    def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of y and z of one image."""
+        channels = self.config.hyper_channels
+        return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
+
+    def estimate_rate(
+        self, y: Tensor, z: Tensor, use_scale_table: bool = False,
+        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
+    ) -> tuple[Tensor, dict]:
+        """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
+        noise_y, noise_z = noise or (None, None)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            z_hat = ste_round(z - self.medians) + self.medians
+            if surrogate is not None:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, surrogate(z - self.medians) + self.medians)
+            elif noise_z is not None:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
+            else:
+                _, z_likelihoods = self.entropy_bottleneck(z)
+        parts = self.gaussian_conditional, y, self.num_slices
+        coder = SliceEstimator(*parts, use_scale_table, noise_y, surrogate, choose)
+        # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
+        with contextlib.nullcontext() if self.training else deterministic():
+            y_hat = self.run_slices(z_hat, coder)
+        out = {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
+        if surrogate is not None:
+            with torch.no_grad():
+                rounded_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
+            out["coded_likelihoods"] = {"y": torch.cat(coder.rounded_likelihoods, 1), "z": rounded_z}
+        return y_hat, out
+
+    # Coding ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compress(self, x: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
+        """Code images `[B, 3, H, W]`.
+
+        Args:
+            portable: add the side information that decoding on another machine needs; without it the coding
+                tables are selected by the published rule.
+
+        Returns:
+            `strings`: [y_strings, z_strings], one bytes object per image each; `shape`: (h, w) of z; `side_info`: one
+            per image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
+        """
+        _check_sides(x)
+        index = self.resolve_index(index, len(x))
+        y, log_m = self.analyze(x, index)
+        return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
+
+    @torch.no_grad()
+    def decompress(
+        self, strings: list[list[bytes]], shape: Sequence[int], index: RateIndex = None,
+        side_info: list[SideInfo] | None = None,
+    ) -> dict:
+        """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
+
+        Without side information, decode in the batch, and on the machine, that encoded: the last bits of a
+        convolution depend on both, and a σ on a boundary of the scale table would select another row.
+
+        Raises:
+            DecodingError: a stream is too short for the shape, or (with side information) the decoded symbols are
+                not those that were encoded.
+        """
+        index = self.resolve_index(index, len(strings[0]))
+        y_hat = self.decode_latents(strings, shape, side_info)
+        return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
+
+    @torch.no_grad()
+    def decode_latents(
+        self, strings: list[list[bytes]], shape: Sequence[int], side_info: list[SideInfo] | None = None
+    ) -> Tensor:
+        """ŷ `[B, M, h, w]` of what `compress` returned; arguments and errors are those of `decompress`."""
+        y_strings, z_strings = strings
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(shape)
+        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
+            raise DecodingError("the streams are too short for a picture of this size")
+        z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
+        z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
+        crcs = [crc_of(symbols) for symbols in z]
+        y_count = self.M * 4 * shape[0] * 4 * shape[1]
+        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, y_count, side_info, crcs)
+        with deterministic():
+            y_hat = self.run_slices(z_hat, coder)
+        if side_info and [info.crc for info in side_info] != coder.crcs:
+            raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
+        return y_hat
+
+    @torch.no_grad()
+    def quantize(
+        self, y: Tensor | list[Tensor], z: Tensor, portable: bool = True, complete: bool = False,
+        choose: Choice = nearest_symbols,
+    ) -> QuantizedLatents:
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
+
+        Args:
+            y: or the list of its slices in float32, `[B, M/S, h, w]` each, which is used up slice by slice.
+            complete: compute ŷ as well, which no file needs.
+            choose: makes the symbols of y.
+        """
+        rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
+        slices = y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1))
+        coder = SliceEncoder(*parts, slices, rounded, self.epsilon if portable else None, choose)
+        with deterministic():
+            y_hat = self.run_slices(rounded + self.medians, coder, complete)
+        return coder.finish(y_hat)
+
+    def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
+        """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
+        return choose_symbols(residual, sigma, self.gaussian_conditional, self.coding_tables[0], ERROR_BITS)
+
+    def count_bits(self, quantized: QuantizedLatents) -> list[float]:
+        """Bits of the streams and the side information of each image, without coding them.
+
+        These are code lengths under the coding tables; the coder writes whole words and its final states, at most
+        16 bytes more.
+        """
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(quantized.z.shape[-2:])
+        counts = [z_tables.count_bits(symbols, z_indexes) for symbols in quantized.z]
+        for i, (symbols, indexes) in enumerate(zip(quantized.y, quantized.indexes, strict=True)):
+            counts[i] += 8 * len(quantized.side_info[i].scales) if quantized.side_info else 0
+            counts[i] += y_tables.count_bits(symbols, indexes)
+        return counts
+
+    def encode_symbols(self, quantized: QuantizedLatents) -> dict:
+        """`strings`, `shape` and `side_info` as `compress` returns them."""
+        y_tables, z_tables = self.coding_tables
+        z_indexes = self._z_indexes(quantized.z.shape[-2:])
+        pairs = zip(quantized.y, quantized.indexes, strict=True)
+        y_strings = [y_tables.encode(symbols, indexes) for symbols, indexes in pairs]
+        return {
+            "strings": [y_strings, [z_tables.encode(symbols, z_indexes) for symbols in quantized.z]],
+            "shape": tuple(quantized.z.shape[-2:]),
+            "side_info": quantized.side_info,
+        }
+
+    def _z_indexes(self, shape: Sequence[int]) -> Tensor:
+        """Table index of every element of z, which is its channel: int32 `[C, *shape]`."""
+        channels = self.config.hyper_channels
+        return torch.arange(channels, dtype=torch.int32).view(-1, 1, 1).expand(-1, *shape)
+
+    def _in_weight_format(self, x: Tensor) -> Tensor:
+        """x in the memory format of the weights, so that the same input has the same arithmetic."""
+        channels_last = self.g_a[-1].weight.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    @property
+    def medians(self) -> Tensor:
+        """Medians of z, `[1, C, 1, 1]`."""
+        return self.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
+
+    @property
+    def coding_tables(self) -> tuple[CodingTables, CodingTables]:
+        """Coding tables of y and of z, made at the first use."""
+        if self._tables is None:
+            self._tables = CodingTables(self.gaussian_conditional), CodingTables(self.entropy_bottleneck)
+        return self._tables
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Eight bytes that identify the weights and coding tables, computed at the first use."""
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+            self._fingerprint = digest.digest()
+        return self._fingerprint
+
+    def prepare(self) -> None:
+        """Make the coding tables and the fingerprint now, so that the first picture is not timed with them."""
+        _ = self.coding_tables, self.fingerprint
+
+    def update(self, *args, **kwargs) -> bool:
+        """Compute the coding tables (CompressAI) where there are none; with force, also in place of fitted ones."""
+        self._tables = self._fingerprint = None
+        return super().update(*args, **kwargs)
+
+    def set_tables_of_y(self, cdf: Tensor) -> None:
+        """Code y with these tables, int32 `[levels, longest]`, of the lengths and offsets that `update()` gave them."""
+        self.gaussian_conditional._quantized_cdf = cdf.to(self.medians.device)
+        self._tables = self._fingerprint = None
+
+    # Weights ---------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True):
+        """Load published or own weights, in any of the forms that `models.state_dict` understands.
+
+        Raises:
+            ValueError: one line that names what is missing, unknown or of another shape.
+        """
+        state_dict = normalize(state_dict, self)
+        if strict and (problem := explain_mismatch(state_dict, self)):
+            raise ValueError(f"these weights do not fit {type(self).__name__}: {problem}")
+        self._tables = self._fingerprint = None
+        empty_tables(self)
+        return super().load_state_dict(state_dict, strict=strict)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict) -> "Codec":
+        """The model that a state dict belongs to, whatever its size, with its weights, in evaluation mode."""
+        state_dict = normalize(state_dict)
+        model = cls(cls.Config.infer(state_dict))
+        model.load_state_dict(state_dict)
+        return model.eval()
+
+
+def _check_sides(x: Tensor) -> None:
+    if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
+        raise ValueError(f"images must be [B, 3, H, W] with sides that are multiples of {STRIDE}, not {list(x.shape)}")

@@ -1,0 +1,199 @@
+"""DepthConv, a backbone made to be trained and run on a CPU, and its variable-rate form DepthConv_VBR.
+
+Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 of the resolution: matrix products, and no windows to cut.
+Such blocks are those of DCVC-FM (https://arxiv.org/abs/2402.17414) and DCVC-RT (https://arxiv.org/abs/2502.20762). The
+entropy model is TCM's: a hyperprior and channel-wise slices with latent residuals (CVPR 2023), without attention, and
+with one network for μ and σ together. No stage is narrow, so that the start in closed form loses little
+(utils/training/klt_start/). docs/depthconv.md has what its sizes were chosen by.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.codec import Codec
+from models.lae import VariableRate
+from models.large.bands import Footprint, Recomputed, footprint
+from models.layers import Float32Conv
+
+__all__ = ["DepthConv", "DepthConvBlock", "DepthConvConfig", "DepthConv_VBR"]
+
+CELL = 8  # pixels of a side that one place of the transforms stands for
+
+
+@dataclass(frozen=True)
+class DepthConvConfig:
+    """Sizes of a DepthConv.
+
+    Attributes:
+        width: channels of the transforms.
+        depth: blocks of g_a, and of g_s.
+        M: latent channels, a multiple of 64 and of num_slices.
+        num_slices: slices S of the channel-wise autoregression.
+        hyper_channels: channels of z.
+        hyper_width: channels of the hyper networks.
+        slice_width, slice_depth: channels and blocks of the network that predicts μ and σ of a slice.
+        residual_width, residual_depth: channels and blocks of the one that predicts its latent residual.
+
+    Raises:
+        ValueError: naming the constraint that does not hold.
+    """
+
+    width: int = 192
+    depth: int = 6
+    M: int = 320
+    num_slices: int = 5
+    hyper_channels: int = 128
+    hyper_width: int = 128
+    slice_width: int = 192
+    slice_depth: int = 2
+    residual_width: int = 128
+    residual_depth: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < (0 if name.endswith("depth") else 1):
+                raise ValueError(f"{name} must be a whole number that is positive, not {value}")
+        if self.M % 64 or self.M % self.num_slices:
+            raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
+
+    @property
+    def max_support_slices(self) -> int:
+        """Every slice sees all before it."""
+        return self.num_slices
+
+    def canonical(self) -> "DepthConvConfig":
+        """The same network, with one value for what leaves no trace in it."""
+        return self
+
+    @classmethod
+    def infer(cls, state_dict: dict[str, Tensor]) -> "DepthConvConfig":
+        """Sizes of the DepthConv or DepthConv_VBR that a (normalized) state dict belongs to.
+
+        Raises:
+            ValueError: names that every DepthConv has are missing.
+        """
+
+        def count(pattern: str) -> int:
+            return len({match[1] for name in state_dict if (match := re.match(pattern, name))})
+
+        try:
+            return cls(
+                width=state_dict["g_a.1.weight"].shape[0],
+                depth=count(r"g_a\.(\d+)\.expand\."),
+                M=state_dict["h_a.0.weight"].shape[1],
+                num_slices=count(r"slice_heads\.(\d+)\."),
+                hyper_channels=state_dict["entropy_bottleneck.quantiles"].shape[0],
+                hyper_width=state_dict["h_a.0.weight"].shape[0],
+                slice_width=state_dict["slice_heads.0.0.weight"].shape[1],
+                slice_depth=count(r"slice_transforms\.0\.(\d+)\.expand\."),
+                residual_width=state_dict["lrp_transforms.0.0.weight"].shape[0],
+                residual_depth=count(r"lrp_transforms\.0\.(\d+)\.expand\."),
+            )
+        except KeyError as error:
+            raise ValueError(f"these are not the weights of a DepthConv (no {error.args[0]})") from None
+
+
+class DepthConvBlock(nn.Module):
+    """x + mix(SiLU(…)): a spatial part with a depth-wise 3×3 convolution, then a feed-forward part of 1×1 convolutions.
+
+    `[B, C, H, W]` to the same shape. Both parts end in zeros, so that a new block is the identity until it learns.
+    """
+
+    def __init__(self, C: int, expansion: int = 3) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(C, C, 1)
+        self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
+        self.leave = nn.Conv2d(C, C, 1)
+        self.expand = nn.Conv2d(C, expansion * C, 1)
+        self.reduce = nn.Conv2d(expansion * C, C, 1)
+        for last in (self.leave, self.reduce):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.leave(self.depthwise(F.silu(self.enter(x))))
+        return x + self.reduce(F.silu(self.expand(x)))
+
+
+@footprint.register
+def _(layer: DepthConvBlock) -> Footprint:
+    return Footprint(1, 1)
+
+
+def _blocks(C: int, depth: int) -> list[nn.Module]:
+    return [DepthConvBlock(C) for _ in range(depth)]
+
+
+class DepthConv(Codec):
+    """Depth-wise image codec with channel-wise autoregression, at one fixed rate. Args: as `Codec`."""
+
+    Config = DepthConvConfig
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        c, M, C, H = self.config, self.M, self.config.width, self.config.hyper_width
+        pixels = 3 * CELL**2
+        self.g_a = nn.Sequential(
+            nn.PixelUnshuffle(CELL), nn.Conv2d(pixels, C, 1), *_blocks(C, c.depth),
+            Float32Conv(C, M, kernel_size=3, stride=2, padding=1),
+        )
+        self.g_s = nn.Sequential(
+            nn.Conv2d(M, 4 * C, 1), nn.PixelShuffle(2), *_blocks(C, c.depth),
+            nn.Conv2d(C, pixels, 1), nn.PixelShuffle(CELL),
+        )
+        self.h_a = nn.Sequential(
+            nn.Conv2d(M, H, 3, stride=2, padding=1), nn.SiLU(), *_blocks(H, 1),
+            nn.Conv2d(H, c.hyper_channels, 3, stride=2, padding=1),
+        )
+        self.h_s = nn.Sequential(
+            nn.Conv2d(c.hyper_channels, 4 * H, 1), nn.PixelShuffle(2), nn.SiLU(), *_blocks(H, 1),
+            nn.Conv2d(H, 4 * c.slice_width, 1), nn.PixelShuffle(2),
+        )
+        step, D, L = M // c.num_slices, c.slice_width, c.residual_width
+        self.slice_transforms = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(D + step * i, D, 1), *_blocks(D, c.slice_depth)) for i in range(c.num_slices)
+        )
+        self.slice_heads = nn.ModuleList(nn.Sequential(nn.Conv2d(D, 2 * step, 1)) for _ in range(c.num_slices))
+        self.lrp_transforms = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(D + step, L, 1), *_blocks(L, c.residual_depth), nn.Conv2d(L, step, 1))
+            for _ in range(c.num_slices)
+        )
+        self.entropy_bottleneck = EntropyBottleneck(c.hyper_channels)
+        self.gaussian_conditional = GaussianConditional(None)
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        """Of the hidden channels of a block in float32, one place for 8×8 pixels."""
+        return 4 * self.g_a[2].expand.out_channels / CELL**2 if self.config.depth else 12.0
+
+    def transform_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of g_a and g_s that the start in closed form writes. The blocks learn as fast as everything else."""
+        for network in (self.g_a, self.g_s):
+            for layer in network:
+                if not isinstance(layer, DepthConvBlock):
+                    yield from layer.parameters()
+
+    def hyper_synthesis(self, z_hat: Tensor) -> Tensor | Recomputed:
+        return self.synthesize_hyper(self.h_s, z_hat)
+
+    def predict(
+        self, i: int, hyper: Tensor | Recomputed, supports: list[Tensor], corrected: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not corrected:
+            found = self.run_networks([self.slice_transforms[i], self.slice_heads[i]], hyper, *supports)
+            return *found.float().chunk(2, 1), None
+        features = self.run_networks([self.slice_transforms[i]], hyper, *supports)
+        return *self.run_networks([self.slice_heads[i]], features).float().chunk(2, 1), features
+
+    def correct(self, i: int, context: Tensor, y_hat: Tensor) -> Tensor:
+        return y_hat + 0.5 * torch.tanh(self.run_networks([self.lrp_transforms[i]], context, y_hat))
+
+
+class DepthConv_VBR(VariableRate, DepthConv):
+    """DepthConv made variable-rate by an LAE after analysis and another before synthesis (TCSVT 2025)."""

@@ -1,0 +1,120 @@
+"""Latent-domain auto-encoders (TCSVT 2025): one after analysis and one before synthesis make any codec variable-rate.
+
+    y → y · m,    m = exp(softsign(f_λ(λ) + α · attn(y)))
+
+f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The rate model of the paper
+follows from it, R(λ) = Σ log m(λ) + C (utils/codec/rate_model.py). Names of classes and weights are the published ones.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.codec import RateIndex
+from models.lambdas import MAX_INDEX, check_index
+from models.large.bands import scaled_bands
+from models.large.memory import send
+from models.layers import ConvTransBlock
+from models.state_dict import normalize
+
+
+class fcn(nn.Module):
+    """f_λ: n linear layers from the rate index `[B, 1]` to M logits `[B, M]`, zero at the start."""
+
+    def __init__(self, n: int, M: int) -> None:
+        super().__init__()
+        self.fc_layers = nn.ModuleList(nn.Linear(1 if i == 0 else M, M) for i in range(n))
+        nn.init.zeros_(self.fc_layers[-1].weight)
+        nn.init.zeros_(self.fc_layers[-1].bias)
+
+    def forward(self, index: Tensor) -> Tensor:
+        for layer in self.fc_layers[:-1]:
+            index = F.relu(layer(index))
+        return self.fc_layers[-1](index)
+
+
+class mask(nn.Module):
+    """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1), for a latent `[B, M, h, w]`."""
+
+    def __init__(self, n: int, M: int) -> None:
+        super().__init__()
+        self.lmd_map = fcn(n, M)
+        self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, y: Tensor, index: Tensor) -> Tensor:
+        return self.log_m(self.rate(index), self.content(y))
+
+    @staticmethod
+    def log_m(rate: Tensor, content: Tensor) -> Tensor:
+        """ln m from both parts of the logits, which broadcast."""
+        return F.softsign(rate + content)
+
+    def content(self, y: Tensor) -> Tensor:
+        """α · attn(y), the part of the logits that depends on no rate."""
+        return self.alpha * self.latent_attn(y)
+
+    def rate(self, index: Tensor) -> Tensor:
+        """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`.
+
+        It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step
+        where the latent is 128.
+        """
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            if index.dim() == 4:
+                return self.lmd_map(index.to(self.alpha).movedim(1, -1)).movedim(-1, 1)
+            return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
+
+
+class LAE(nn.Module):
+    """Latent-domain auto-encoder: y · m and ln m, with m = exp(ln m) in (1/e, e); identity at the start."""
+
+    def __init__(self, n: int, M: int) -> None:
+        super().__init__()
+        self.mask = mask(n, M)
+
+    def forward(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = self.mask(y, index)
+        return y * log_m.exp(), log_m
+
+
+class VariableRate:
+    """Put before a fixed-rate codec among the bases of a class: the same codec at every rate.
+
+    Everything between the two LAEs sees the scaled latent. The weights of the fixed-rate codec can be loaded: the LAEs
+    are then the identity, and the output at every index is that of the fixed-rate codec. Arguments are its arguments.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
+
+    def resolve_index(self, index: RateIndex, batch: int) -> Tensor:
+        """As `check_index`; omitted, it is drawn uniformly per sample in training, a ValueError in evaluation."""
+        if index is None:
+            if not self.training:
+                raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
+            index = torch.rand(batch) * MAX_INDEX
+        return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
+
+    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y · m and ln m, `[B, M, H/16, W/16]` both."""
+        return self.modnet_ga(y, index)
+
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
+        """ŷ scaled back, `[B, M, h, w]`."""
+        return self.modnet_gs(y_hat, index)[0]
+
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
+        return scaled_bands(self.modnet_gs, y_hat, index, rows)
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True):
+        """As the fixed-rate codec, whose weights are taken too."""
+        if not any("modnet_ga." in name for name in state_dict):
+            identity = LAE(2, self.M).state_dict()
+            state_dict = normalize(state_dict)
+            for lae in ("modnet_ga", "modnet_gs"):
+                state_dict |= {f"{lae}.{name}": value for name, value in identity.items()}
+        return super().load_state_dict(state_dict, strict)

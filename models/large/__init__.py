@@ -1,0 +1,1 @@
+"""Large pictures: the same layers, band of rows by band of rows, in bounded memory."""
