@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     check_run_arguments(args)
     if args.lmd is not None and not 0 < args.lmd < math.inf:
         raise cli.UserError("--lmd is a λ, a positive number")
-    if args.transform_factor != 1 or args.balance:
-        raise cli.UserError("--transform-lr-factor and --balance are for the codec's weights and rates; only the map learns here")
+    if args.transform_factor != 1 or args.balance or args.last_share:
+        raise cli.UserError("--transform-lr-factor, --balance and --last-part are for the codec's weights and rates; only the map learns here")
     from utils.training.latent_objective import make_objective  # these import PyTorch, which takes seconds
     from utils.training.run import train
 

@@ -57,6 +57,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--map-share is for --stage joint and --type mse: the others have no error of single places to weigh")
     if args.transform_factor != 1 and args.stage in ("entropy", "static", "tables"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
+    if args.last_share and args.stage not in ("base", "joint"):
+        raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.start and args.checkpoint:

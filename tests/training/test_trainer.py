@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import skimage.data
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,8 +33,9 @@ from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
+from utils.pictures import ImageError
 from utils.training.objectives import Objective, StaticObjective
-from utils.training.schedule import Progress, Settings, learning_rate
+from utils.training.schedule import Progress, Settings, in_last_part, learning_rate
 from utils.training.stages import read_teachers
 from utils.training.trainer import Trainer, compile_networks
 
@@ -295,6 +297,51 @@ def test_the_learning_rate_ends_with_the_budget():
     assert [learning_rate(Progress(step=s), steps) for s in (0, 49, 50, 100, 150, 199)] == [1, 1, 0.5, 0.1, 0.05, 0.05]
 
 
+def test_before_a_last_part_the_rate_falls_to_a_quarter_and_in_it_to_zero():
+    settings = Settings(max_steps=1000, warmup=0, learning_rate=1.0, last_share=0.2)
+    rates = [learning_rate(Progress(step=s), settings) for s in (0, 400, 799, 800, 900, 1000)]
+    assert rates == pytest.approx([1, 0.625, 0.25, 0.25, 0.125, 0], abs=1e-5)
+    assert [in_last_part(Progress(step=s), settings) for s in (799, 800)] == [False, True]
+    assert not in_last_part(Progress(step=1000), Settings(max_steps=1000))
+
+
+LAST = ["--last-part", 0.5, "--last-patch-size", 256, 128, "--last-batch-size", 1, "--balance", 0.5, "--max-steps", 4]
+
+
+def test_the_last_part_has_other_patches_and_a_resumed_run_is_the_same(checkpoint, tmp_path, monkeypatch):
+    for i, picture in enumerate((skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea())):
+        save_image(tmp_path / "large" / f"{i}.png", torch.from_numpy(picture).permute(2, 0, 1))
+    seen, forward, step = [], Objective.forward, Trainer.step
+
+    def spy(self, x, *rest):
+        seen.append((tuple(x.shape), self.balance, self.map_share))
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(Objective, "forward", spy)
+    more = ["--checkpoint", checkpoint, *LAST]
+    whole = train(tmp_path / "large", tmp_path / "whole", *more)
+    assert seen == [((2, 3, 128, 128), 0.5, 0.0)] * 2 + [((1, 3, 256, 128), 0.0, 0.2)] * 2
+    assert whole["progress"]["patches"] == 6
+    for last in (2, 3):  # the first of the last part, and one within it
+        def interrupted(self, last=last):
+            if self.progress.step == last:
+                self.save()
+                raise KeyboardInterrupt
+            return step(self)
+
+        monkeypatch.setattr(Trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "large", tmp_path / f"{last}", *more)
+        monkeypatch.setattr(Trainer, "step", step)
+        parts = train(tmp_path / "large", tmp_path / f"{last}", *more, "--resume")
+        assert same(whole["state_dict"], parts["state_dict"])
+
+
+def test_photographs_that_are_too_small_for_the_last_part_are_told(photos, checkpoint, tmp_path):
+    with pytest.raises(ImageError, match=r"smaller than a patch of 128×256"):
+        train(photos, tmp_path / "run", "--checkpoint", checkpoint, *LAST)
+
+
 def test_epochs_are_passes_over_the_photographs(photos, checkpoint, tmp_path):
     state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "-e", 2, "--val", sorted(photos.iterdir())[0])
     assert state["progress"]["step"] == 7  # seven photographs twice, two a step
@@ -310,6 +357,10 @@ def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp
         fails("must not be negative", *wrong)
     fails("multiple of 128", "-e", 1, "--patch-size", 100)
     fails("one number or two", "-e", 1, "--patch-size", 128, 128, 128)
+    fails("must lie in", "-e", 1, "--last-part", 1)
+    fails("--schedule cosine", "-e", 1, "--last-part", 0.1, "--schedule", "step")
+    fails("not static", "-e", 1, "--last-part", 0.1, "--stage", "static")
+    fails("--last-patch-size must be a multiple of 128", "-e", 1, "--last-patch-size", 100)
     fails("belong together", "-e", 1, "--stage", "static")
     fails("of --stage base", "-e", 1, "--lmd", 0.05)
     fails("nothing to resume", "-e", 1, "--resume")

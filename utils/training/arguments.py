@@ -32,6 +32,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--max-steps", type=int, default=0, metavar="S", help="steps")
     add("--max-minutes", type=float, default=0, metavar="T", help="minutes of training steps (validation comes on top)")
 
+    add("--last-part", dest="last_share", type=float, default=Settings.last_share, metavar="P", help="share of the budget, at its end, for other patches: with a quarter of the peak learning rate, which then falls to zero, without --balance, and alone with --map-share")
+    add("--last-patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="their height and width, or one side")
+    add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: --batch-size)")
+
     learning = parser.add_argument_group("optimization")
     add = learning.add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
@@ -68,11 +72,22 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
             raise cli.UserError(f"--{flag} must be a number that is not negative")
     if not 0 <= args.ema < 1:
         raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
-    if len(args.patch_size) > 2:
-        raise cli.UserError("--patch-size takes one number or two")
-    args.patch_size = args.patch_size[0], args.patch_size[-1]
-    for flag, sides in (("--patch-size", args.patch_size), ("--val-size", [args.val_size])):
-        for side in sides:
+    if not 0 <= args.last_share < 1:
+        raise cli.UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
+    if args.last_share and args.schedule != "cosine":
+        raise cli.UserError("--last-part needs --schedule cosine")
+    if args.last_batch_size is None:
+        args.last_batch_size = args.batch_size
+    if args.last_batch_size < 1:
+        raise cli.UserError("--last-batch-size must be at least 1")
+    for name in ("patch_size", "last_patch_size"):
+        sides = getattr(args, name)
+        if len(sides) > 2:
+            raise cli.UserError(f"--{name.replace('_', '-')} takes one number or two")
+        setattr(args, name, (sides[0], sides[-1]))
+    for name in ("patch_size", "last_patch_size", "val_size"):
+        sides, flag = getattr(args, name), "--" + name.replace("_", "-")
+        for side in sides if isinstance(sides, tuple) else [sides]:
             if side <= 0 or side % STRIDE:
                 raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
     if args.num_workers is None:
@@ -101,4 +116,5 @@ def make_settings(args: argparse.Namespace, photographs: int, world_size: int) -
     """The settings of a run on this many photographs, in this many processes."""
     known = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     known["batch_size"] *= world_size
+    known["last_batch_size"] *= world_size
     return Settings(**known, max_patches=args.epochs * photographs)

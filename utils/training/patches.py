@@ -84,7 +84,8 @@ class PatchDataset(Dataset):
         random = np.random.default_rng((self.seed, key))
         number, unusable = self._number(key), []
         for _ in range(MAX_UNREADABLE):
-            image = self.cache[number] if number in self.cache else usable(self.paths[number], self.size)
+            path = self.paths[number]
+            image = usable(self.cache[number] if number in self.cache else read(path), path, self.size)
             if isinstance(image, Tensor):
                 patch = random_crop(image, self.size, SCALED, random)
                 if lap:
@@ -98,6 +99,10 @@ class PatchDataset(Dataset):
             number = int(random.integers(len(self.paths)))
         raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
 
+    def of_size(self, size: tuple[int, int]) -> "PatchDataset":
+        """The same photographs, cut to patches of another size."""
+        return PatchDataset(self.paths, size, self.seed, self.repeat, self.cache)
+
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))
         if self._pass[0] != epoch:
@@ -105,13 +110,17 @@ class PatchDataset(Dataset):
         return int(self._pass[1][place])
 
 
-def usable(path: Path, size: tuple[int, int]) -> Tensor | str:
-    """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be used."""
+def read(path: Path) -> Tensor | str:
+    """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be read."""
     try:
-        image = read_image(path)
+        return read_image(path)
     except ImageError as error:
         return str(error)
-    if image.shape[1] < size[0] or image.shape[2] < size[1]:
+
+
+def usable(image: Tensor | str, path: Path, size: tuple[int, int]) -> Tensor | str:
+    """A photograph as `read` returned it, or the reason why no patch of this size can be cut from it."""
+    if isinstance(image, Tensor) and (image.shape[1] < size[0] or image.shape[2] < size[1]):
         return f"{path}: {image.shape[2]}×{image.shape[1]} is smaller than a patch of {size[1]}×{size[0]}"
     return image
 
@@ -147,7 +156,7 @@ def read_all(
     cache: dict[int, Tensor | str] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same
-        images = pool.map(usable, paths, itertools.repeat(size))
+        images = pool.map(lambda path: usable(read(path), path, size), paths)
         bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=True if quiet else None)
         for number, image in enumerate(bar):
             if isinstance(image, str) and not quiet:

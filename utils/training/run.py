@@ -15,7 +15,7 @@ from utils.images import center_crop
 from utils.pictures import find_images
 from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
-from utils.training.patches import PatchDataset, decoded_gigabytes, read_all, usable
+from utils.training.patches import PatchDataset, decoded_gigabytes, read, read_all, usable
 from utils.training.trainer import Trainer, compile_networks, read_run
 
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS-SSIM
@@ -92,7 +92,8 @@ def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Pat
     else:
         step = max(20, -(-len(paths) // MAX_VALIDATION))
         groups = (paths[first : first + step] for first in range(0, len(paths), step))
-        firsts = (next((p for p in group if isinstance(usable(p, (smallest,) * 2), Tensor)), None) for group in groups)
+        size = smallest, smallest
+        firsts = (next((p for p in group if isinstance(usable(read(p), p, size), Tensor)), None) for group in groups)
         held_out = [path for path in firsts if path]
         if not held_out:
             raise cli.UserError(f"no photograph of {smallest}×{smallest} pixels or more is left to validate on")

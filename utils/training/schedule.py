@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 FACTORS = (0.5, 0.1, 0.05)  # the published steps of the learning rate, one for each milestone
+LAST_PART_RATE = 0.25  # of the peak learning rate, where the last part of a run begins
 
 
 @dataclass
@@ -20,7 +21,10 @@ class Settings:
     density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
     transform_factor: float = 1.0  # learning rate of g_a and g_s, in the same units
     balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
-    map_share: float = 0.0  # of the patches whose index differs from place to place
+    map_share: float = 0.0  # of the patches whose index differs from place to place; where there is a last part, of its
+    last_share: float = 0.0  # of the budget: the last part, on other patches and without balance
+    last_patch_size: tuple[int, int] = (256, 256)
+    last_batch_size: int = 8  # as batch_size
     schedule: str = "cosine"
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # of "step", as shares of the budget: epochs 50, 100, 150 of 200
     warmup: int = 200  # steps
@@ -51,15 +55,26 @@ def budget_used(progress: Progress, settings: Settings) -> float:
     return max((used / most for used, most in zip(spent, budgets, strict=True) if most), default=0.0)
 
 
+def in_last_part(progress: Progress, settings: Settings) -> bool:
+    """Whether the part of the budget has begun that `Settings.last_share` sets apart."""
+    return settings.last_share > 0 and budget_used(progress, settings) >= 1 - settings.last_share
+
+
 def learning_rate(progress: Progress, settings: Settings) -> float:
     """Linear warm-up in steps, times the schedule, which ends with the budget in minutes, steps or patches.
 
-    "cosine" falls to zero, "step" by the published factors. PyTorch's schedulers do not fit: they count steps, and a
+    "cosine" falls to zero, "step" by the published factors. Before a last part "cosine" falls to LAST_PART_RATE of the
+    peak, and in it from there to zero. PyTorch's schedulers do not fit: they count steps, and a
     run with a time limit does not know how many it will make.
     """
     used = min(1.0, budget_used(progress, settings))
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup))
     if settings.schedule == "cosine":
-        return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * used))
+        begin, high, low = 0.0, 1.0, LAST_PART_RATE if settings.last_share else 0.0
+        end = 1 - settings.last_share
+        if settings.last_share and used >= end:
+            begin, end, high, low = end, 1.0, low, 0.0
+        fall = 0.5 * (1 - math.cos(math.pi * (used - begin) / (end - begin)))
+        return settings.learning_rate * warm * (high + (low - high) * fall)
     passed = sum(used >= milestone for milestone in settings.milestones)
     return settings.learning_rate * warm * (1.0, *FACTORS)[passed]

@@ -36,7 +36,7 @@ from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
 from utils.training.patches import Batch, PatchDataset, batches
-from utils.training.schedule import Progress, Settings, budget_used, learning_rate
+from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
@@ -94,7 +94,10 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
         precision = PRECISIONS.get(settings.amp)
         objective.autocast = precision
-        objective.balance, objective.map_share = settings.balance, settings.map_share
+        objective.balance = settings.balance
+        objective.map_share = 0.0 if settings.last_share else settings.map_share
+        self.batch_size = settings.batch_size
+        self.last_part = False  # whether it has begun
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
@@ -110,6 +113,8 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step of the optimizers, unless a loss or gradient is not finite; returns values to log."""
+        if not self.last_part and in_last_part(self.progress, self.settings):
+            self._begin_last_part()
         rate = learning_rate(self.progress, self.settings)
         for group in self.optimizers["net"].param_groups:
             group["lr"] = rate * group["factor"]
@@ -141,15 +146,24 @@ class Trainer:
         self.progress.skipped += not finite
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
         self.progress.step += 1
-        self.progress.patches += self.settings.batch_size
+        self.progress.patches += self.batch_size
         self.progress.seconds += seconds
         self.progress.waiting += waiting
         self.all_stop = bool(stop)
         times = {
-            "patches a second": self.settings.batch_size / seconds,
+            "patches a second": self.batch_size / seconds,
             "share of the time waiting for patches": waiting / seconds,
         }
         return dict(zip(logged, numbers, strict=True)) | {"learning rate": rate} | times
+
+    def _begin_last_part(self) -> None:
+        """Go on with the patches of the last part, its maps, and the published loss."""
+        settings = self.settings
+        self.last_part, self.batch_size = True, settings.last_batch_size
+        self.objective.balance, self.objective.map_share = 0.0, settings.map_share
+        self.batches.close()
+        del self.batches
+        self.prefetched, self.dataset = None, self.dataset.of_size(settings.last_patch_size)
 
     def ema_decay(self) -> float:
         """Rises from zero at the first step, as a constant decay would keep the first weights for long."""
@@ -161,7 +175,7 @@ class Trainer:
     @functools.cached_property
     def batches(self) -> Generator[Batch, None, None]:
         """The batches of this process, from the position of the run on when they are first asked for."""
-        batch = self.settings.batch_size // self.context.world_size
+        batch = self.batch_size // self.context.world_size
         return batches(self.dataset, batch, self.progress.patches, self.workers, self.context)
 
     def next_batch(self) -> Batch:
