@@ -73,22 +73,32 @@ def tiny(made_tiny) -> TCM_VBR:
     return copy.deepcopy(made_tiny)
 
 
-@pytest.fixture(scope="session")
-def varied(made_tiny) -> TCM_VBR:
-    """`tiny` with gains that rise with the index, from 0.55 to 1.9: rates 7 % apart; and pictures that are not
-    all black and white. Not to be changed."""
+def vary(made_tiny, last: torch.nn.Conv2d):
+    """A copy with gains that rise with the index, from 0.55 to 1.9: rates 7 % apart; and pictures that are not all
+    black and white.
+
+    Args:
+        last: the convolution of its g_s that makes the pixels.
+    """
     model = copy.deepcopy(made_tiny)
+    last = model.get_submodule(next(name for name, module in made_tiny.named_modules() if module is last))
     with torch.no_grad():
         for lae, sign in ((model.modnet_ga, 1), (model.modnet_gs, -1)):
-            first, last = lae.mask.lmd_map.fc_layers
+            first, second = lae.mask.lmd_map.fc_layers
             first.weight.fill_(1)
             first.bias.zero_()
-            last.weight.fill_(sign * 0.6 / model.M)
-            last.bias.fill_(sign * -1.5)
+            second.weight.fill_(sign * 0.6 / model.M)
+            second.bias.fill_(sign * -1.5)
         x = model(torch.full((1, 3, 128, 128), 0.5), 2.5)["x_hat"]
-        model.g_s[-1][0].weight.mul_(0.15 / x.std())
-        model.g_s[-1][0].bias.mul_(0.15 / x.std()).add_(0.5 - 0.15 * x.mean() / x.std())
+        last.weight.mul_(0.15 / x.std())
+        last.bias.mul_(0.15 / x.std()).add_(0.5 - 0.15 * x.mean() / x.std())
     return model
+
+
+@pytest.fixture(scope="session")
+def varied(made_tiny) -> TCM_VBR:
+    """`tiny` with rates that differ; not to be changed."""
+    return vary(made_tiny, made_tiny.g_s[-1][0])
 
 
 @pytest.fixture(scope="session")

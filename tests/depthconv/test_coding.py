@@ -1,0 +1,26 @@
+"""Streams, rate control, regions and DLM: the tests of other folders, with DepthConv_VBR."""
+
+from tests.codec.test_quality_map import (  # noqa: F401
+    mask,
+    test_a_file_with_a_map_decodes_to_what_the_encoder_saw,
+    test_places_have_the_scale_of_their_index,
+    test_refinement_weighs_errors_by_the_map,
+    test_targets_are_met_with_a_map,
+    test_the_rate_model_follows_a_map,
+)
+from tests.codec.test_quality_map import picture as large_picture
+from tests.models.test_tcm import (  # noqa: F401
+    test_decoding_gives_what_forward_gives,
+    test_each_image_has_its_own_index,
+    test_forms_of_the_index_agree,
+    test_from_latent_equals_forward,
+    test_gradients_reach_the_latent,
+    test_hyper_latent_is_coded_as_compressai_codes_it,
+    test_index_is_required_in_evaluation_and_drawn_in_training,
+    test_m_stays_within_its_bounds,
+    test_other_sides_are_refused,
+    test_symbols_beyond_the_tables_survive,
+    test_the_latent_is_float32_under_autocast,
+)
+
+picture = large_picture
