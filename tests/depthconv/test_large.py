@@ -1,4 +1,4 @@
-"""Files of any size, in bands: the tests of tests/codec/test_large.py and tests/models/test_bands.py, with DepthConv_VBR."""
+"""Files of any size, in bands: the tests of tests/codec and tests/models, with DepthConv_VBR."""
 
 import pytest
 from torch import nn
