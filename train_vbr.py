@@ -1,4 +1,4 @@
-"""Train a variable-rate TCM: from photographs alone, or by the paper's stages (TCSVT 2025).
+"""Train a variable-rate codec: from photographs alone, or by the paper's stages (TCSVT 2025).
 
     python train_vbr.py -d photos/train --stage entropy --max-minutes 10 -lr 2e-3 --save_path runs/entropy
     python train_vbr.py -d photos/train --checkpoint runs/entropy/model.pth.tar --transform-lr-factor 0.2 --max-minutes 60
@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
     python train_vbr.py -d photos/train --stage base --lmd 0.05 --start random -e 100 --save_path runs/base  # a TCM at one λ
     python train_vbr.py -d photos/train --stage static --checkpoint runs/base/model.pth.tar --teachers six -e 20 --save_path runs/static
+    python train_vbr.py -d photos/train --stage lae --checkpoint bmshj2018-hyperprior-3.pth.tar -lr 1e-3 --max-minutes 20  # LAEs for CompressAI's weights
     python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
 
 Starts from a transform codec in closed form (utils/training/klt_start.py), from random weights, from a TCM (the LAEs at
@@ -30,15 +31,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     stage = parser.add_argument_group("stage")
     add = stage.add_argument
-    add("--stage", choices=("base", "entropy", "static", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
+    add("--stage", choices=("base", "entropy", "static", "lae", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy")
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
-    add("--teachers", metavar="DIR", help="folder of six TCM checkpoints for --stage static; the λ of each is in its training record or in its name")
-    add("--checkpoint", metavar="FILE", help="weights to start from: a TCM_VBR, or a TCM as its base")
+    add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
+    add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
     add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture, when no checkpoint gives one")
-    add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
+    add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
     add("--N", type=int, metavar="N", help="half the width of the transforms, a multiple of 32, in place of the preset's")
     add_run_arguments(parser, save_path="runs/train_vbr")
     return parser.parse_args(argv)
@@ -52,10 +53,10 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--balance weighs rates against each other; a fixed-rate TCM has one")
     if not 0 <= (args.map_share or 0) <= 1:
         raise cli.UserError(f"--map-share must lie in [0, 1], not {args.map_share:g}")
-    has_maps = args.stage == "joint" and args.type == "mse"
+    has_maps = args.stage in ("joint", "lae") and args.type == "mse" and not args.teachers
     if args.map_share and not has_maps:
-        raise cli.UserError("--map-share is for --stage joint and --type mse: the others have no error of single places to weigh")
-    if args.transform_factor != 1 and args.stage in ("entropy", "static", "tables"):
+        raise cli.UserError("--map-share is for --stage joint and lae, and --type mse: the others have no error of single places to weigh")
+    if args.transform_factor != 1 and args.stage in ("entropy", "static", "lae", "tables"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
     if args.last_share and args.stage not in ("base", "joint"):
         raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
@@ -71,8 +72,10 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage tables runs in one process: leave out torchrun")
     if args.keep_latents is not None and args.keep_latents < 1:
         raise cli.UserError("--keep-latents must be at least 1")
-    if (args.stage == "static") != bool(args.teachers):
+    if args.teachers and args.stage not in ("static", "lae") or args.stage == "static" and not args.teachers:
         raise cli.UserError("--stage static and --teachers belong together")
+    if args.stage == "lae" and not args.checkpoint and not args.resume:
+        raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
     if args.lmd is None and args.stage == "base":
         args.lmd = LADDERS[args.type][-1]
     if args.keep_latents is None:

@@ -100,17 +100,19 @@ class DepthConvConfig:
 
 
 class DepthConvBlock(nn.Module):
-    """x + mix(SiLU(…)): a spatial part with a depth-wise 3×3 convolution, then a feed-forward part of 1×1 convolutions.
+    """Two residual parts on `[B, C, H, W]`: a depth-wise 3×3 convolution between two 1×1, then a gated feed-forward
+    network, SwiGLU (https://arxiv.org/abs/2002.05202), of 1×1 convolutions.
 
-    `[B, C, H, W]` to the same shape. Both parts end in zeros, so that a new block is the identity until it learns.
+    Both end in zeros, so that a new block is the identity until it learns.
     """
 
-    def __init__(self, C: int, expansion: int = 3) -> None:
+    def __init__(self, C: int, expansion: int = 2) -> None:
         super().__init__()
         self.enter = nn.Conv2d(C, C, 1)
         self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
         self.leave = nn.Conv2d(C, C, 1)
         self.expand = nn.Conv2d(C, expansion * C, 1)
+        self.gate = nn.Conv2d(C, expansion * C, 1)  # apart from `expand`, as halves of one output would be copied
         self.reduce = nn.Conv2d(expansion * C, C, 1)
         for last in (self.leave, self.reduce):
             nn.init.zeros_(last.weight)
@@ -118,7 +120,7 @@ class DepthConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.leave(self.depthwise(F.silu(self.enter(x))))
-        return x + self.reduce(F.silu(self.expand(x)))
+        return x + self.reduce(self.expand(x) * F.silu(self.gate(x)))
 
 
 @footprint.register

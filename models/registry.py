@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from models.codec import Codec
 
-BACKBONES = {"TCM": "models.tcm", "DepthConv": "models.depthconv"}  # a fixed-rate class and its module
+BACKBONES = {  # a fixed-rate class and its module
+    "TCM": "models.tcm",
+    "DepthConv": "models.depthconv",
+    "Hyperprior": "models.hyperprior",
+}
 MODULES = {name + form: module for name, module in BACKBONES.items() for form in ("", "_VBR")}
 MODULES["TCM_Mapped"] = "models.latent_map"
 PRESETS: dict[str, tuple[str, dict]] = {  # a fixed-rate class and the arguments that are not its defaults
     "depthconv": ("DepthConv", {}),
     "full": ("TCM", {}),  # the published models with N = 64
+    "hyperprior": ("Hyperprior", {}),  # of CompressAI's zoo: mbt2018-mean, qualities 1 to 4
     "small": (
         "TCM",
         dict(

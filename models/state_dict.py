@@ -3,6 +3,7 @@
 import torch
 from compressai.entropy_models import EntropyModel
 from compressai.models.utils import remap_old_keys
+from compressai.zoo.pretrained import load_pretrained
 from torch import Tensor, nn
 
 # Constants of the layers. A model keeps those it was made with: a float16 file has them rounded, some to zero.
@@ -38,7 +39,7 @@ def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
         raise ValueError("not a state dict: a non-empty mapping of names to tensors is expected")
     prefix = next((name.removesuffix(_KNOWN) for name in tensors if name.endswith(_KNOWN)), "")
     state_dict = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    state_dict = dict(remap_old_keys("entropy_bottleneck", state_dict))
+    state_dict = dict(remap_old_keys("entropy_bottleneck", load_pretrained(state_dict)))
     if model is None:
         return state_dict
     own = model.state_dict()

@@ -176,7 +176,18 @@ class EntropyObjective(Objective):
         return self._described
 
 
-class StaticObjective(Objective):
+class LAEObjective(Objective):
+    """The LAEs alone learn, by the joint loss: any fixed-rate codec becomes variable-rate; its weights stay."""
+
+    stage = "lae"
+
+    def __init__(self, model: VariableRate, metric: str = "mse") -> None:
+        super().__init__(model, metric)
+        model.requires_grad_(False)
+        self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
+
+
+class StaticObjective(LAEObjective):
     """The static stage (TCSVT 2025): the LAEs alone learn, towards the latents of six fixed-rate teachers.
 
     loss = R-D loss + 0.03 · MSE(LAE(g_a(x)), g_a of the teacher of the sample's λ(x)) + 1e-4 · Σ‖p‖₂ over the
@@ -188,8 +199,6 @@ class StaticObjective(Objective):
 
     def __init__(self, model: VariableRate, teachers: Sequence[Codec], metric: str = "mse") -> None:
         super().__init__(model, metric)
-        model.requires_grad_(False)
-        self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
         self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False)
         self.frozen = [self.teachers]
 

@@ -10,7 +10,7 @@ from models.registry import fixed_rate, from_preset, model_class, variable_rate
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
-from utils.training.objectives import EntropyObjective, FixedRateObjective, Objective, StaticObjective
+from utils.training.objectives import EntropyObjective, FixedRateObjective, LAEObjective, Objective, StaticObjective
 
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
@@ -93,6 +93,8 @@ def make_objective(
     rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
     if args.stage == "entropy":
         return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history
-    if args.stage == "static":
+    if args.teachers:
         return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
+    if args.stage == "lae":
+        return LAEObjective(model, args.type), history
     return rates, history

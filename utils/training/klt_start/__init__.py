@@ -37,7 +37,7 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.lambdas import LADDERS, index_to_lambda, middle_lambda
 from models.registry import fixed_rate
-from utils.training.klt_start import depthconv, tcm
+from utils.training.klt_start import depthconv, hyperprior, tcm
 from utils.training.klt_start.common import write_lae
 from utils.training.patches import PatchDataset
 
@@ -45,6 +45,7 @@ SAMPLE = 2**24  # pixels of photographs that covariances are measured on
 WRITERS: dict[str, Callable[[Codec, Tensor, float, bool], list[Tensor]]] = {
     "TCM": tcm.write,
     "DepthConv": depthconv.write,
+    "Hyperprior": hyperprior.write,
 }
 
 

@@ -1,5 +1,7 @@
 """What the closed-form starts of all backbones share; the package's docstring derives it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +40,23 @@ def write_lae(lae: LAE, sign: int) -> None:
     last.weight[:] = 0
     last.weight[:, :pieces] = sign * slopes.diff(prepend=torch.zeros(1, dtype=torch.float64)).float()
     last.bias[:] = sign * float(logits[0])
+
+
+def hierarchy(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """KLTs of 2×2 blocks of the coefficients of the one before, from photographs `[P, 3, h, w]` in [0, 1] on.
+
+    Returns:
+        The mean color; the coefficients after each KLT, the photographs less the color first; the bases, orthonormal
+        columns `[4 · below, k]` with k up to a width; and the energy that each loses.
+    """
+    color = x.mean((0, 2, 3))
+    levels, bases, lost = [x - color.view(1, 3, 1, 1)], [], []
+    for width in widths:
+        blocks = F.pixel_unshuffle(levels[-1], 2)
+        bases.append(klt(blocks, width))
+        levels.append(F.conv2d(blocks, bases[-1].T[:, :, None, None]))
+        lost.append(blocks.square().sum() - levels[-1].square().sum())
+    return color, levels, bases, lost
 
 
 def rounded_latents(model: Codec, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,22 +7,14 @@ from torch.nn import functional as F
 
 from models import TCM
 from models.layers import ConvTransBlock
-from utils.training.klt_start.common import klt, least_squares, rounded_latents, zero
+from utils.training.klt_start.common import hierarchy, least_squares, rounded_latents, zero
 
 HEADROOM = 1.5  # distance of LeakyReLU's bend below zero, in units of the sample's least value
 
 
 def write(model: TCM, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:
     """Write the start into a model whose LAEs have theirs; arguments and result as `klt_start` says."""
-    color = x.mean((0, 2, 3))
-    levels = [x - color.view(1, 3, 1, 1)]  # the coefficients after each stage
-    bases: list[Tensor] = []
-    lost: list[Tensor] = []
-    for width in (2 * model.N,) * 3 + (model.M,):
-        blocks = F.pixel_unshuffle(levels[-1], 2)
-        bases.append(klt(blocks, width))
-        levels.append(F.conv2d(blocks, bases[-1].T[:, :, None, None]))
-        lost.append(blocks.square().sum() - levels[-1].square().sum())
+    color, levels, bases, lost = hierarchy(x, (2 * model.N,) * 3 + (model.M,))
     y = scale * levels[-1]
     _write_analysis(model, bases, levels, color, scale)
     backward = [F.pad(basis[:, :, None, None], (1, 1, 1, 1)) for basis in reversed(bases)]
