@@ -1,4 +1,4 @@
-"""What `TCM.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
+"""What `Codec.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
 
 A slice coder is called once per slice, in order, with μ and σ `[B, M/S, h, w]`, and returns the quantized
 slice, symbols + μ. All symbols of one image form one rANS stream (CompressAI's coder), slice by
@@ -19,7 +19,7 @@ from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smal
 
 # Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
-# Makes symbols, as floats, of y − μ and σ: `nearest_symbols`, or `TCM.choose_symbols`.
+# Makes symbols, as floats, of y − μ and σ: `nearest_symbols`, or `Codec.choose_symbols`.
 Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
