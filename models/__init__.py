@@ -3,7 +3,10 @@
 import importlib
 import warnings
 
+from models import lazy
 from models.registry import MODULES
+
+lazy.install()
 
 STRIDE = 128  # sides of pictures, padded, are multiples of this: 16 of analysis × the 8 of TCM's attention windows
 

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
-from compressai.models import CompressionModel
+from compressai.models.base import CompressionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,0 +1,1 @@
+import models  # noqa: F401  before any module that imports CompressAI: models/lazy.py says why

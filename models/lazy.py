@@ -1,0 +1,75 @@
+"""CompressAI without what its package imports beside the codecs, which takes three times as long as PyTorch does.
+
+Importing any part of CompressAI runs `compressai/__init__.py`, which imports data sets of point clouds (so
+torch_geometric) and every model; its entropy models import scipy.stats for one number. The code of the packages named
+here runs when something is asked of them that is in no other module. So the layers, the entropy models and the coder
+are imported by themselves, and other code finds all of CompressAI and SciPy as ever.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+# Each with the attributes that are asked of it all the same, and the modules which have them.
+LATER: dict[str, dict[str, str]] = {
+    "compressai": {"available_entropy_coders": __name__, "get_entropy_coder": __name__},
+    "compressai.latent_codecs": {"LatentCodec": "compressai.latent_codecs.base"},
+    "compressai.models": {},
+    "compressai.zoo": {},
+    "scipy.stats": {},
+}
+
+
+def get_entropy_coder() -> str:
+    """As CompressAI's, until that is run: the coder that it begins with."""
+    return "ans"
+
+
+def available_entropy_coders() -> list[str]:
+    """As CompressAI's, until that is run."""
+    return ["ans"]
+
+
+class _LaterLoader(Loader):
+    """Runs a package when an attribute is asked for that it does not have."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        elsewhere = LATER[module.__name__]
+
+        def find(name: str) -> object:
+            if name in elsewhere:
+                return getattr(importlib.import_module(elsewhere[name]), name)
+            if "__getattr__" in vars(module):  # nobody else has run it in between
+                del module.__getattr__
+                module.__spec__.loader = module.__loader__ = self.loader
+                self.loader.exec_module(module)
+            return getattr(module, name)
+
+        module.__getattr__ = find
+
+
+class _LaterFinder(MetaPathFinder):
+    """Finds the packages of LATER."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name in LATER else None
+        if spec and spec.loader:
+            spec.loader = _LaterLoader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """Have the packages that are not imported yet run later."""
+    if not any(isinstance(finder, _LaterFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _LaterFinder())

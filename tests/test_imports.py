@@ -1,0 +1,59 @@
+"""What is imported before a picture is coded, and that CompressAI is whole for other code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ["torch_geometric", "torchvision", "pandas", "timm", "matplotlib", "torch._dynamo", "scipy.stats.distributions"]
+
+
+def run(code: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+FIRST = ["from models.tcm import TCM_VBR", "from utils.images import read_image", "import models"]
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_coding_imports_no_package_that_it_does_not_use(first):
+    code = f"""{first}
+import sys, torch
+before = set(sys.modules)  # PyTorch itself imports some of them in some versions
+from models.tcm import TCM_VBR
+from utils.checkpoint import load_model
+from utils.codec.decode import decode
+from utils.codec.encode import EncodeRequest, encode
+from utils.files import BUNDLED
+data = encode(load_model(BUNDLED), torch.zeros(3, 100, 100, dtype=torch.uint8), EncodeRequest(2.0)).data
+assert decode(load_model(BUNDLED), data).shape == (3, 100, 100)
+print([name for name in {HEAVY} if name in sys.modules and name not in before])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_compressai_and_scipy_are_whole_for_other_code():
+    run("""from models import TCM_VBR
+import compressai, compressai.models.google, scipy.stats
+model = TCM_VBR(N=32, M=64, num_slices=1, max_support_slices=1)
+model.update()
+assert isinstance(model, compressai.models.CompressionModel) and isinstance(compressai.__version__, str)
+assert compressai.zoo.bmshj2018_hyperprior and compressai.available_entropy_coders() == ["ans"]
+from compressai.models import *
+assert issubclass(JointAutoregressiveHierarchicalPriors, compressai.models.google.MeanScaleHyperprior)
+from compressai.latent_codecs import HyperpriorLatentCodec, LatentCodec
+assert issubclass(HyperpriorLatentCodec, LatentCodec) and compressai.layers.GDN
+from scipy import stats
+assert abs(stats.norm.ppf(0.975) - 1.96) < 1e-3 and scipy.stats.laplace
+""")
+
+
+def test_a_package_that_was_imported_before_is_left_alone():
+    run("""import compressai
+from models import TCM_VBR
+import sys
+assert "torch_geometric" in sys.modules and compressai.models.CompressionModel in TCM_VBR.__mro__
+""")
