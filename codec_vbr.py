@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
     args = parser.parse_args(argv)
     if args.command == "encode":
-        args.request = make_request(encoder, args, args.lmd)
+        args.request = make_request(encoder, args, args.index)
         check_map_arguments(encoder, args)
     if args.command != "info" and args.threads is not None and args.threads < 1:
         parser.error("--threads must be 1 or more")
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
-        if args.command == "encode" and args.lmd is not None and not isinstance(model, VariableRate):
+        if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
             raise cli.UserError(f"{args.checkpoint}: a fixed-rate TCM has no rate index; leave out -l")
         cli.print_weights(args.checkpoint)
         model.prepare()

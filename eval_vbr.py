@@ -55,11 +55,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rate-model", metavar="FILE.png", help="instead, measure bits at 21 indexes against the R-λ model, and draw them")
     cli.add_device_argument(parser, published=True)
     args = parser.parse_args(argv)
-    for index in args.lmd or ():
+    for index in args.index or ():
         if not 0 <= index <= MAX_INDEX:
             parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     region, several = args.mask or args.roi, len(args.checkpoint or ()) > 1
-    others = (args.lmd, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
+    others = (args.index, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
     if args.rate_model and (any(others) or several):
         parser.error("--rate-model goes with -d, --json and one --checkpoint: it has its own rates, and compares nothing")
     check_map_arguments(parser, args)
@@ -72,10 +72,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.save and several:
         parser.error("--save takes the reconstructions of one --checkpoint")
     args.measure = bool(args.data or args.checkpoint or args.anchors is not None or not args.compare)
-    if not args.measure and (args.lmd or region or args.save or args.per_image):
+    if not args.measure and (args.index or region or args.save or args.per_image):
         parser.error("--compare alone measures nothing: name pictures with -d")
     args.real |= args.anchors is not None or args.report is not None or bool(region)
-    args.lmd = list(dict.fromkeys(args.lmd or ())) or None
+    args.index = list(dict.fromkeys(args.index or ())) or None
     args.anchors = list(ANCHORS) if args.anchors == [] else args.anchors or []
     args.checkpoint = args.checkpoint or [str(BUNDLED)]
     return args
@@ -95,7 +95,7 @@ def measure(
     from utils.images import save_image
 
     variable = isinstance(model, VariableRate)
-    indexes = (args.lmd or [float(i) for i in range(len(LADDER))]) if variable else [None]
+    indexes = (args.index or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
         result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]), args.nearest)
@@ -114,7 +114,7 @@ def measure(
             print(*(table.row(result.image, [result]) for result in results), table.rule, sep="\n")
         for group in filter(None, groups):
             print(table.row(f"mean of {len(group)}", group))
-        if variable and not args.lmd and (loss := mean(result.loss for result in results)) is not None:
+        if variable and not args.index and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
     codec = to_json(groups, checkpoint_name(file), kind, results)
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]
     for file, model in zip(files, models, strict=True):
         variable = isinstance(model, VariableRate)
-        if args.lmd and not variable:
+        if args.index and not variable:
             raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
         if (args.mask or args.roi) and not variable:
             raise cli.UserError(f"{file}: a fixed-rate TCM knows no regions; leave out --mask and --roi")

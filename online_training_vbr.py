@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--log", metavar="DIR", help="write every step for TensorBoard")
     cli.add_device_argument(parser, published=True)
     args = parser.parse_args(argv)
-    return args, [make_request(parser, args, index) for index in dict.fromkeys(args.lmd or [None])]
+    return args, [make_request(parser, args, index) for index in dict.fromkeys(args.index or [None])]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--high", required=True, metavar="FILE", help="TCM of the high rate (λ = 0.05)")
     add("--low", required=True, metavar="FILE", help="TCM of the low rate, fine-tuned from the high one")
     add("--map", choices=("channel", "contextual"), default="channel", help="a gain for every channel, or one that sees the latent too")
-    add("--lmd", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
+    add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
+    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
     add_run_arguments(parser, save_path="runs/latent_e2e")
     parser.set_defaults(learning_rate=1e-4, schedule="step", milestones=MILESTONES)
     return parser.parse_args(argv)
@@ -34,8 +35,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_run_arguments(args)
-    if args.lmd is not None and not 0 < args.lmd < math.inf:
-        raise cli.UserError("--lmd is a λ, a positive number")
+    if args.lmbda is not None and not 0 < args.lmbda < math.inf:
+        raise cli.UserError("--lambda is a λ, a positive number")
     if args.transform_factor != 1 or args.balance or args.last_share:
         raise cli.UserError("--transform-lr-factor, --balance and --last-part are for the codec's weights and rates; only the map learns here")
     from utils.training.latent_objective import make_objective  # these import PyTorch, which takes seconds

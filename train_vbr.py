@@ -4,7 +4,7 @@
     python train_vbr.py -d photos/train --checkpoint runs/entropy/model.pth.tar --transform-lr-factor 0.2 --max-minutes 60
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
-    python train_vbr.py -d photos/train --stage base --lmd 0.05 --start random -e 100 --save_path runs/base  # a TCM at one λ
+    python train_vbr.py -d photos/train --stage base --lambda 0.05 --start random -e 100 --save_path runs/base  # a TCM at one λ
     python train_vbr.py -d photos/train --stage static --checkpoint runs/base/model.pth.tar --teachers six -e 20 --save_path runs/static
     python train_vbr.py -d photos/train --stage lae --checkpoint bmshj2018-hyperprior-3.pth.tar -lr 1e-3 --max-minutes 20  # LAEs for CompressAI's weights
     python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
@@ -31,9 +31,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     stage = parser.add_argument_group("stage")
     add = stage.add_argument
-    add("--stage", choices=("base", "entropy", "static", "lae", "joint", "tables"), default="joint", help="base: a plain TCM at one λ; entropy: the entropy model alone (of a TCM, with --lmd); static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
+    add("--stage", choices=("base", "entropy", "static", "lae", "joint", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
-    add("--lmd", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a TCM in --stage entropy")
+    add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
+    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy")
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
@@ -49,8 +50,8 @@ def check(args: argparse.Namespace) -> None:
     check_run_arguments(args, budget=args.stage != "tables")
     if args.keep_latents is not None and args.stage != "entropy":
         raise cli.UserError("--keep-latents belongs to --stage entropy")
-    if args.balance and (args.lmd is not None or args.stage == "base"):
-        raise cli.UserError("--balance weighs rates against each other; a fixed-rate TCM has one")
+    if args.balance and (args.lmbda is not None or args.stage == "base"):
+        raise cli.UserError("--balance weighs rates against each other; a fixed-rate codec has one")
     if not 0 <= (args.map_share or 0) <= 1:
         raise cli.UserError(f"--map-share must lie in [0, 1], not {args.map_share:g}")
     has_maps = args.stage in ("joint", "lae") and args.type == "mse" and not args.teachers
@@ -64,8 +65,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.start and args.checkpoint:
         raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
-    if args.lmd is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmd < math.inf):
-        raise cli.UserError("--lmd is the λ, a positive number, of --stage base or entropy; the others train all rates")
+    if args.lmbda is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmbda < math.inf):
+        raise cli.UserError("--lambda is the λ, a positive number, of --stage base or entropy; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
         raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
     if args.stage == "tables" and "WORLD_SIZE" in os.environ:
@@ -76,8 +77,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage static and --teachers belong together")
     if args.stage == "lae" and not args.checkpoint and not args.resume:
         raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
-    if args.lmd is None and args.stage == "base":
-        args.lmd = LADDERS[args.type][-1]
+    if args.lmbda is None and args.stage == "base":
+        args.lmbda = LADDERS[args.type][-1]
     if args.keep_latents is None:
         args.keep_latents = KEPT_LATENTS
     if args.map_share is None and not args.resume:  # else it is that of the run
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.training.stages import make_objective
 
     closed_form = not args.checkpoint and args.start != "random"
-    start = (lambda model, dataset: klt_start(model, sample_patches(dataset), args.lmd)) if closed_form else None
+    start = (lambda model, dataset: klt_start(model, sample_patches(dataset), args.lmbda)) if closed_form else None
     train(args, make_objective, start)
 
 

@@ -52,7 +52,7 @@ title tests
 train entropy train_vbr.py --stage entropy --keep-latents 64
 train joint train_vbr.py --checkpoint "$work/entropy/model.pth.tar"
 train compiled train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --compile
-train base train_vbr.py --stage base --lmd 0.013
+train base train_vbr.py --stage base --lambda 0.013
 train map train_latent_e2e.py --high "$work/base/model.pth.tar" --low "$work/base/model.pth.tar"
 
 title "training: patches a second, and where the host waits for the GPU"

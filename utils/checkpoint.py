@@ -124,7 +124,7 @@ def trained_lambda(checkpoint: dict) -> float | None:
     """λ of a fixed-rate codec by its file; None where that does not say. The last record is not of its training where
     only its tables were fitted since."""
     records = [*checkpoint.get("training", ()), checkpoint.get("objective", {})]
-    return next((record["lmd"] for record in reversed(records) if "lmd" in record), None)
+    return next((record["lambda"] for record in reversed(records) if "lambda" in record), None)
 
 
 def build_model(checkpoint: dict, path: str | Path) -> Codec:

@@ -37,7 +37,7 @@ def train(photos, folder, *more) -> dict:
 def test_every_stage_trains_it(photos, tmp_path):
     teachers = tmp_path / "teachers"
     for lmbda in LADDERS["mse"]:
-        more = ["--stage", "base", "--preset", "depthconv", "--lmd", lmbda, "--max-steps", 1]
+        more = ["--stage", "base", "--preset", "depthconv", "--lambda", lmbda, "--max-steps", 1]
         base = train(photos, teachers / f"{lmbda}", *more)
     assert base["model"] == "DepthConv" and base["arguments"] == TINY
     start = ["--checkpoint", teachers / "0.05" / "model.pth.tar", "--max-steps", 1]

@@ -186,9 +186,9 @@ def test_entropy_stage_leaves_transforms_alone_and_computes_latents_once(argumen
 
 
 def test_entropy_stage_of_a_fixed_rate_model_in_bfloat16(arguments, tmp_path):
-    train_vbr.main([*arguments, "--stage", "entropy", "--lmd", "0.013", "--max-steps", "2", "--amp"])
+    train_vbr.main([*arguments, "--stage", "entropy", "--lambda", "0.013", "--max-steps", "2", "--amp"])
     state = read_checkpoint(tmp_path / "run" / "last.pth.tar")
-    assert state["model"] == "TCM" and state["objective"]["lmd"] == 0.013 and state["objective"]["stage"] == "entropy"
+    assert state["model"] == "TCM" and state["objective"]["lambda"] == 0.013 and state["objective"]["stage"] == "entropy"
 
 
 def test_entropy_stage_with_workers_trains_on_the_same(arguments, tmp_path):
@@ -224,7 +224,7 @@ def test_entropy_stage_minimizes_the_bits_that_validation_measures(patches, tiny
     [
         ["--start", "klt", "--checkpoint", "x"],
         ["--keep-latents", "0"],
-        ["--lmd", "0.05"],
+        ["--lambda", "0.05"],
         ["--transform-lr-factor", "-1"],
         ["--balance", "nan"],
     ],

@@ -130,10 +130,10 @@ def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp
 
 
 def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoint, tmp_path):
-    more = ["--stage", "base", "--lmd", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
+    more = ["--stage", "base", "--lambda", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
     state = train(photos, tmp_path / "run", *more)
     assert (tmp_path / "run" / "curves.png").exists()
-    assert state["model"] == "TCM" and state["objective"]["lmd"] == 0.0067
+    assert state["model"] == "TCM" and state["objective"]["lambda"] == 0.0067
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
     assert len(row["bpp"]) == 1
     image = read_image(sorted(photos.iterdir())[0])[:, :128, :128]
@@ -151,7 +151,7 @@ def six_teachers(tmp_path_factory) -> tuple[Path, list[TCM]]:
         torch.manual_seed(number)
         teachers.append(shake(TCM(**TINY), seed=number).eval())
         name = f"tcm_{lmbda}.pth.tar" if number % 2 else f"teacher{'abcdef'[number]}.pth.tar"
-        export_model(folder / name, teachers[-1], [] if number % 2 else [{"lmd": lmbda}])
+        export_model(folder / name, teachers[-1], [] if number % 2 else [{"lambda": lmbda}])
     return folder, teachers
 
 
@@ -186,7 +186,7 @@ def test_teachers_whose_tables_were_fitted_or_that_do_not_name_their_metric(six_
     student.metric = "ms-ssim"
     files = [tmp_path / f"{letter}.pth.tar" for letter in "abcdef"]
     for file, lmbda, teacher in zip(files, ladder, six_teachers[1], strict=True):
-        export_model(file, teacher, [{"lmd": lmbda}, {"stage": "tables"}])
+        export_model(file, teacher, [{"lambda": lmbda}, {"stage": "tables"}])
     with pytest.raises(cli.UserError, match="a TCM for mse"):
         read_teachers(str(tmp_path), ladder, student)
     for file in files:
@@ -265,7 +265,7 @@ def test_the_latent_map_is_learnt_and_can_be_evaluated(photos, tmp_path, kind, r
     export_model(tmp_path / "high.pth.tar", high, [])
     high.g_a[-1].weight.data.mul_(0.5)
     high.g_a[-1].bias.data.mul_(0.5)
-    export_model(tmp_path / "low.pth.tar", high, [{"lmd": 0.0067}])
+    export_model(tmp_path / "low.pth.tar", high, [{"lambda": 0.0067}])
     codecs = ["--high", tmp_path / "high.pth.tar", "--low", tmp_path / "low.pth.tar", "--map", kind]
     more = [*codecs, "--max-steps", 40, "-lr", rate, "--ema", 0.5, "--schedule", "cosine"]
     train_latent_e2e.main(arguments(photos, tmp_path / "map", *more))
@@ -362,7 +362,7 @@ def test_a_run_is_not_overwritten_and_a_budget_is_needed(photos, checkpoint, tmp
     fails("not static", "-e", 1, "--last-part", 0.1, "--stage", "static")
     fails("--last-patch-size must be a multiple of 128", "-e", 1, "--last-patch-size", 100)
     fails("belong together", "-e", 1, "--stage", "static")
-    fails("of --stage base", "-e", 1, "--lmd", 0.05)
+    fails("of --stage base", "-e", 1, "--lambda", 0.05)
     fails("nothing to resume", "-e", 1, "--resume")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pth.tar").touch()
@@ -489,7 +489,7 @@ def test_a_run_of_another_stage_is_not_resumed_and_changes_are_told(photos, chec
     more = ["--stage", "base", "--checkpoint", checkpoint]
     train(photos, tmp_path / "run", *more, "--max-steps", 1)
     with pytest.raises(cli.UserError, match="holds a run of"):
-        train(photos, tmp_path / "run", *more, "--max-steps", 2, "--lmd", 0.0025, "--resume")
+        train(photos, tmp_path / "run", *more, "--max-steps", 2, "--lambda", 0.0025, "--resume")
     train(photos, tmp_path / "run", *more, "--max-steps", 2, "--resume", "-lr", 5e-5)
     assert "learning_rate was 0.0002 in this run and is 5e-05 from here on" in capsys.readouterr().out
 

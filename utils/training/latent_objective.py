@@ -68,7 +68,7 @@ def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, li
         raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
     mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentMapObjective(mapped, low, args.lmd or lmbda or LADDER[0]), []
+    return LatentMapObjective(mapped, low, args.lmbda or lmbda or LADDER[0]), []
 
 
 def _read_tcm(path: str) -> tuple[Codec, float | None]:

@@ -121,7 +121,7 @@ class FixedRateObjective(Objective):
         return torch.full((len(x),), self.lmbda, device=x.device)
 
     def describe(self) -> dict:
-        return super().describe() | {"lmd": self.lmbda}
+        return super().describe() | {"lambda": self.lmbda}
 
 
 class EntropyObjective(Objective):

@@ -15,20 +15,20 @@ from utils.training.objectives import EntropyObjective, FixedRateObjective, LAEO
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
     """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
-    of_kind = fixed_rate if args.lmd else variable_rate
+    of_kind = fixed_rate if args.lmbda else variable_rate
     if state:
         cls = model_class(state["model"])
         if cls is not of_kind(cls):
             wanted = f"--stage {args.stage}"
             if args.stage == "entropy":
-                wanted += " with --lmd" if args.lmd else " without --lmd"
+                wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise cli.UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
         model, history = cls(**state["arguments"]), []
     elif args.checkpoint is None:
         changes = {"N": args.N} if args.N else {}
         try:
-            model, history = from_preset(args.preset, variable=not args.lmd, **changes), []
+            model, history = from_preset(args.preset, variable=not args.lmbda, **changes), []
         except (ValueError, TypeError) as error:
             raise cli.UserError(f"--preset {args.preset}: {error}") from None
     else:
@@ -38,7 +38,7 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         if kind not in (fixed_rate(kind), variable_rate(kind)):
             raise cli.UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
         weights = start.state_dict()
-        if args.lmd:  # the LAEs of a variable-rate codec stay behind
+        if args.lmbda:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         model, history = of_kind(kind)(**start.arguments), checkpoint.get("training", [])
         model.load_state_dict(weights)
@@ -90,7 +90,7 @@ def make_objective(
     if args.checkpoint and not state and context.is_main:
         cli.print_weights(args.checkpoint)
     model, history = make_model(args, state, quiet=not context.is_main)
-    rates = FixedRateObjective(model, args.lmd, args.type) if args.lmd else Objective(model, args.type)
+    rates = FixedRateObjective(model, args.lmbda, args.type) if args.lmbda else Objective(model, args.type)
     if args.stage == "entropy":
         return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history
     if args.teachers:

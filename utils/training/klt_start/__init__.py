@@ -87,7 +87,7 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
     return {
         "stage": "klt start",
         "metric": model.metric,
-        **({} if variable else {"lmd": lmbda}),
+        **({} if variable else {"lambda": lmbda}),
         "patches": len(patches),
         "mse_lost_in_each_stage": [round(255**2 * float(energy) / x.numel(), 2) for energy in lost],
         "seconds": round(time.monotonic() - began, 1),
