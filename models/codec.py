@@ -32,11 +32,11 @@ from models.coding.side_info import DecodingError, SideInfo
 from models.coding.slice_coders import (
     ERROR_BITS,
     Choice,
+    Quantization,
     QuantizedLatents,
     SliceDecoder,
     SliceEncoder,
     SliceEstimator,
-    Surrogate,
     choose_symbols,
     likelihood_of_z,
     nearest_symbols,
@@ -49,27 +49,41 @@ from models.state_dict import empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
-Noise = tuple[Tensor, Tensor] | None  # added to y and to z
+AS_COMPRESSAI = Quantization()
+
+
+class CodecConfig:
+    """Base of the dataclasses of sizes: M, num_slices, max_support_slices (slices that a slice may look at) and
+    hyper_channels (of z) are fields, or properties, of each."""
+
+    def canonical(self) -> "CodecConfig":
+        """Equal networks have equal canonical configurations: one value for each field that changes nothing."""
+        return self
+
+    @classmethod
+    def infer(cls, state_dict: dict[str, Tensor]) -> "CodecConfig":
+        """Sizes of the network of a (normalized) state dict. ValueError or KeyError where it is of another class."""
+        raise NotImplementedError
 
 
 class Codec(CompressionModel):
-    """What all backbones share. A fixed-rate backbone is a subclass with these networks (models/tcm.py is one):
+    """What all backbones share. A fixed-rate backbone is a subclass that has
 
-    - `g_a` and `g_s`, `nn.Sequential`: image `[B, 3, H, W]` to latent y `[B, M, H/16, W/16]`, in float32, and back;
+    - `Config`, a `CodecConfig` with M a multiple of 64 (for the LAEs) and of num_slices;
+    - `g_a` and `g_s`: image `[B, 3, H, W]` to latent y `[B, M, H/16, W/16]` and back. The last layer of g_a is a
+      `Float32Conv` of 3×3 or more;
     - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
     - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
-    - the methods `hyper_synthesis`, `predict` and `correct`, which are what the slices compute.
+    - the methods `hyper_synthesis`, `predict` and `correct`, which are what the slices compute by `run_networks`;
+    - `bytes_per_pixel`, memory of the widest tensor of g_a and g_s, for pictures that are computed in bands.
 
-    Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py) and are computed by
-    `run_networks`, so that pictures of any size take bounded memory. The last layer of `g_a` is a 3×3 convolution.
-    The networks of latent residuals are called `lrp_transforms`. A class NAME and its variable-rate form NAME_VBR
-    stand in models/registry.py.
+    Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py), so that pictures of any
+    size take bounded memory. Networks of latent residuals, if any, are called `lrp_transforms`. A class NAME and its
+    variable-rate form NAME_VBR are known by models/registry.py.
 
     Args: a `Config` of the class, or its fields by position or name.
 
     Attributes:
-        Config: dataclass of the architecture, with M, num_slices, max_support_slices and hyper_channels among its
-            fields, and `canonical()`, `infer(state_dict)`.
         config: the architecture.
         metric: "mse" or "ms-ssim", the distortion that the weights were trained for.
         epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
@@ -79,12 +93,15 @@ class Codec(CompressionModel):
         ValueError: naming the constraint of the `Config` that does not hold.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[CodecConfig]]
+    bytes_per_pixel: float
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__()
         self.config = c = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
         self.M, self.num_slices, self.max_support_slices = c.M, c.num_slices, c.max_support_slices
+        if self.M % 64 or self.M % self.num_slices:
+            raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
         self._tables: tuple[CodingTables, CodingTables] | None = None
         self._fingerprint: bytes | None = None
         self.epsilon, self.checkpointing, self.metric = EPSILON, False, "mse"
@@ -118,11 +135,6 @@ class Codec(CompressionModel):
         """The weights that `--transform-lr-factor` is for: they learn more slowly than the others."""
         yield from self.g_a.parameters()
         yield from self.g_s.parameters()
-
-    @property
-    def bytes_per_pixel(self) -> float:
-        """Memory of the widest tensor of `g_a` and `g_s`, in bytes per pixel of the image."""
-        raise NotImplementedError
 
     # What a variable-rate codec overrides ----------------------------------------------------
 
@@ -238,13 +250,13 @@ class Codec(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, index: RateIndex = None, noise: Noise = None) -> dict:
+    def forward(self, x: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
         Args:
             index: a variable-rate codec draws it at random when it is omitted in training, and requires it in
                 evaluation. A fixed-rate one ignores it.
-            noise: added to y and z for their likelihoods, of the `noise_shapes`; None draws it in training.
+            quantization: noise of the `noise_shapes`, and more.
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
@@ -253,26 +265,22 @@ class Codec(CompressionModel):
         _check_sides(x)
         index = self.resolve_index(index, len(x))
         y, _ = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index, noise=noise)
+        return self._reconstruct(y, self.h_a(y), index, quantization)
 
     def forward_fromlatent(
-        self, y: Tensor, z: Tensor, index: RateIndex = None, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
+        self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
         """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
-        of the rounded values. `use_scale_table` and `choose` are those of `SliceEstimator`.
+        of the rounded values.
         """
-        return self._reconstruct(y, z, self.resolve_index(index, len(y)), use_scale_table, surrogate, noise, choose)
+        return self._reconstruct(y, z, self.resolve_index(index, len(y)), quantization)
 
-    def _reconstruct(
-        self, y: Tensor, z: Tensor, index: Tensor | None, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
-    ) -> dict:
-        y_hat, rates = self.estimate_rate(y, z, use_scale_table, surrogate, noise, choose)
+    def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
+        y_hat, rates = self.estimate_rate(y, z, quantization)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -281,22 +289,20 @@ class Codec(CompressionModel):
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
     def estimate_rate(
-        self, y: Tensor, z: Tensor, use_scale_table: bool = False,
-        surrogate: Surrogate | None = None, noise: Noise = None, choose: Choice = nearest_symbols,
+        self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI
     ) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
-        noise_y, noise_z = noise or (None, None)
+        surrogate = quantization.surrogate
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             z_hat = ste_round(z - self.medians) + self.medians
             if surrogate is not None:
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, surrogate(z - self.medians) + self.medians)
-            elif noise_z is not None:
-                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + noise_z)
+            elif quantization.noise:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + quantization.noise[1])
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
-        parts = self.gaussian_conditional, y, self.num_slices
-        coder = SliceEstimator(*parts, use_scale_table, noise_y, surrogate, choose)
+        coder = SliceEstimator(self.gaussian_conditional, y, self.num_slices, quantization)
         # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)

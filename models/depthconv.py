@@ -16,7 +16,7 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.codec import Codec
+from models.codec import Codec, CodecConfig
 from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv
@@ -27,13 +27,13 @@ CELL = 8  # pixels of a side that one place of the transforms stands for
 
 
 @dataclass(frozen=True)
-class DepthConvConfig:
+class DepthConvConfig(CodecConfig):
     """Sizes of a DepthConv.
 
     Attributes:
         width: channels of the transforms.
         depth: blocks of g_a, and of g_s.
-        M: latent channels, a multiple of 64 and of num_slices.
+        M: latent channels.
         num_slices: slices S of the channel-wise autoregression.
         hyper_channels: channels of z.
         hyper_width: channels of the hyper networks.
@@ -59,17 +59,11 @@ class DepthConvConfig:
         for name, value in vars(self).items():
             if not isinstance(value, int) or value < (0 if name.endswith("depth") else 1):
                 raise ValueError(f"{name} must be a whole number that is positive, not {value}")
-        if self.M % 64 or self.M % self.num_slices:
-            raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
 
     @property
     def max_support_slices(self) -> int:
         """Every slice sees all before it."""
         return self.num_slices
-
-    def canonical(self) -> "DepthConvConfig":
-        """The same network, with one value for what leaves no trace in it."""
-        return self
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "DepthConvConfig":

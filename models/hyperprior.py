@@ -6,27 +6,26 @@ Their entropy model is one slice whose μ and σ come from ẑ. A state dict of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from compressai.layers import GDN
 from torch import Tensor, nn
 
-from models.codec import Codec
+from models.codec import Codec, CodecConfig
 from models.lae import VariableRate
-from models.large.bands import Footprint, Recomputed, footprint
+from models.large.bands import Recomputed
 from models.layers import Float32Conv
 
 __all__ = ["Hyperprior", "HyperpriorConfig", "Hyperprior_VBR"]
 
 
 @dataclass(frozen=True)
-class HyperpriorConfig:
+class HyperpriorConfig(CodecConfig):
     """Sizes of a hyperprior model.
 
     Attributes:
         N: channels of the transforms and of z.
-        M: latent channels, a multiple of 64.
+        M: latent channels.
         means: whether the hyper-synthesis predicts μ too (mbt2018-mean); without, μ is 0, and |y| makes z.
     """
 
@@ -38,12 +37,8 @@ class HyperpriorConfig:
     hyper_channels = property(lambda self: self.N)
 
     def __post_init__(self) -> None:
-        if self.N < 1 or self.M < 1 or self.M % 64:
-            raise ValueError(f"N must be positive and M a multiple of 64, not {self.N} and {self.M}")
-
-    def canonical(self) -> "HyperpriorConfig":
-        """Equal networks have equal configurations."""
-        return self
+        if self.N < 1 or self.M < 1:
+            raise ValueError(f"N and M must be positive, not {self.N} and {self.M}")
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "HyperpriorConfig":
@@ -120,15 +115,3 @@ class Hyperprior(Codec):
 
 class Hyperprior_VBR(VariableRate, Hyperprior):
     """A zoo model made variable-rate by two LAEs (TCSVT 2025). Arguments as Hyperprior."""
-
-
-@footprint.register
-def _(layer: nn.ConvTranspose2d) -> Footprint:  # of 5×5 and stride 2: a row of the output sees three of the input
-    return Footprint(2, 1, Fraction(layer.stride[0]))
-
-
-@footprint.register(GDN)
-@footprint.register(nn.ReLU)
-@footprint.register(nn.LeakyReLU)
-def _(layer: nn.Module) -> Footprint:
-    return Footprint(0, 1)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
+from timm.layers.drop import DropPath
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from models.large.bands import Footprint, footprint, multiple
@@ -80,7 +82,7 @@ class WMSA(nn.Module):
         self.embedding_layer = nn.Linear(input_dim, 3 * input_dim)
         self.relative_position_params = nn.Parameter(torch.zeros(self.heads, 2 * p - 1, 2 * p - 1))
         self.linear = nn.Linear(input_dim, output_dim)
-        nn.init.trunc_normal_(self.relative_position_params, std=0.02)
+        trunc_normal_(self.relative_position_params, std=0.02)
 
         # The position of (query i, key j) in the flattened (2p-1)² table, and the pairs that may not see each other in
         # a cut window (last row, last column, corner), depend on p alone, so they are made once.
@@ -135,11 +137,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln1 = nn.LayerNorm(dim)
         self.msa = WMSA(dim, dim, head_dim, window_size, type)
-        self.drop_path = nn.Identity()
-        if drop_path > 0:
-            from timm.layers import DropPath  # here: it imports all of timm's models, which coding does without
-
-            self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.ln2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

@@ -1,9 +1,9 @@
-"""CompressAI without what its package imports beside the codecs, which takes three times as long as PyTorch does.
+"""CompressAI and timm without what their packages import beside it, which takes twice as long as PyTorch.
 
 Importing any part of CompressAI runs `compressai/__init__.py`, which imports data sets of point clouds (so
-torch_geometric) and every model; its entropy models import scipy.stats for one number. The code of the packages named
-here runs when something is asked of them that is in no other module. So the layers, the entropy models and the coder
-are imported by themselves, and other code finds all of CompressAI and SciPy as ever.
+torch_geometric) and every model; its entropy models import scipy.stats for one number; timm imports all its models. The
+code of the packages named here runs when something is asked of them that is in no other module. So the layers, the
+entropy models and the coder are imported by themselves, and other code finds all of the packages as ever.
 """
 
 import importlib
@@ -20,6 +20,8 @@ LATER: dict[str, dict[str, str]] = {
     "compressai.models": {},
     "compressai.zoo": {},
     "scipy.stats": {},
+    "timm": {},
+    "timm.layers": {},
 }
 
 

@@ -59,7 +59,7 @@ def recognize(state_dict: dict) -> "type[Codec]":
         cls = model_class(name)
         try:
             cls.Config.infer(names)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             causes.append(str(error))
         else:
             return variable_rate(cls) if any(name.startswith("modnet_") for name in names) else cls

@@ -12,7 +12,7 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride, conv3x3, subpel_conv3x3
 from torch import Tensor, nn
 
-from models.codec import Codec
+from models.codec import Codec, CodecConfig
 from models.lae import LAE, VariableRate, fcn, mask
 from models.large.bands import Recomputed
 from models.layers import ConvTransBlock, Float32Conv, SubsampledConv, SWAtten
@@ -21,7 +21,7 @@ __all__ = ["LAE", "TCM", "TCM_VBR", "TCMConfig", "fcn", "mask"]
 
 
 @dataclass(frozen=True)
-class TCMConfig:
+class TCMConfig(CodecConfig):
     """Architecture of a TCM or TCM_VBR, in the order of the published constructor's arguments.
 
     Attributes:
@@ -74,7 +74,6 @@ class TCMConfig:
             _need(inter > 0 and inter % 16 == 0, f"inter_dim must be a positive multiple of 16, not {inter}")
 
     def canonical(self) -> "TCMConfig":
-        """The same network, with one value for what leaves no trace in it."""
         supports = self.num_slices if self.max_support_slices >= self.num_slices - 1 else self.max_support_slices
         heads = [width if blocks else self.N for width, blocks in zip(self.head_dim, self.config, strict=True)]
         return replace(self, head_dim=heads, drop_path_rate=0.0, max_support_slices=supports)

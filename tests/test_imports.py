@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ["torch_geometric", "torchvision", "pandas", "timm", "matplotlib", "torch._dynamo", "scipy.stats.distributions"]
+HEAVY = ["torch_geometric", "torchvision", "pandas", "timm.models", "matplotlib", "torch._dynamo"]
+HEAVY += ["scipy.stats.distributions"]
 
 
 def run(code: str) -> str:
@@ -46,6 +47,8 @@ from compressai.models import *
 assert issubclass(JointAutoregressiveHierarchicalPriors, compressai.models.google.MeanScaleHyperprior)
 from compressai.latent_codecs import HyperpriorLatentCodec, LatentCodec
 assert issubclass(HyperpriorLatentCodec, LatentCodec) and compressai.layers.GDN
+import timm
+assert timm.create_model and timm.layers.DropPath
 from scipy import stats
 assert abs(stats.norm.ppf(0.975) - 1.96) < 1e-3 and scipy.stats.laplace
 """)

@@ -17,7 +17,7 @@ from models.coding.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_
 from models.coding.side_info import SideInfo
 from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
 
-# Stands for round(x) in a rate that must have a gradient (utils/codec/refinement.py).
+# Differentiable stand-in for round(x) (utils/codec/refinement.py).
 Surrogate = Callable[[Tensor], Tensor]
 # Makes symbols, as floats, of y − μ and σ: `nearest_symbols`, or `Codec.choose_symbols`.
 Choice = Callable[[Tensor, Tensor], Tensor]
@@ -76,17 +76,29 @@ def choose_symbols(
     return chosen.view(residual.shape)
 
 
-class SliceEstimator:
-    """Collects the likelihoods of y: with additive noise in training, of rounded values in evaluation.
+@dataclass(frozen=True)
+class Quantization:
+    """How an estimate of the rate quantizes latents: without arguments as CompressAI does, with random noise in
+    training and by rounding in evaluation.
 
-    Args:
-        y: `[B, M, h, w]`.
-        use_scale_table: replace σ by the entry of the scale table that the published rule codes it with, the next
-            larger one. Files choose the cheapest shift of the table, and tables that may be fitted to symbols, and are
-            a little smaller. Without it, σ is used itself, as papers report.
-        noise: of y's shape, added in place of training's random noise.
-        surrogate: replaces rounding of y − μ in the likelihoods; those of the symbols are collected as well.
-        choose: makes the symbols.
+    Attributes:
+        noise: added to y and to z for their likelihoods, of their shapes, in place of random noise.
+        surrogate: replaces rounding in the likelihoods, so that they have gradients; those of the symbols are
+            collected as well.
+        choose: makes the symbols of y.
+        use_scale_table: use the σ of the row of the scale table that the published rule codes with, the next larger
+            one, as files nearly do (they choose the cheapest shift of the table, and tables that may be fitted to
+            symbols). Without it σ is used itself, as papers report.
+    """
+
+    noise: tuple[Tensor, Tensor] | None = None
+    surrogate: Surrogate | None = None
+    choose: Choice = nearest_symbols
+    use_scale_table: bool = False
+
+
+class SliceEstimator:
+    """Collects the likelihoods of y `[B, M, h, w]`.
 
     Attributes:
         likelihoods: of each slice, `[B, M/S, h, w]`.
@@ -94,26 +106,27 @@ class SliceEstimator:
     """
 
     def __init__(
-        self, gaussian: GaussianConditional, y: Tensor, num_slices: int, use_scale_table: bool,
-        noise: Tensor | None, surrogate: Surrogate | None, choose: Choice,
+        self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization
     ) -> None:
-        self.gaussian, self.slices, self.use_scale_table = gaussian, y.float().chunk(num_slices, 1), use_scale_table
-        self.choose = choose
-        self.noise, self.surrogate = None if noise is None else noise.chunk(num_slices, 1), surrogate
+        self.gaussian = gaussian
+        self.slices = y.float().chunk(num_slices, 1)
+        self.quantization = quantization
+        self.noise = quantization.noise[0].chunk(num_slices, 1) if quantization.noise else None
         self.likelihoods: list[Tensor] = []
         self.rounded_likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         number = len(self.likelihoods)
         y = self.slices[number]
-        if self.use_scale_table:  # the gradient is that of σ
+        surrogate = self.quantization.surrogate
+        if self.quantization.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
         residual = y - mu
-        symbols = self.choose(residual.detach(), sigma.detach())
+        symbols = self.quantization.choose(residual.detach(), sigma.detach())
         y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
-        if self.surrogate is not None:
-            likelihood = likelihood_of_y(self.gaussian, self.surrogate(y - mu) + mu, sigma, mu)
+        if surrogate is not None:
+            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma, mu)
             with torch.no_grad():
                 self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
         elif self.noise is not None:

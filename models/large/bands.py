@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride
+from compressai.layers import GDN, ResidualBlockUpsample, ResidualBlockWithStride
 from torch import Tensor, nn
 
 from models import STRIDE
@@ -54,7 +54,7 @@ def _(layer: ResidualBlockUpsample) -> Footprint:  # 3×3, shuffled to twice the
 
 @footprint.register
 def _(layer: nn.Conv2d) -> Footprint:
-    stride, reach = layer.stride[0], layer.kernel_size[0] // 2
+    stride, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] // 2)
     return Footprint(multiple(reach, stride), stride, Fraction(1, stride))
 
 
@@ -68,7 +68,16 @@ def _(layer: nn.PixelUnshuffle) -> Footprint:
     return Footprint(0, layer.downscale_factor, Fraction(1, layer.downscale_factor))
 
 
+@footprint.register
+def _(layer: nn.ConvTranspose2d) -> Footprint:
+    stride, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1)
+    return Footprint(multiple(reach, stride) // stride, 1, Fraction(stride))
+
+
+@footprint.register(GDN)
 @footprint.register(nn.GELU)
+@footprint.register(nn.LeakyReLU)
+@footprint.register(nn.ReLU)
 @footprint.register(nn.SiLU)
 def _(layer: nn.Module) -> Footprint:
     return Footprint(0, 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from codec_vbr import describe
+from models.coding.slice_coders import Quantization
 from models.lambdas import index_to_lambda
 from utils.codec import encode as encode_module
 from utils.codec.analyzed import AnalyzedImage
@@ -24,6 +25,10 @@ def picture() -> torch.Tensor:
     """uint8 `[3, 100, 120]`."""
     small = torch.rand(1, 3, 9, 15, generator=torch.Generator().manual_seed(4))
     return to_uint8(torch.nn.functional.interpolate(small, (100, 120), mode="bicubic").clamp(0, 1)[0])
+
+
+def quantization(surrogate) -> Quantization:
+    return Quantization(surrogate=surrogate, use_scale_table=True)
 
 
 def test_surrogates_of_rounding():
@@ -44,7 +49,7 @@ def test_every_latent_has_a_gradient_of_its_rate(tiny, image):
     z = tiny.h_a(y).detach().requires_grad_()
     y.requires_grad_()
     for name, surrogate in SURROGATES.items():
-        out = tiny.forward_fromlatent(y, z, 1.0, use_scale_table=True, surrogate=lambda r, s=surrogate: s(r, 0.5))
+        out = tiny.forward_fromlatent(y, z, 1.0, quantization(lambda r, s=surrogate: s(r, 0.5)))
         last = out["likelihoods"]["y"].chunk(tiny.num_slices, 1)[-1]
         of_y, of_z = torch.autograd.grad(bits(last).sum() + bits(out["likelihoods"]["z"]).sum(), (y, z))
         assert of_y.chunk(tiny.num_slices, 1)[-1].abs().sum() > 0, name
@@ -55,7 +60,7 @@ def test_the_surrogate_changes_neither_the_picture_nor_the_bits_of_a_file(tiny, 
     with torch.no_grad():
         y = tiny(image, 1.0)["latent"]
         plain, out = (
-            tiny.forward_fromlatent(y, tiny.h_a(y), 1.0, use_scale_table=True, surrogate=surrogate)
+            tiny.forward_fromlatent(y, tiny.h_a(y), 1.0, quantization(surrogate))
             for surrogate in (None, lambda r: r + 0.3)
         )
     assert torch.equal(out["x_hat"], plain["x_hat"])
@@ -111,7 +116,7 @@ def test_checkpointing_gives_the_same_gradients(tiny, image):
     gradients = []
     for tiny.checkpointing in (False, True):
         y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
-        out = tiny.forward_fromlatent(y, z, 1.0, use_scale_table=True, surrogate=lambda r: r)
+        out = tiny.forward_fromlatent(y, z, 1.0, quantization(lambda r: r))
         loss = out["x_hat"].square().mean() + bits(out["likelihoods"]["y"]).sum()
         gradients.append(torch.autograd.grad(loss, (y, z)))
     for one, other in zip(*gradients, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import Codec
-from models.coding.slice_coders import Surrogate, ste_round
+from models.coding.slice_coders import Quantization, Surrogate, ste_round
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
 from utils.codec.quality_map import pixel_weights
@@ -225,7 +225,8 @@ def _differentiate(
     if image.quality_map is not None:
         places = places[tile.outer(UNITS[0])]
         weights = tile.inside(pixel_weights(places, lmbda, model.metric))
-    out = model.forward_fromlatent(*parts, places, use_scale_table=True, surrogate=surrogate, choose=image.choose)
+    quantization = Quantization(surrogate=surrogate, choose=image.choose, use_scale_table=True)
+    out = model.forward_fromlatent(*parts, places, quantization)
     out["x_hat"] = tile.inside(out["x_hat"]).clamp(0, 1)
     for kind in ("likelihoods", "coded_likelihoods"):
         out[kind] = {name: out[kind][name][tile.core(unit)] for name, unit in zip("yz", UNITS, strict=True)}

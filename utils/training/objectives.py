@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Codec, VariableRate
+from models.coding.slice_coders import Quantization
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
 from models.large.memory import send
 from utils.codec.quality_map import pixel_weights
@@ -55,7 +56,7 @@ class Objective(nn.Module):
             places = draw_maps(index, rate_uniform, *x.shape[2:], self.map_share)
             weights = pixel_weights(places, lmbda, self.metric)
         with self.autocasting(x):
-            out = self.model(x, places, noise=noise)
+            out = self.model(x, places, Quantization(noise))
         losses = rate_distortion(out, x, lmbda, self.metric, weights)
         aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
         return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
@@ -156,7 +157,7 @@ class EntropyObjective(Objective):
         with torch.no_grad():  # in float32, which costs little, as analysis is done once
             y, _ = self.model.modulate(self._latents(x, keys), index)
         with self.autocasting(x):
-            _, out = self.model.estimate_rate(y, self.model.h_a(y), noise=noise)
+            _, out = self.model.estimate_rate(y, self.model.h_a(y), Quantization(noise))
         pixels = x.shape[-2] * x.shape[-1]
         bpp_z = bits(out["likelihoods"]["z"]) / pixels
         bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
@@ -208,7 +209,7 @@ class StaticObjective(LAEObjective):
     def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
         index = self.index(rate_uniform)
         with self.autocasting(x):
-            out = self.model(x, index, noise=noise)
+            out = self.model(x, index, Quantization(noise))
             target = self._teacher_latents(x, index)
         lmbda = self.lambdas(index, x)
         losses = rate_distortion(out, x, lmbda, self.metric)

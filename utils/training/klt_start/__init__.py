@@ -37,6 +37,7 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.lambdas import LADDERS, index_to_lambda, middle_lambda
 from models.registry import fixed_rate
+from utils import cli
 from utils.training.klt_start import depthconv, hyperprior, tcm
 from utils.training.klt_start.common import write_lae
 from utils.training.patches import PatchDataset
@@ -75,7 +76,13 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
 
     Returns:
         A training record with the energy lost in each stage and the seconds.
+
+    Raises:
+        UserError: no start is known for its backbone.
     """
+    backbone = fixed_rate(type(model)).__name__
+    if backbone not in WRITERS:
+        raise cli.UserError(f"a {backbone} has no start in closed form: give --start random, or a --checkpoint")
     began = time.monotonic()
     x = patches.cpu().float() / 255
     variable = isinstance(model, VariableRate)
@@ -83,7 +90,7 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
     if variable:
         write_lae(model.modnet_ga, 1)
         write_lae(model.modnet_gs, -1)
-    lost = WRITERS[fixed_rate(type(model)).__name__](model, x, scale, wiener)
+    lost = WRITERS[backbone](model, x, scale, wiener)
     return {
         "stage": "klt start",
         "metric": model.metric,
