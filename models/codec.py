@@ -70,8 +70,8 @@ class Codec(CompressionModel):
     """What all backbones share. A fixed-rate backbone is a subclass that has
 
     - `Config`, a `CodecConfig` with M a multiple of 64 (for the LAEs) and of num_slices;
-    - `g_a` and `g_s`: image `[B, 3, H, W]` to latent y `[B, M, H/16, W/16]` and back. The last layer of g_a is a
-      `Float32Conv` of 3×3 or more;
+    - `g_a` and `g_s`: image `[B, 3, H, W]` to latent y `[B, M, H/16, W/16]`, which is float32 under autocast too (a
+      `Float32Conv` makes it), and back. One convolution of g_a, not a depth-wise one, is larger than 1×1;
     - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
     - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
     - the methods `hyper_synthesis`, `predict` and `correct`, which are what the slices compute by `run_networks`;
@@ -427,7 +427,9 @@ class Codec(CompressionModel):
 
     def _in_weight_format(self, x: Tensor) -> Tensor:
         """x in the memory format of the weights, so that the same input has the same arithmetic."""
-        channels_last = self.g_a[-1].weight.is_contiguous(memory_format=torch.channels_last)
+        # Of a 1×1 or a depth-wise convolution both formats are the same.
+        weight = next(w for w in self.g_a.parameters() if w.dim() == 4 and w.shape[1] > 1 and w.shape[2] > 1)
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     @property

@@ -1,6 +1,6 @@
 """DepthConv, a backbone made to be trained and run on a CPU, and its variable-rate form DepthConv_VBR.
 
-Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 of the resolution: matrix products, and no windows to cut.
+Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 and 1/16 of the resolution: matrix products, and no windows.
 Such blocks are those of DCVC-FM (https://arxiv.org/abs/2402.17414) and DCVC-RT (https://arxiv.org/abs/2502.20762). The
 entropy model is TCM's: a hyperprior and channel-wise slices with latent residuals (CVPR 2023), without attention, and
 with one network for μ and σ together. No stage is narrow, so that the start in closed form loses little
@@ -24,6 +24,7 @@ from models.layers import Float32Conv
 __all__ = ["DepthConv", "DepthConvBlock", "DepthConvConfig", "DepthConv_VBR"]
 
 CELL = 8  # pixels of a side that one place of the transforms stands for
+EXPANSION = 2  # of the hidden channels of a block
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class DepthConvConfig(CodecConfig):
     """Sizes of a DepthConv.
 
     Attributes:
-        width: channels of the transforms.
-        depth: blocks of g_a, and of g_s.
+        width, depth: channels and blocks of g_a, and of g_s, at 1/8 of the resolution.
+        latent_depth: their blocks at 1/16, on the M channels of the latent.
         M: latent channels.
         num_slices: slices S of the channel-wise autoregression.
         hyper_channels: channels of z.
@@ -45,7 +46,8 @@ class DepthConvConfig(CodecConfig):
     """
 
     width: int = 192
-    depth: int = 6
+    depth: int = 5
+    latent_depth: int = 1
     M: int = 320
     num_slices: int = 5
     hyper_channels: int = 128
@@ -77,9 +79,12 @@ class DepthConvConfig(CodecConfig):
             return len({match[1] for name in state_dict if (match := re.match(pattern, name))})
 
         try:
+            down = next(n for n, w in state_dict.items() if re.fullmatch(r"g_a\.\d+\.weight", n) and w.shape[-1] == 3)
+            at = int(down.split(".")[1])
             return cls(
                 width=state_dict["g_a.1.weight"].shape[0],
-                depth=count(r"g_a\.(\d+)\.expand\."),
+                depth=at - 2,
+                latent_depth=count(r"g_a\.(\d+)\.enter\.") - (at - 2),
                 M=state_dict["h_a.0.weight"].shape[1],
                 num_slices=count(r"slice_heads\.(\d+)\."),
                 hyper_channels=state_dict["entropy_bottleneck.quantiles"].shape[0],
@@ -89,8 +94,8 @@ class DepthConvConfig(CodecConfig):
                 residual_width=state_dict["lrp_transforms.0.0.weight"].shape[0],
                 residual_depth=count(r"lrp_transforms\.0\.(\d+)\.expand\."),
             )
-        except KeyError as error:
-            raise ValueError(f"these are not the weights of a DepthConv (no {error.args[0]})") from None
+        except (KeyError, StopIteration) as error:
+            raise ValueError(f"these are not the weights of a DepthConv (no {error.args or 'strided layer'})") from None
 
 
 class DepthConvBlock(nn.Module):
@@ -100,14 +105,14 @@ class DepthConvBlock(nn.Module):
     Both end in zeros, so that a new block is the identity until it learns.
     """
 
-    def __init__(self, C: int, expansion: int = 2) -> None:
+    def __init__(self, C: int) -> None:
         super().__init__()
         self.enter = nn.Conv2d(C, C, 1)
         self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
         self.leave = nn.Conv2d(C, C, 1)
-        self.expand = nn.Conv2d(C, expansion * C, 1)
-        self.gate = nn.Conv2d(C, expansion * C, 1)  # apart from `expand`, as halves of one output would be copied
-        self.reduce = nn.Conv2d(expansion * C, C, 1)
+        self.expand = nn.Conv2d(C, EXPANSION * C, 1)
+        self.gate = nn.Conv2d(C, EXPANSION * C, 1)  # apart from `expand`, as halves of one output would be copied
+        self.reduce = nn.Conv2d(EXPANSION * C, C, 1)
         for last in (self.leave, self.reduce):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -137,10 +142,10 @@ class DepthConv(Codec):
         pixels = 3 * CELL**2
         self.g_a = nn.Sequential(
             nn.PixelUnshuffle(CELL), nn.Conv2d(pixels, C, 1), *_blocks(C, c.depth),
-            Float32Conv(C, M, kernel_size=3, stride=2, padding=1),
+            Float32Conv(C, M, kernel_size=3, stride=2, padding=1), *_blocks(M, c.latent_depth),
         )
         self.g_s = nn.Sequential(
-            nn.Conv2d(M, 4 * C, 1), nn.PixelShuffle(2), *_blocks(C, c.depth),
+            *_blocks(M, c.latent_depth), nn.Conv2d(M, 4 * C, 1), nn.PixelShuffle(2), *_blocks(C, c.depth),
             nn.Conv2d(C, pixels, 1), nn.PixelShuffle(CELL),
         )
         self.h_a = nn.Sequential(
@@ -166,7 +171,7 @@ class DepthConv(Codec):
     @property
     def bytes_per_pixel(self) -> float:
         """Of the hidden channels of a block in float32, one place for 8×8 pixels."""
-        return 4 * self.g_a[2].expand.out_channels / CELL**2 if self.config.depth else 12.0
+        return 4 * EXPANSION * self.config.width / CELL**2
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
         """Those of g_a and g_s that the start in closed form writes. The blocks learn as fast as everything else."""

@@ -7,7 +7,7 @@ from models import DepthConv_VBR
 from tests.conftest import vary
 
 TINY = dict(
-    width=32, depth=1, M=64, num_slices=2, hyper_channels=32, hyper_width=32,
+    width=32, depth=1, latent_depth=1, M=64, num_slices=2, hyper_channels=32, hyper_width=32,
     slice_width=32, slice_depth=1, residual_width=16, residual_depth=1,
 )
 
@@ -21,7 +21,7 @@ def shake(model: DepthConv_VBR, seed: int = 0) -> DepthConv_VBR:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
         for (head,) in model.slice_heads:
             head.bias[len(head.bias) // 2 :].add_(10.0)
-        model.g_a[-1].weight.mul_(20.0)
+        model.g_a[3].weight.mul_(12.0)  # the strided convolution
         model.h_a[-1].weight.mul_(0.4)
     return model
 

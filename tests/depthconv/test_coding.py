@@ -1,5 +1,7 @@
 """Streams, rate control, regions and DLM: the tests of other folders, with DepthConv_VBR."""
 
+import torch
+
 from tests.codec.test_quality_map import (  # noqa: F401
     mask,
     test_a_file_with_a_map_decodes_to_what_the_encoder_saw,
@@ -20,7 +22,13 @@ from tests.models.test_tcm import (  # noqa: F401
     test_m_stays_within_its_bounds,
     test_other_sides_are_refused,
     test_symbols_beyond_the_tables_survive,
-    test_the_latent_is_float32_under_autocast,
 )
 
 picture = large_picture
+
+
+def test_the_latent_is_float32_under_autocast(tiny):
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert tiny.features(x).dtype == torch.float32
+        assert tiny.g_a[:3](x).dtype == torch.bfloat16  # before the strided convolution

@@ -23,7 +23,7 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     gain = fine.square().mean((0, 2, 3)).sqrt().clamp(min=1e-4) ** -WHITENING
     colors = color.repeat_interleave(CELL**2)
 
-    first, last = model.g_a[1], model.g_a[-1]
+    first, last = (layer for layer in model.g_a if isinstance(layer, nn.Conv2d))
     k, K = fine_basis.shape[1], basis.shape[1]
     first.weight[:k] = (gain[:, None] * fine_basis.T)[:, :, None, None]
     first.bias[:k] = -gain * (fine_basis.T @ colors)
