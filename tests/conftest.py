@@ -1,6 +1,5 @@
 import copy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +141,7 @@ def image() -> torch.Tensor:
 
 @pytest.fixture
 def shared() -> Path:
-    """The project's shared folder with reference outputs and photographs, where it is there."""
+    """The project's shared folder with photographs and more reference outputs, where it is there."""
     if not SHARED.is_dir():
         pytest.skip("no shared folder beside the project")
-    sys.path.insert(0, str(SHARED / "reference"))
-    yield SHARED
-    sys.path.remove(str(SHARED / "reference"))
+    return SHARED
