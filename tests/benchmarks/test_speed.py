@@ -1,4 +1,10 @@
+import re
+
+import torch
+
+from models.registry import from_preset
 from utils.benchmarks import speed
+from utils.benchmarks.common import count_macs
 
 
 def test_every_part_is_printed(capsys):
@@ -6,3 +12,17 @@ def test_every_part_is_printed(capsys):
     output = capsys.readouterr().out
     for part in ("analysis + synthesis", "slices", "to bytes", "from bytes", "peak memory", "matrix product"):
         assert part in output
+
+
+def test_operations_are_those_of_the_layers(capsys):
+    """A convolution's by hand, the matrix product's 2048³, and in the table those of the network."""
+    conv = torch.nn.Conv2d(3, 8, 5, padding=2)
+    assert count_macs(lambda: conv(torch.zeros(1, 3, 10, 12))) == 10 * 12 * 8 * 3 * 25
+    speed.main(["--preset", "depthconv", "--width", "256", "--height", "128", "--runs", "1"])
+    printed = dict(re.findall(r"^(\S.*?)  +[\d.]+ +([\d.]+) +[\d.]+ +\d+%", capsys.readouterr().out, re.M))
+    assert float(printed["float32 matrix product"]) == 8.6
+    C, hidden, M = 192, 384, 320
+    blocks = 5 * (2 * C * C + 9 * C + 3 * C * hidden) * 32 * 16 + (2 * M * M + 9 * M + 3 * M * 2 * M) * 16 * 8
+    lae = count_macs(lambda: from_preset("depthconv").modnet_ga(torch.zeros(1, M, 8, 16), torch.zeros(1)))
+    analysis = blocks + 192 * C * 32 * 16 + 9 * C * M * 16 * 8 + lae
+    assert abs(float(printed["analysis"]) - analysis / 1e9) < 0.06

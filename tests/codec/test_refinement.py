@@ -43,6 +43,29 @@ def test_surrogates_of_rounding():
     assert ((cold - x.detach().floor()).round() - (cold - x.detach().floor())).abs().mean() < 0.02
 
 
+def test_every_method_has_its_surrogate():
+    x = torch.linspace(-2.4, 2.4, 97)
+    torch.manual_seed(0)
+    assert torch.equal(SURROGATES["sgd"](x, 0.5), x.round())
+    noisy = torch.stack([SURROGATES["noise"](x, 0.5) for _ in range(400)])
+    assert (noisy - x).abs().max() <= 0.5 and (noisy.mean(0) - x).abs().max() < 0.1 and noisy.std(0).min() > 0.2
+    cold = torch.stack([SURROGATES["sga"](x, 0.02) for _ in range(50)])
+    assert ((cold - cold.round()).abs() < 0.1).float().mean() > 0.95  # random whole numbers
+    assert cold.std(0).max() > 0.3
+
+
+def test_the_controller_settles_on_a_rate_that_follows_with_momentum():
+    """As latents under Adam do. With a gain of the rise of 0 the rate would swing by half of itself, with one of the
+    excess of 0 it would stay where it is."""
+    constraint, log_weight, speed = RateConstraint(1.0), 0.0, 0.0
+    steps = [Step(0, bpp=1.06, mse=0.0, distortion=0.0, loss=0.0)]
+    for number in range(1, 25):
+        log_weight += constraint.correction(steps)
+        speed = 0.7 * speed - 0.0075 * log_weight
+        steps.append(replace(steps[-1], number=number, bpp=steps[-1].bpp + speed))
+    assert max(abs(step.bpp - 1) for step in steps[-6:]) < 0.01
+
+
 def test_every_latent_has_a_gradient_of_its_rate(tiny, image):
     """In evaluation mode rounding makes it zero for z and for the last slice, unless there is a surrogate."""
     y, z = tiny.analyze(image, torch.tensor([1.0]))[0].detach(), None

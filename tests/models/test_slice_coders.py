@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import codec
 from models.coding.portable import table_index
 from models.coding.slice_coders import ERROR_BITS, choose_symbols
 from utils.checkpoint import load_model
@@ -38,6 +39,19 @@ def test_symbols_that_are_not_numbers_are_refused_later(tiny):
     y = torch.full((1, 1, 4, 4), float("nan"))
     chosen = choose_symbols(y, torch.ones_like(y), tiny.gaussian_conditional, tiny.coding_tables[0], ERROR_BITS)
     assert chosen.isnan().all()
+
+
+def test_the_strength_of_the_choice_is_the_best_of_its_half_and_four_times_it(monkeypatch):
+    """With the shipped weights, on the middles of scikit-image's photographs; docs/method.md has it on more."""
+    model = load_model(BUNDLED)
+    photos = [read_image(path)[:, 20:276, 80:336] for path in find_images_or_samples(None)]
+
+    def loss(strength: float) -> float:
+        monkeypatch.setattr(codec, "ERROR_BITS", strength)
+        return sum(evaluate(model, "", photo, 2.0, real=False)[0].loss for photo in photos)
+
+    best = loss(ERROR_BITS)
+    assert best < 0.999 * loss(ERROR_BITS / 2) and best < 0.999 * loss(4 * ERROR_BITS)
 
 
 def test_a_lower_loss_than_that_of_the_nearest_symbols():
