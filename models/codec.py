@@ -16,6 +16,7 @@ estimates its bits, writes its symbols, or reads them.
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
 from models.coding.portable import EPSILON, crc_of
-from models.coding.precision import deterministic
+from models.coding.precision import deterministic, without_autocast
 from models.coding.side_info import DecodingError, SideInfo
 from models.coding.slice_coders import (
     ERROR_BITS,
@@ -42,7 +43,7 @@ from models.coding.slice_coders import (
     nearest_symbols,
     ste_round,
 )
-from models.coding.tables import CodingTables, open_stream
+from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
 from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
 from models.state_dict import empty_tables, explain_mismatch, normalize
@@ -102,8 +103,8 @@ class Codec(CompressionModel):
         self.M, self.num_slices, self.max_support_slices = c.M, c.num_slices, c.max_support_slices
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
-        self._tables: tuple[CodingTables, CodingTables] | None = None
-        self._fingerprint: bytes | None = None
+        self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
+        self._fingerprint: tuple[Any, bytes] | None = None
         self.epsilon, self.checkpointing, self.metric = EPSILON, False, "mse"
 
     @property
@@ -262,8 +263,7 @@ class Codec(CompressionModel):
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
             `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`.
         """
-        _check_sides(x)
-        index = self.resolve_index(index, len(x))
+        index = self._check(x, index)
         y, _ = self.analyze(x, index)
         return self._reconstruct(y, self.h_a(y), index, quantization)
 
@@ -315,6 +315,7 @@ class Codec(CompressionModel):
 
     # Coding ----------------------------------------------------------------------------------
 
+    @without_autocast()
     @torch.no_grad()
     def compress(self, x: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
         """Code images `[B, 3, H, W]`.
@@ -327,11 +328,11 @@ class Codec(CompressionModel):
             `strings`: [y_strings, z_strings], one bytes object per image each; `shape`: (h, w) of z; `side_info`: one
             per image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
         """
-        _check_sides(x)
-        index = self.resolve_index(index, len(x))
+        index = self._check(x, index)
         y, log_m = self.analyze(x, index)
         return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
 
+    @without_autocast()
     @torch.no_grad()
     def decompress(
         self, strings: list[list[bytes]], shape: Sequence[int], index: RateIndex = None,
@@ -343,8 +344,8 @@ class Codec(CompressionModel):
         convolution depend on both, and a σ on a boundary of the scale table would select another row.
 
         Raises:
-            DecodingError: a stream is too short for the shape, or (with side information) the decoded symbols are
-                not those that were encoded.
+            DecodingError: a stream is too short for the shape, or the decoded symbols are not those that were encoded:
+                by the checksum of the side information, and without it by the length of the stream.
         """
         index = self.resolve_index(index, len(strings[0]))
         y_hat = self.decode_latents(strings, shape, side_info)
@@ -360,6 +361,8 @@ class Codec(CompressionModel):
         z_indexes = self._z_indexes(shape)
         if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
             raise DecodingError("the streams are too short for a picture of this size")
+        if not side_info and min(map(len, (*y_strings, *z_strings))) < SHORTEST_STREAM:
+            raise DecodingError("a stream is empty or cut off")
         z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         crcs = [crc_of(symbols) for symbols in z]
@@ -369,6 +372,12 @@ class Codec(CompressionModel):
             y_hat = self.run_slices(z_hat, coder)
         if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
+        if not side_info:
+            found = [z_tables.count_bits(symbols, z_indexes) for symbols in z], coder.bits
+            for strings, counts in zip((z_strings, y_strings), found, strict=True):
+                for stream, bits in zip(strings, counts, strict=True):
+                    if abs(8 * len(stream) - bits) > 0.01 * bits + 8 * CODER_STATE:
+                        raise DecodingError("decoding went wrong: a stream is not as long as its symbols' codes")
         return y_hat
 
     @torch.no_grad()
@@ -432,6 +441,24 @@ class Codec(CompressionModel):
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
+    def _check(self, x: Tensor, index: RateIndex) -> Tensor | None:
+        """The resolved index of images. ValueError where they, or a map of indexes, have another shape."""
+        if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
+            sides = f"sides that are multiples of {STRIDE}"
+            raise ValueError(f"images must be [B, 3, H, W] with {sides}, not {list(x.shape)}")
+        self.check_precision()
+        index = self.resolve_index(index, len(x))
+        places = x.shape[2] // 16, x.shape[3] // 16
+        if index is not None and index.dim() == 4 and tuple(index.shape[2:]) != places:
+            wanted = f"[B, 1, {places[0]}, {places[1]}]"
+            raise ValueError(f"a map of indexes for these images is {wanted}, not {list(index.shape)}")
+        return index
+
+    def check_precision(self) -> None:
+        """ValueError for weights that are not float32: half-precision codecs would not decode each other's files."""
+        if self.medians.dtype != torch.float32:
+            raise ValueError(f"the weights are {self.medians.dtype}; a codec computes in float32: call model.float()")
+
     @property
     def medians(self) -> Tensor:
         """Medians of z, `[1, C, 1, 1]`."""
@@ -439,21 +466,30 @@ class Codec(CompressionModel):
 
     @property
     def coding_tables(self) -> tuple[CodingTables, CodingTables]:
-        """Coding tables of y and of z, made at the first use."""
-        if self._tables is None:
-            self._tables = CodingTables(self.gaussian_conditional), CodingTables(self.entropy_bottleneck)
-        return self._tables
+        """Coding tables of y and of z, made at the first use and anew when the buffers that they are made of change."""
+        models = self.gaussian_conditional, self.entropy_bottleneck
+        state = _state_of(buffer for model in models for buffer in model.buffers())
+        if self._tables is None or self._tables[0] != state:
+            self._tables = state, tuple(map(CodingTables, models))
+        return self._tables[1]
 
     @property
     def fingerprint(self) -> bytes:
-        """Eight bytes that identify the weights and coding tables, computed at the first use."""
-        if self._fingerprint is None:
+        """Eight bytes that identify the weights and coding tables, computed at the first use and after a change."""
+        state = _state_of(itertools.chain(self.parameters(), self.buffers()))
+        if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())
-            self._fingerprint = digest.digest()
-        return self._fingerprint
+            self._fingerprint = state, digest.digest()
+        return self._fingerprint[1]
+
+    def train(self, mode: bool = True) -> "Codec":
+        """As of every module. Forgets what is kept of the weights, as training may change them without a trace."""
+        if mode:
+            self._tables = self._fingerprint = None
+        return super().train(mode)
 
     def prepare(self) -> None:
         """Make the coding tables and the fingerprint now, so that the first picture is not timed with them."""
@@ -493,6 +529,6 @@ class Codec(CompressionModel):
         return model.eval()
 
 
-def _check_sides(x: Tensor) -> None:
-    if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
-        raise ValueError(f"images must be [B, 3, H, W] with sides that are multiples of {STRIDE}, not {list(x.shape)}")
+def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What changes when one of the tensors is replaced, or changed in place."""
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]

@@ -197,6 +197,15 @@ class SwinBlock(nn.Module):
         return self.block_2(self.block_1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
+class ResidualUnit(nn.Module):
+    """That of CompressAI's AttentionBlock, which is local to a function there, so that no pickle can hold one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        out += x
+        return self.relu(out)
+
+
 class SWAtten(AttentionBlock):
     """CompressAI's AttentionBlock whose gate looks through a SwinBlock (CVPR 2023, section 3.3).
 
@@ -212,6 +221,8 @@ class SWAtten(AttentionBlock):
             raise ValueError(f"without inter_dim, in and out channels must agree ({in_channels}, {out_channels})")
         width = in_channels if inter_dim is None else inter_dim
         super().__init__(width)
+        for unit in (*self.conv_a, *self.conv_b[:-1]):
+            unit.__class__ = ResidualUnit
         self.non_local_block = SwinBlock(width, head_dim, window_size, drop_path)
         self.in_conv = nn.Identity() if inter_dim is None else conv1x1(in_channels, inter_dim)
         self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, out_channels)

@@ -50,6 +50,24 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def as_picture(image: Tensor | np.ndarray) -> Tensor:
+    """A picture as uint8 `[3, H, W]`, from that or from a NumPy array uint8 `[H, W, 3]`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = to_tensor(np.ascontiguousarray(image))
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == 3:
+        if image.numel():
+            return image
+        raise ValueError("the picture is empty")
+    found = type(image).__name__
+    if isinstance(image, (Tensor, np.ndarray)):
+        found = f"{image.dtype} {list(image.shape)}"
+    raise ValueError(f"a picture is a uint8 tensor [3, H, W] or a uint8 NumPy array [H, W, 3], not {found}")
+
+
 def save_image(path: str | Path, image: Tensor) -> None:
     """Write uint8 `[3, H, W]` as PNG, whole or not at all."""
     with atomic_write(path) as file:

@@ -8,6 +8,13 @@ from torch import backends
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the precision of the weights, whatever autocast the caller has switched on. A decorator too."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning.
 
@@ -15,7 +22,7 @@ def deterministic() -> Iterator[None]:
     Only these are touched there: it refuses to read the older ones where a program has set both.
     """
     if not hasattr(backends, "fp32_precision"):
-        with _full_float32_before_2_9():
+        with without_autocast(), _full_float32_before_2_9():
             yield
         return
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -23,7 +30,7 @@ def deterministic() -> Iterator[None]:
     # From the general to the special, because a switch that is not set reads as the one above it, which stays so.
     switches = (backends, cudnn, cudnn.conv, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
     values += [(switch, "fp32_precision", "ieee") for switch in switches]
-    with contextlib.ExitStack() as stack:
+    with without_autocast(), contextlib.ExitStack() as stack:
         for owner, name, value in values:
             if (before := getattr(owner, name)) != value:
                 stack.callback(setattr, owner, name, before)

@@ -245,6 +245,7 @@ class SliceDecoder:
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
         self.shifts = [shifts for shifts, _, _ in unpacked]
         self.listed = [(positions, above) for _, positions, above in unpacked]
+        self.bits = [0.0] * len(streams)  # of the symbols' codes, where there is no checksum
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         flat = sigma.flatten(1)
@@ -259,6 +260,8 @@ class SliceDecoder:
             for number, decoder in enumerate(self.decoders):
                 out[number] = self.tables.decode(decoder, indexes[number])
                 self.crcs[number] = crc_of(out[number], self.crcs[number])
+                if not self.listed:
+                    self.bits[number] += self.tables.count_bits(out[number], indexes[number])
         return symbols.view(sigma.shape).to(mu.device).type_as(mu) + mu
 
     def _correct(self, first: int, indexes: Tensor, sigma: Tensor) -> None:

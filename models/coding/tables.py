@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
+SHORTEST_STREAM = 4  # bytes: the coder writes whole words, and its state at the end
 LONGEST_CODE, CODER_STATE = 6, 16  # bytes: of an escaped LARGEST_SYMBOL, 16 bits and eight digits; of a stream's end
 PART = 2**22  # symbols that the encoder is handed at once; SliceDecoder asks for no more either
 

@@ -11,6 +11,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from models.coding.slice_coders import QuantizedLatents
 from utils import cli
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
+from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.files import BUNDLED, write_json
 from utils.images import center_crop, read_image
@@ -91,7 +93,7 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
     shifted = other_sigma * scale_factors(gaussian, shifts, 0, count).view(mu.shape)
     differing = int((table_index(gaussian, shifted) != quantized.indexes).sum())
     try:
-        decode(other, data)  # changed copies keep the fingerprint, which writing the file cached
+        decode(other, replace(unpack(data), fingerprint=other.fingerprint))  # float64 weights have another one
         decoded = True
     except DecodingError:
         decoded = False

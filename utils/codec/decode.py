@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from models import Codec, VariableRate
+from models.coding.precision import without_autocast
 from utils.codec.bitstream import BitstreamError, CodedImage, unpack
 from utils.codec.quality_map import index_of_places
 from utils.device import out_of_memory_as_value_error
@@ -11,7 +12,8 @@ from utils.images import join_bands
 
 
 @out_of_memory_as_value_error()
-def decode(model: Codec, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS) -> Tensor:
+@without_autocast()
+def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The picture in a file, uint8 `[3, H, W]` on the model's device.
 
     Args:
@@ -22,7 +24,9 @@ def decode(model: Codec, data: bytes | CodedImage, max_pixels: int = MAX_PIXELS)
         DecodingError: the arithmetic of this machine differs from the encoder's by more than the file allows for.
         ValueError: the picture has no room in memory, or a stream is longer than its symbols can be.
     """
-    coded = data if isinstance(data, CodedImage) else unpack(data, max_pixels)
+    if not isinstance(data, (bytes, bytearray, memoryview, CodedImage)):
+        raise ValueError(f"decode takes the bytes of a file, not {data!r}: Path(...).read_bytes()")
+    coded = data if isinstance(data, CodedImage) else unpack(bytes(data), max_pixels)
     if coded.fingerprint != model.fingerprint:
         theirs, ours = coded.fingerprint.hex(), model.fingerprint.hex()
         raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from models import Codec, VariableRate
+from models.coding.precision import without_autocast
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
@@ -14,6 +17,7 @@ from utils.codec.rate_control import TARGET_TOLERANCE, RateController, Unreachab
 from utils.codec.refinement import RateConstraint, Step, refine
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.device import clock, out_of_memory_as_value_error
+from utils.images import as_picture
 from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
 
 
@@ -77,10 +81,12 @@ class EncodeResult:
 
 
 @out_of_memory_as_value_error()
+@torch.inference_mode(False)  # refinement needs gradients
+@without_autocast()
 def encode(
-    model: Codec, image: Tensor, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
+    model: Codec, image: Tensor | np.ndarray, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
 ) -> EncodeResult:
-    """Encode one picture, uint8 `[3, H, W]` on the model's device, as requested.
+    """Encode one picture, a uint8 tensor `[3, H, W]` or NumPy array `[H, W, 3]`, as requested.
 
     A refined file is taken only where, really decoded, it is better than the one before: by loss, or with a target by
     rate first and then by distortion.
@@ -92,8 +98,12 @@ def encode(
     Raises:
         UserError: the request needs a variable-rate codec.
         UnreachableError: the cap is below the smallest file.
-        ValueError: the picture cannot be coded, or has no room in memory.
+        ValueError: the picture cannot be coded, is of another form, or has no room in memory.
     """
+    if not isinstance(request, EncodeRequest):
+        raise ValueError(f"encode takes an EncodeRequest, as EncodeRequest(index=2.5), not {request!r}")
+    image = as_picture(image).to(model.medians.device)
+    model.check_precision()
     variable = isinstance(model, VariableRate)
     if request.needs_variable_rate and not variable:
         raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")

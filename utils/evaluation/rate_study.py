@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from utils.figures import own_style  # isort: skip  before Matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -145,7 +147,7 @@ def run(model: VariableRate, paths: list[Path], picture: Path, json: str | None)
         raise UserError("none of the pictures could be measured")
     found = summary(studies)
     print(table(found["means"]))
-    with atomic_write(picture) as file:
+    with own_style(), atomic_write(picture) as file:
         draw(studies).savefig(file, format="png", dpi=90)
     if json:
         write_json(json, found)

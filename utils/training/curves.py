@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+
+from utils.figures import own_style  # isort: skip  before Matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -24,13 +26,13 @@ def draw_curves(validations: Path, picture: Path) -> None:
     rows = [row for row in map(_row, validations.read_text().splitlines()) if row]
     if not rows:
         return
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    points, losses = figure.subplots(1, 2)
-    _draw_points(figure, points, rows)
-    _draw_losses(losses, [row for row in rows if _is_finite(row.get("loss"))])
-    for axes in (points, losses):
-        axes.grid(alpha=0.3)
-    with atomic_write(picture) as file:
+    with own_style(), atomic_write(picture) as file:
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        points, losses = figure.subplots(1, 2)
+        _draw_points(figure, points, rows)
+        _draw_losses(losses, [row for row in rows if _is_finite(row.get("loss"))])
+        for axes in (points, losses):
+            axes.grid(alpha=0.3)
         figure.savefig(file, format="png", dpi=90)
 
 
