@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from utils.cli import UserError
 from utils.download.__main__ import download_archive, main
-from utils.download.fetch import CHUNK, fetch, fetch_first
+from utils.download.fetch import CHUNK, OVERLAP, fetch, fetch_first
 from utils.download.sources import ARCHIVES, KODAK, WEIGHTS_NAME, Archive, Source
 from utils.pictures import png_bytes
 
@@ -43,6 +44,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.pages: dict[str, str] = {}
         self.ranges, self.breaks_after, self.hangs = True, None, False
+        self.shift = self.lie = 0  # bytes by which the rest of a file is of another place, and by which it says so
         self.leave = threading.Event()
         self.asked: list[tuple[str, str | None]] = []  # path and range
 
@@ -65,10 +67,16 @@ class Handler(BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
         if wanted and start >= len(data):
             return self.send_error(416)
-        return self.answer(206 if start else 200, data[start:], "application/octet-stream")
+        place = None
+        if start:
+            start = max(0, start + self.server.shift)
+            place = f"bytes {start + self.server.lie}-{len(data) - 1}/{len(data)}"
+        return self.answer(206 if place else 200, data[start:], "application/octet-stream", place)
 
-    def answer(self, status: int, data: bytes, kind: str) -> None:
+    def answer(self, status: int, data: bytes, kind: str, place: str | None = None) -> None:
         self.send_response(status)
+        if place:
+            self.send_header("Content-Range", place)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -131,9 +139,42 @@ def test_a_broken_connection_is_resumed(server, tmp_path, ranges):
     have = (tmp_path / "file.bin.part").read_bytes()
     assert 0 <= 100_000 - len(have) < CHUNK and DATA.startswith(have)
     fetch(source, tmp_path / "file.bin")
-    assert server.asked[1:] == [("/file.bin", f"bytes={len(have)}-")]
+    assert server.asked[1:] == [("/file.bin", f"bytes={len(have) - OVERLAP}-")]
     assert (tmp_path / "file.bin").read_bytes() == DATA
     assert names(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize(("shift", "lie"), [(-10**6, 0), (-1000, 0), (-1000, 1000), (1000, -1000)])
+def test_the_rest_from_another_place_is_not_taken(server, tmp_path, shift, lie):
+    """A server that answers 206 with all of the file, or a proxy that is off by some bytes and may not know it."""
+    server.files["/file.bin"], server.shift, server.lie = DATA, shift, lie
+    (tmp_path / "file.bin.part").write_bytes(DATA[:100_000])
+    fetch(Source(f"{server.url}/file.bin"), tmp_path / "file.bin")  # no hash would tell
+    assert (tmp_path / "file.bin").read_bytes() == DATA and names(tmp_path) == ["file.bin"]
+
+
+def test_an_unfinished_older_file_is_not_gone_on_from(server, tmp_path):
+    server.files["/file.bin"] = DATA
+    (tmp_path / "file.bin.part").write_bytes(bytes(100_000))
+    fetch(Source(f"{server.url}/file.bin"), tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == DATA and names(tmp_path) == ["file.bin"]
+
+
+def test_two_processes_fetch_the_same_file(server, tmp_path):
+    server.files["/file.bin"], server.breaks_after, server.hangs = DATA, 100_000, True
+    code = "import sys; from utils.download.fetch import *; fetch(Source(sys.argv[1]), Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, f"{server.url}/file.bin", str(tmp_path / "file.bin")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
+        end = time.monotonic() + 60
+        while not (tmp_path / "file.bin.part").exists() or (tmp_path / "file.bin.part").stat().st_size < 90_000:
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.02)
+        server.hangs = False
+        fetch(Source(f"{server.url}/file.bin"), tmp_path / "file.bin")
+        assert (tmp_path / "file.bin").read_bytes() == DATA
+        assert {"file.bin", "file.bin.part"} <= set(names(tmp_path))  # the first goes on with its own
+        assert len(list(tmp_path.glob("*.part"))) == 1
+        first.kill()
 
 
 def test_an_unfinished_file_that_is_too_long_starts_again(server, tmp_path):
@@ -278,21 +319,27 @@ def test_a_damaged_archive_leaves_nothing(server, tmp_path):
 # Weights --------------------------------------------------------------------------------------
 
 
+def checkpoint_bytes(**options) -> bytes:
+    file = io.BytesIO()
+    torch.save({"state_dict": {"weight": torch.arange(5000.0)}}, file, **options)
+    return file.getvalue()
+
+
 def download_weights(server: Server, folder: Path) -> None:
     main(["weights", "--out", str(folder), "--base-url", server.url])
 
 
 def test_google_drives_confirmation_is_given(server, tmp_path):
-    weights = zip_of(("archive/data.pkl", DATA))
+    weights = checkpoint_bytes()
     confirmed = "/confirmed?a=1&id=1%262&confirm=t&uuid=0-1"
     server.pages[f"/{WEIGHTS_NAME}"] = FORM
     server.files[confirmed] = weights
     download_weights(server, tmp_path)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == weights
     (tmp_path / WEIGHTS_NAME).unlink()
-    (tmp_path / f"{WEIGHTS_NAME}.part").write_bytes(weights[:50_000])
+    (tmp_path / f"{WEIGHTS_NAME}.part").write_bytes(weights[:-1000])
     download_weights(server, tmp_path)
-    assert server.asked[-1] == (confirmed, "bytes=50000-")
+    assert server.asked[-1] == (confirmed, f"bytes={len(weights) - 1000 - OVERLAP}-")
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == weights
 
 
@@ -311,6 +358,6 @@ def test_what_is_no_checkpoint_is_not_kept(server, tmp_path):
         with pytest.raises(UserError, match="no checkpoint"):
             download_weights(server, tmp_path)
         assert names(tmp_path) == []
-    server.files[f"/{WEIGHTS_NAME}"] = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + DATA  # of PyTorch before 1.6
+    server.files[f"/{WEIGHTS_NAME}"] = checkpoint_bytes(_use_new_zipfile_serialization=False)  # of PyTorch before 1.6
     download_weights(server, tmp_path)
     assert names(tmp_path) == [WEIGHTS_NAME]

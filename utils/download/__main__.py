@@ -9,7 +9,6 @@ given again, and what is there already stays.
 """
 
 import argparse
-import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +26,6 @@ SETS = {
     "tecnick": "100 of 1200×1200 pixels, of an archive of 0.5 GB",
     "weights": "TCM_VBR as the authors trained it",
 }
-PICKLE = b"\x80\x02"  # the beginning of a file of torch.save before it wrote zip files
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,12 +67,14 @@ def download_archive(archive: Archive, folder: Path, base_url: str | None) -> No
 
 def download_weights(folder: Path, base_url: str | None) -> None:
     """The published weights. UserError where the file is no checkpoint; it is not kept then."""
+    from utils.checkpoint import CheckpointError, read_checkpoint  # imports PyTorch, which pictures do without
+
     path = fetch(mirrored(WEIGHTS, base_url, WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    with path.open("rb") as file:
-        pickled = file.read(len(PICKLE)) == PICKLE
-    if not pickled and not zipfile.is_zipfile(path):
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
         path.unlink()
-        raise cli.UserError(f"{path}: what came is no checkpoint; nothing is kept")
+        raise cli.UserError(f"{error}: what came is no checkpoint; nothing is kept") from None
 
 
 def main(argv: list[str] | None = None) -> None:

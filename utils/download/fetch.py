@@ -1,9 +1,10 @@
 """A file from its address: resumed where it broke off, checked, and put in place whole or not at all."""
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urljoin
@@ -15,8 +16,14 @@ from tqdm import tqdm
 from utils.cli import UserError, print_note
 from utils.download.sources import Source
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TIMEOUT = 30  # seconds without an answer, or between two parts of a file
 CHUNK = 2**14  # bytes: when a connection breaks, those of an unfinished chunk are lost
+OVERLAP = 2**12  # bytes that a resumed download asks for again, to see that they are those of the same file
 MAX_PAGE = 2**20  # bytes of a page that are read: one that says why there is no file is far shorter
 
 
@@ -54,15 +61,38 @@ def fetch(source: Source, path: Path) -> Path:
 
 def resume(url: str, output_file: str, _: pooch.Pooch | None, part: Path) -> None:
     """A downloader as pooch calls it, which writes to `part`, from its end on, and renames it to `output_file`."""
-    try:
-        with requests.Session() as session:
-            _receive(_open(session, url, part), part)
-    except requests.RequestException as error:
-        kept = f"; the same command goes on from {part}" if part.exists() else ""
-        raise UserError(f"{url}: {_cause(error)}{kept}") from None
-    except OSError as error:  # a full disk does not say which file
-        raise OSError(error.errno, error.strerror, str(part)) from None
-    os.replace(part, output_file)
+    with _alone(part) as part:
+        try:
+            with requests.Session() as session:
+                _receive(_open(session, url, part), part)
+        except requests.RequestException as error:
+            kept = f"; the same command goes on from {part}" if part.exists() and part.stat().st_size else ""
+            raise UserError(f"{url}: {_cause(error)}{kept}") from None
+        except OSError as error:  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(part)) from None
+        os.replace(part, output_file)
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[Path]:
+    """The unfinished file, or where another process writes to that, one of this process, which does not outlive it."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            own = part.with_name(f"{part.stem}.{os.getpid()}.part")
+            try:
+                yield own
+            finally:
+                own.unlink(missing_ok=True)
+            return
+        try:
+            yield part
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
 
 
 def _open(session: requests.Session, url: str, part: Path) -> requests.Response:
@@ -78,26 +108,49 @@ def _open(session: requests.Session, url: str, part: Path) -> requests.Response:
 
 
 def _get(session: requests.Session, url: str, part: Path, fields: dict[str, str] | None = None) -> requests.Response:
-    start = part.stat().st_size if part.exists() else 0
+    """The answer to a request for the file, or for what comes after `part`, with the OVERLAP bytes before it.
+
+    `part` goes where the answer is of another place than was asked for, or of another file: where the bytes of the
+    overlap are others.
+    """
+    size = part.stat().st_size if part.exists() else 0
+    start = max(0, size - OVERLAP)
     headers = {"Accept-Encoding": "identity"}  # the lengths told are then those of the file
     if start:
         headers["Range"] = f"bytes={start}-"
     response = session.get(url, params=fields, headers=headers, stream=True, timeout=TIMEOUT)
-    if response.status_code == requests.codes.requested_range_not_satisfiable:  # it has no more bytes
-        part.unlink()
-        return _get(session, url, part, fields)
+    if start and response.status_code in (requests.codes.partial_content, requests.codes.range_not_satisfiable):
+        begins, _ = _place(response)
+        with part.open("rb") as file:
+            file.seek(start)
+            tail = file.read()
+            fits = response.ok and begins == start and response.raw.read(len(tail)) == tail
+        if not fits:
+            response.close()
+            os.truncate(part, 0)  # and not removed, as the lock is on this very file
+            return _get(session, url, part, fields)
     response.raise_for_status()
     return response
 
 
+def _place(response: requests.Response) -> tuple[int | None, int | None]:
+    """Where an answer begins in its file, and how long that is, as far as it says so."""
+    if response.status_code != requests.codes.partial_content:
+        told = response.headers.get("Content-Length")
+        return 0, int(told) if told and "Content-Encoding" not in response.headers else None
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if not found:
+        return None, None
+    return int(found[1]), None if found[2] == "*" else int(found[2])
+
+
 def _receive(response: requests.Response, part: Path) -> None:
     """Write an answer to a file, or to its end where the answer is the rest of it."""
-    start = part.stat().st_size if response.status_code == requests.codes.partial_content else 0
-    length = response.headers.get("Content-Length")
-    total = None if length is None else start + int(length)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    rest = response.status_code == requests.codes.partial_content
+    _, total = _place(response)
+    start = part.stat().st_size if rest else 0
     bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False)
-    with bar, part.open("ab" if start else "wb") as file:
+    with bar, part.open("ab" if rest else "wb") as file:
         for chunk in response.iter_content(CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
