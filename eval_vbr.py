@@ -23,7 +23,7 @@ from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
 from utils.codec.request import add_index_argument, add_map_arguments, add_nearest_argument, check_map_arguments
 from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
-from utils.files import BUNDLED, write_json
+from utils.files import BUNDLED, check_output_file, check_output_folder, write_json
 from utils.pictures import find_images, find_images_or_samples
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
@@ -131,13 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     from utils.evaluation.provenance import provenance
 
     context = DistContext.from_environment(args.device, sharing=True)
-    paths = find_images_or_samples(args.data) if args.measure else []
     # What may be wrong is found before hours of measuring.
+    for file in (args.json, args.rate_model):
+        check_output_file(file)
+    for folder in (args.report, args.save):
+        check_output_folder(folder)
+    paths = find_images_or_samples(args.data) if args.measure else []
     shown = report.named(find_images(args.show), paths) if args.show else report.spread(paths)
     earlier = [(file, comparison.read_codecs(file)) for file in args.compare]
-    for folder in (args.report, args.json and Path(args.json).parent):
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
     known = anchors.available(args.anchors)
     files = args.checkpoint if args.measure else []
     models = [load_model(file, context.device, variable_rate=bool(args.rate_model)) for file in files]

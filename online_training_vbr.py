@@ -38,7 +38,7 @@ from utils.evaluation.results import (
     short_names,
     to_json,
 )
-from utils.files import BUNDLED, atomic_write, write_json
+from utils.files import BUNDLED, atomic_write, check_output_file, check_output_folder, write_json
 from utils.pictures import find_images_or_samples
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
@@ -255,6 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     from utils.evaluation.bd_rate import MIN_POINTS
     from utils.evaluation.provenance import origin, provenance
 
+    check_output_file(args.json)  # before the work whose results it is to have
+    for folder in (args.report, args.out, args.save, args.log):
+        check_output_folder(folder)
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, context.device, variable_rate=True)

@@ -1,9 +1,11 @@
 """Pictures, bitstreams, metrics, checkpoints: what goes in and out of files."""
 
 import argparse
+import errno
 import pickle
 import re
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
+import eval_vbr
+import online_training_vbr
 from models import TCM
 from tests.conftest import TINY
+from utils import checkpoint as checkpoint_module
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.evaluation.results import decibels
-from utils.files import atomic_write, remove_left_over
+from utils.files import atomic_write, check_output_file, remove_left_over
 from utils.images import crop, pad, read_image, save_image, to_uint8
 from utils.metrics import ms_ssim_value, psnr
 
@@ -232,3 +237,30 @@ def test_wrong_weights_are_explained(tiny, tmp_path):
     torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
     with pytest.raises(CheckpointError, match=r"v.pth.tar"):
         load_model(tmp_path / "v.pth.tar")
+
+
+# Where results go ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [eval_vbr, online_training_vbr])
+@pytest.mark.parametrize("option", ["--json", "--report", "--save"])
+def test_what_cannot_be_written_is_said_before_the_work(script, option, photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "load_model", lambda *args, **kwargs: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    wrong = [tmp_path / "file" / "below"] + ([tmp_path] if option == "--json" else [tmp_path / "file"])
+    for path in wrong:
+        with pytest.raises(OSError, match=r"is no folder|is a folder"):
+            script.main(["-d", str(photos), "--checkpoint", checkpoint, option, str(path)])
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_folder_that_nobody_may_write_to_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError) as error:
+        check_output_file(tmp_path / "new" / "results.json")
+    assert error.value.filename == str(tmp_path) and not (tmp_path / "new").exists()
+    check_output_file(None)
+    check_output_file("/dev/null")

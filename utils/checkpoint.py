@@ -144,12 +144,11 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
     try:
         if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
             return _checked(recognize(state).from_state_dict(state), path)
-        model = model_class(checkpoint["model"])(**checkpoint["arguments"])
+        cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
+        model = cls(**checkpoint["arguments"])
         model.load_state_dict(state)
         model.metric = metric
         return _checked(model.eval(), path)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: no entry {error.args[0]!r}") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 

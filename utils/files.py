@@ -1,6 +1,7 @@
 """Files: finding them, and writing them whole or not at all."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -97,6 +98,32 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def check_output_file(path: str | Path | None) -> None:
+    """OSError where no file can be written there, before the work whose result it is to have. None is no path."""
+    if path and Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is to be written", str(path))
+    if path and not is_special(Path(path)):
+        check_output_folder(Path(path).resolve().parent, make=False)
+
+
+def check_output_folder(path: str | Path | None, make: bool = True) -> None:
+    """OSError where no file can be written into a folder, which is made. None is no path."""
+    if not path:
+        return
+    folder = Path(path)
+    while not folder.exists():  # the nearest that there is
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(folder))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    if make:
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def finite(value: Any) -> Any:

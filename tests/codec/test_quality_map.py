@@ -19,7 +19,7 @@ from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
-from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region
+from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region, read_mask
 from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import crop, to_uint8
@@ -90,6 +90,33 @@ def test_a_mask_may_be_as_large_as_its_picture(mask, tmp_path, monkeypatch):
 def test_a_mask_of_one_value_tells_nothing_apart(value):
     with pytest.raises(ValueError, match=r"the mask (is empty|has one value)"):
         QualityMap.from_mask(np.full((HEIGHT, WIDTH), value), index=4.0)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "I"])
+def test_labels_are_stretched_and_said(mode, tmp_path, capsys):
+    """Masks of segmentation programs have the numbers 0 and 1, which look black."""
+    labels = np.zeros((64, 96), {"L": np.uint8, "I;16": np.uint16, "I": np.int32}[mode])
+    labels[10:30, 20:50] = 1
+    file = str(tmp_path / ("mask.tif" if mode == "I" else "mask.png"))
+    Image.fromarray(labels).save(file)
+    if mode == "I":  # integers of 32 bits have no known range
+        with pytest.raises(ImageError, match="range is not known"):
+            read_mask(file)
+        return
+    assert np.array_equal(read_mask(file), labels.astype(np.float32))
+    assert "brightest value is 1, a label rather than white" in capsys.readouterr().err
+
+
+def test_masks_that_may_mean_something_else_are_noted(tmp_path, capsys):
+    pixels = np.zeros((64, 96, 4), np.uint8)
+    pixels[10:30, 20:50] = 200, 100, 0, 255
+    Image.fromarray(pixels).save(tmp_path / "cutout.png")
+    mask = read_mask(str(tmp_path / "cutout.png"))
+    assert mask.max() == pytest.approx(100 / 255) and mask[0, 0] == 0
+    told = capsys.readouterr().err
+    assert "has colors" in told and "transparent pixels are put on black" in told and "100 of 255" in told
+    Image.fromarray(pixels[..., 3]).save(tmp_path / "plain.png")
+    assert read_mask(str(tmp_path / "plain.png")).max() == 1 and not capsys.readouterr().err
 
 
 def test_a_map_of_one_index_is_that_index(varied, picture):

@@ -1,14 +1,19 @@
 """What is trained on: a function of the seed and the position alone, whoever reads it."""
 
 import itertools
+import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from utils import cli
 from utils.distributed import DistContext
 from utils.images import read_image, save_image
 from utils.pictures import ImageError, find_images
+from utils.training import patches
 from utils.training.patches import PatchDataset, batches, decoded_gigabytes, random_crop, read_all
 
 CPU = torch.device("cpu")
@@ -92,3 +97,33 @@ def test_memory_is_known_before_anything_is_decoded(photos):
     exact = sum(read_image(path).numel() for path in photos.iterdir()) / 1e9
     assert decoded_gigabytes(find_images([photos])) == pytest.approx(exact)
     assert decoded_gigabytes(find_images([photos]), most=4) == pytest.approx(exact, rel=0.05)
+
+
+# Readers in processes -------------------------------------------------------------------------------
+
+
+class Slow(PatchDataset):
+    """Reads nothing for a minute."""
+
+    def __getitem__(self, position: int):
+        time.sleep(60)
+
+
+def test_a_wait_for_readers_hears_a_stop_and_has_a_limit(photos, monkeypatch):
+    monkeypatch.setattr(patches, "SECONDS_BETWEEN_LOOKS", 0.2)
+    dataset, context = Slow(find_images([photos]), (128, 128), 0), DistContext(torch.device("cpu"))
+    calls = iter([False, True])
+    with pytest.raises(patches.StoppedWaiting):
+        next(patches.batches(dataset, 1, 0, 1, context, lambda: next(calls)))
+    monkeypatch.setattr(patches, "LONGEST_WAIT", 0.5)
+    with pytest.raises(cli.UserError, match=r"nothing came for \d+ s\); .*--shm-size.*-n 0"):
+        next(patches.batches(dataset, 1, 0, 1, context))
+
+
+def test_too_little_shared_memory_is_said_at_once(photos, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    dataset = PatchDataset(find_images([photos]), (128, 128), 0)
+    with pytest.raises(cli.UserError, match=r"9 MiB of batches .*, 1 MiB of shared memory are free; .*--shm-size"):
+        next(patches.batches(dataset, 100, 0, 1, DistContext(torch.device("cpu"))))
+    cached = PatchDataset(dataset.paths, SIZE, 0, cache=read_all(dataset.paths, SIZE, CPU))
+    assert len(next(batches(cached, 2, 0, 1, DistContext(CPU))).patches) == 2

@@ -29,7 +29,7 @@ from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
-from utils.files import BUNDLED, write_json
+from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import center_crop, read_image
 from utils.pictures import find_images_or_samples
 from utils.training.trainer import compile_networks
@@ -103,6 +103,7 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    check_output_file(args.json)
     warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of setting a flag back
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)

@@ -21,7 +21,7 @@ from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, Target, add_map_arguments, check_map_arguments
 from utils.device import clock, timed
 from utils.evaluation.results import short_names
-from utils.files import BUNDLED, write_json
+from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
 
@@ -76,6 +76,7 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    check_output_file(args.json)
     device, paths = cli.pick_device(args.device), find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
     cli.print_weights(args.checkpoint)

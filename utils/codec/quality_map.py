@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.lambdas import MAX_INDEX, index_to_lambda
+from utils import cli
 from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
 from utils.images import pad
@@ -21,6 +23,7 @@ from utils.pictures import read_pixels
 
 CELL = 64  # pixels: the grid of a map is that of z
 LATENTS_PER_CELL, PIXELS_PER_LATENT = 4, 16
+LARGEST_LABEL = 31  # the brightest value of a mask of 8 bits that is taken for a label
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ class QualityMap:
 
 def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
     if args.mask:
-        mask = read_pixels(args.mask, background="black", max_pixels=max(MAX_PIXELS, height * width))
-        gray = mask.mean(2, dtype=np.float32) / 255
+        gray = read_mask(args.mask, max(MAX_PIXELS, height * width))
         if gray.shape != (height, width):
             found = f"{gray.shape[1]}×{gray.shape[0]}"
             raise ValueError(f"the mask {args.mask} has {found} pixels, the picture {width}×{height}")
@@ -105,6 +107,39 @@ def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.
             raise ValueError(f"--roi {box} does not lie within the picture, {width}×{height}")
         mask[y : y + box_height, x : x + box_width] = 1
     return mask
+
+
+def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture as a mask, float32 `[H, W]` in [0, 1], white 1. Says on stderr what may be meant otherwise.
+
+    Masks of segmentation programs have labels, small numbers that look black: their range is stretched.
+    """
+    def note(text: str, once: bool = False) -> None:
+        cli.print_note("mask", f"{path}: {text}", once=True)
+
+    pixels = read_pixels(path, background="black", max_pixels=max_pixels, note=note)
+    gray = pixels.mean(2, dtype=np.float32) / 255
+    if np.ptp(pixels, axis=2).any():
+        note("has colors; how bright they are counts, the mean of red, green and blue")
+    brightest = float(gray.max())
+    if brightest <= LARGEST_LABEL / 255:
+        labels = _labels(path)
+        if labels is None and brightest:
+            labels = gray
+        if labels is not None:
+            note(f"its brightest value is {labels.max():g}, a label rather than white: its range is stretched")
+            return (labels / labels.max()).astype(np.float32)
+    elif brightest < 0.99:
+        note(f"its brightest value is {255 * brightest:.0f} of 255, and so much of the region's index counts")
+    return gray
+
+
+def _labels(path: str) -> np.ndarray | None:
+    """The values of a picture of one channel, whatever its depth; None for another picture, or where all are zero."""
+    with Image.open(path) as image:
+        values = np.asarray(image, np.float32)
+        gray = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
+    return values if gray and values.max() > 0 else None
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:

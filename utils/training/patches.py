@@ -8,10 +8,12 @@ processes or workers, without a change in the samples.
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from utils import cli
 from utils.distributed import DistContext
 from utils.images import read_image
 from utils.pictures import ImageError
@@ -31,6 +34,9 @@ from utils.pictures import ImageError
 GOLDEN = (5**0.5 - 1) / 2
 MAX_UNREADABLE = 1000  # photographs in a row that cannot be used
 SCALED = 0.25  # share of the patches that are scaled down
+PREFETCHED = 2  # batches of each worker, PyTorch's default
+SECONDS_BETWEEN_LOOKS, LONGEST_WAIT = 5, 300  # while no batch comes: whether to stop, and then it is an error
+ADVICE = "give a container more (docker run --shm-size 2g), take fewer readers (-n), or none (-n 0)"
 
 
 @dataclass
@@ -177,24 +183,63 @@ def decoded_gigabytes(paths: Sequence[Path], most: int = 1000) -> float:
     return total * len(paths) / len(some) / 1e9
 
 
+class StoppedWaiting(Exception):
+    """The run was asked to stop while it waited for patches."""
+
+
 def batches(
-    dataset: PatchDataset, batch: int, start: int, workers: int, context: DistContext
+    dataset: PatchDataset, batch: int, start: int, workers: int, context: DistContext,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch, None, None]:
     """Endless batches of one process from a position on: the rank-th part of every global batch.
 
     With everything cached, patches are cut in this process, on the device; otherwise by worker processes, each of which
     holds a few batches and one decoded photograph at a time, however many photographs there are.
+
+    Args:
+        stopped: asked every few seconds while nothing comes.
+
+    Raises:
+        UserError: the workers have too little shared memory, or have ended, or nothing came for LONGEST_WAIT.
+        StoppedWaiting: `stopped` said so.
     """
     firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
-    cached = len(dataset.cache) == len(dataset.paths)
-    yield from DataLoader(
+    workers = 0 if len(dataset.cache) == len(dataset.paths) else workers
+    _check_shared_memory(workers * PREFETCHED * batch * 3 * dataset.size[0] * dataset.size[1])
+    loader = iter(DataLoader(
         dataset,
         batch_sampler=(range(first, first + batch) for first in firsts),
-        num_workers=0 if cached else workers,
+        num_workers=workers,
         collate_fn=collate,
-        pin_memory=context.device.type == "cuda" and not cached,
+        pin_memory=context.device.type == "cuda" and workers > 0,
         worker_init_fn=_start_worker,
-    )
+        timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
+    ))
+    asked = time.monotonic()
+    while True:
+        try:
+            found = next(loader)
+        except RuntimeError as error:
+            if stopped():
+                raise StoppedWaiting from None
+            waited = time.monotonic() - asked
+            if "timed out" in str(error) and waited < LONGEST_WAIT:
+                continue
+            told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
+            raise cli.UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
+        yield found
+        asked = time.monotonic()
+
+
+def _check_shared_memory(needed: int) -> None:
+    """UserError where batches on their way from the workers have no room."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # another system
+        return
+    if needed > free:
+        sizes = f"{needed / 2**20:.0f} MiB of batches on their way, {free / 2**20:.0f} MiB of shared memory are free"
+        raise cli.UserError(f"{sizes}; {ADVICE}")
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

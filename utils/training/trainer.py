@@ -35,7 +35,7 @@ from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
-from utils.training.patches import Batch, PatchDataset, batches
+from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches
 from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
@@ -176,7 +176,7 @@ class Trainer:
     def batches(self) -> Generator[Batch, None, None]:
         """The batches of this process, from the position of the run on when they are first asked for."""
         batch = self.batch_size // self.context.world_size
-        return batches(self.dataset, batch, self.progress.patches, self.workers, self.context)
+        return batches(self.dataset, batch, self.progress.patches, self.workers, self.context, lambda: self.stop)
 
     def next_batch(self) -> Batch:
         """The next batch of this process. Prints photographs that could not be used."""
@@ -216,6 +216,9 @@ class Trainer:
         try:
             with self._signals():
                 self._run()
+        except StoppedWaiting:
+            self.save()
+            self._print(f"stopped and saved at step {self.progress.step}, while waiting for photographs; see --resume")
         except RuntimeError as error:
             if self.context.world_size == 1 or not is_lost_peer(error):
                 raise
