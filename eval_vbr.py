@@ -54,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save", metavar="DIR", help="write the reconstructions as PNG")
     add("--rate-model", metavar="FILE.png", help="instead, measure bits at 21 indexes against the R-λ model, and draw them")
     cli.add_device_argument(parser, published=True)
+    cli.accept_published(parser, "--clip_max_norm")
     args = parser.parse_args(argv)
     for index in args.index or ():
         if not 0 <= index <= MAX_INDEX:

@@ -64,6 +64,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--report", metavar="DIR", help="write a page: loss, bpp and PSNR over the steps, sizes against targets, every picture")
     add("--log", metavar="DIR", help="write every step for TensorBoard")
     cli.add_device_argument(parser, published=True)
+    parser.add_argument("--total_steps", dest="steps", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    cli.accept_published(parser, "--clip_max_norm", "--real")
     args = parser.parse_args(argv)
     return args, [make_request(parser, args, index) for index in dict.fromkeys(args.index or [None])]
 

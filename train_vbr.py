@@ -39,9 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
     add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
-    add("--preset", choices=sorted(PRESETS), default="small", help="architecture, when no checkpoint gives one")
+    add("--preset", choices=sorted(PRESETS), help="architecture, when no checkpoint gives one (default: small, and full with --N)")
     add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
-    add("--N", type=int, metavar="N", help="half the width of the transforms, a multiple of 32, in place of the preset's")
+    add("--N", type=int, metavar="N", help="half the width of the transforms of a TCM, a multiple of 32, in place of the preset's; 64, 96 and 128 are the published networks")
     add_run_arguments(parser, save_path="runs/train_vbr")
     return parser.parse_args(argv)
 
@@ -77,6 +77,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage static and --teachers belong together")
     if args.stage == "lae" and not args.checkpoint and not args.resume:
         raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
+    if args.preset is None:
+        args.preset = "full" if args.N else "small"
     if args.lmbda is None and args.stage == "base":
         args.lmbda = LADDERS[args.type][-1]
     if args.keep_latents is None:

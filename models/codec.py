@@ -46,7 +46,7 @@ from models.coding.slice_coders import (
 from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
 from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
-from models.state_dict import empty_tables, explain_mismatch, normalize
+from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
@@ -283,6 +283,15 @@ class Codec(CompressionModel):
         y_hat, rates = self.estimate_rate(y, z, quantization)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
+    def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
+        """What `compress` returns of latents, and the `x_hat` `[B, 3, H, W]` in [0, 1] that `decompress` makes of it.
+
+        The published online script calls it by this name. Arguments as `forward_fromlatent`.
+        """
+        index = self.resolve_index(index, len(y))
+        coded = self.encode_symbols(self.quantize(y, z, portable=False)) | {"index": index}
+        return coded | self.decompress(**coded)
+
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y and z of one image."""
         channels = self.config.hyper_channels
@@ -326,19 +335,21 @@ class Codec(CompressionModel):
 
         Returns:
             `strings`: [y_strings, z_strings], one bytes object per image each; `shape`: (h, w) of z; `side_info`: one
-            per image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE.
+            per image, or None; `m_y`: `[B]`, mean ln m of the analysis LAE; `index`: as resolved. `decompress` takes
+            all of them.
         """
         index = self._check(x, index)
         y, log_m = self.analyze(x, index)
-        return self.encode_symbols(self.quantize(y, self.h_a(y), portable)) | {"m_y": log_m.mean((1, 2, 3))}
+        coded = self.encode_symbols(self.quantize(y, self.h_a(y), portable))
+        return coded | {"m_y": log_m.mean((1, 2, 3)), "index": index}
 
     @without_autocast()
     @torch.no_grad()
     def decompress(
         self, strings: list[list[bytes]], shape: Sequence[int], index: RateIndex = None,
-        side_info: list[SideInfo] | None = None,
+        side_info: list[SideInfo] | None = None, m_y: Tensor | None = None,
     ) -> dict:
-        """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned.
+        """`x_hat` `[B, 3, H, W]` in [0, 1] from what `compress` returned, of which m_y is not needed.
 
         Without side information, decode in the batch, and on the machine, that encoded: the last bits of a
         convolution depend on both, and a σ on a boundary of the scale table would select another row.
@@ -511,11 +522,11 @@ class Codec(CompressionModel):
         """Load published or own weights, in any of the forms that `models.state_dict` understands.
 
         Raises:
-            ValueError: one line that names what is missing, unknown or of another shape.
+            WeightsError: one line that names what is missing, unknown or of another shape.
         """
         state_dict = normalize(state_dict, self)
         if strict and (problem := explain_mismatch(state_dict, self)):
-            raise ValueError(f"these weights do not fit {type(self).__name__}: {problem}")
+            raise WeightsError(f"these weights do not fit {type(self).__name__}: {problem}")
         self._tables = self._fingerprint = None
         empty_tables(self)
         return super().load_state_dict(state_dict, strict=strict)

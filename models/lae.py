@@ -92,11 +92,11 @@ class VariableRate:
         self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
 
     def resolve_index(self, index: RateIndex, batch: int) -> Tensor:
-        """As `check_index`; omitted, it is drawn uniformly per sample in training, a ValueError in evaluation."""
+        """As `check_index`; omitted, a whole one is drawn per sample in training, as published, or ValueError."""
         if index is None:
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
-            index = torch.rand(batch) * MAX_INDEX
+            index = torch.randint(int(MAX_INDEX) + 1, (batch,))
         return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
 
     def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,10 @@ _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
 _KNOWN = "entropy_bottleneck.quantiles"  # a name that every codec has
 
 
+class WeightsError(ValueError, RuntimeError):
+    """Weights that do not fit a model; a RuntimeError too, as PyTorch's load_state_dict raises."""
+
+
 def find_state_dict(checkpoint: dict) -> dict:
     """The state dict in a checkpoint: itself, or under one of the names that training scripts use."""
     for name in ("ema", "state_dict", "model_state_dict", "model", "network", "net"):

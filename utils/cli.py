@@ -32,6 +32,25 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=docstring.split("\n\n")[0], formatter_class=HelpFormatter)
 
 
+class _WithoutMeaning(argparse.Action):
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        print_note(option_string, "an option of published scripts that has no meaning here")
+
+
+def accept_published(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Accept options of published scripts that have no meaning here, with or without a value; each is noted."""
+    for name in names:
+        parser.add_argument(name, nargs="?", action=_WithoutMeaning, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def whole_number(text: str) -> int:
+    """A whole number, also in the form of published command lines: 100.0."""
+    value = float(text)
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
 def add_device_argument(parser: argparse.ArgumentParser, published: bool = False) -> None:
     """Add --device, and for a published script its --cuda, which is accepted and has no effect."""
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")

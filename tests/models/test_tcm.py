@@ -128,8 +128,8 @@ def test_index_is_required_in_evaluation_and_drawn_in_training(tiny, image):
     with pytest.raises(ValueError, match="needs a rate index"):
         tiny(image)
     tiny.train()
-    out = tiny(image.expand(8, -1, -1, -1))
-    assert len(out["lmd_index"].unique()) == 8
+    drawn = torch.cat([tiny(image.expand(8, -1, -1, -1))["lmd_index"] for _ in range(4)])
+    assert drawn.tolist() == drawn.round().tolist() and 3 < len(drawn.unique()) <= 6  # whole ones, as published
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 100, 128), (3, 128, 128), (1, 1, 128, 128), (0, 3, 128, 128)])

@@ -127,7 +127,7 @@ def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: 
     text = f"rate {'indexes' if several else 'index'} in [0, {MAX_INDEX:g}], fractions allowed: a larger index is a better picture and a larger file (default: {default})"
     many = "+" if several else None
     parser.add_argument("-l", "--index", nargs=many, type=rate_index, metavar="INDEX", help=text)
-    parser.add_argument("--lmd", dest="index", nargs=many, type=rate_index, help=argparse.SUPPRESS)
+    parser.add_argument("--lmd", "--lmd_index", dest="index", nargs=many, type=rate_index, help=argparse.SUPPRESS)
 
 
 def rate_index(text: str) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.cli import UserError
+from utils.cli import UserError, print_note
 from utils.files import find_files
 from utils.pictures.read import FORMATS, ImageError
 
@@ -25,10 +25,24 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return find_files(paths, suffixes(), "pictures", ImageError)
 
 
+def part_of_data_set(paths: Iterable[str | Path], part: str) -> list[Path]:
+    """Folders as they are, but DIR/train or DIR/test in place of a DIR that has both, the layout of published scripts.
+
+    Args:
+        part: "train" or "test".
+    """
+    found = [Path(path) for path in paths]
+    for i, path in enumerate(found):
+        if (path / "train").is_dir() and (path / "test").is_dir():
+            found[i] = path / part
+            print_note(path, f"has train and test: {found[i]} is used")
+    return found
+
+
 def find_images_or_samples(paths: list[str] | None) -> list[Path]:
-    """`find_images`, or the photographs of the installed scikit-image where no paths are given."""
+    """`find_images` to measure on, or the photographs of the installed scikit-image where no paths are given."""
     if paths:
-        return find_images(paths)
+        return find_images(part_of_data_set(paths, "test"))
     try:
         import skimage
     except ImportError:

@@ -48,7 +48,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
     add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value); the entropy models stay in float32")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=int, default=Settings.seed, help="of weights, order, crops, rates and noise")
+    add("--seed", type=cli.whole_number, default=Settings.seed, help="of weights, order, crops, rates and noise")
 
     run = parser.add_argument_group("run")
     add = run.add_argument
@@ -57,6 +57,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--validate-minutes", type=float, default=Settings.validate_minutes, metavar="T", help="minutes of training between validations")
     add("--save-minutes", type=float, default=Settings.save_minutes, metavar="T", help="minutes of training between saves of what --resume needs")
     cli.add_device_argument(run, published=True)
+    # Names of published scripts.
+    parser.add_argument("--batch_size", dest="batch_size", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    cli.accept_published(parser, "--save", "--test-batch-size", "--test_batch_size", "--skip_epoch", "--continue_train", "--lr_epoch")
 
 
 def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:

@@ -21,7 +21,7 @@ from models.coding.tables import rounded_gaussians
 from utils import cli
 from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
 from utils.distributed import DistContext
-from utils.pictures import find_images
+from utils.pictures import find_images, part_of_data_set
 from utils.training.objectives import FixedRateObjective, Objective
 from utils.training.patches import PatchDataset
 
@@ -112,7 +112,7 @@ def refit(args: argparse.Namespace) -> None:
     cli.print_weights(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_to_code_with(checkpoint, args.checkpoint, DistContext.from_environment(args.device).device)
-    paths = find_images(args.dataset)
+    paths = find_images(part_of_data_set(args.dataset, "train"))
     indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
     try:
         fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)

@@ -12,7 +12,7 @@ from utils import cli
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.images import center_crop
-from utils.pictures import find_images
+from utils.pictures import find_images, part_of_data_set
 from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, decoded_gigabytes, read, read_all, usable
@@ -86,9 +86,9 @@ def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Pat
 
     Without --val one of every 20 or more is held out: the first that can be read and has sides of `smallest` or more.
     """
-    paths = find_images(args.dataset)
+    paths = find_images(part_of_data_set(args.dataset, "train"))
     if args.val:
-        held_out = find_images(args.val)
+        held_out = find_images(part_of_data_set(args.val, "test"))
     else:
         step = max(20, -(-len(paths) // MAX_VALIDATION))
         groups = (paths[first : first + step] for first in range(0, len(paths), step))
