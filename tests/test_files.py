@@ -2,10 +2,13 @@
 
 import argparse
 import errno
+import gzip
+import os
 import pickle
 import re
 import struct
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -237,6 +240,26 @@ def test_wrong_weights_are_explained(tiny, tmp_path):
     torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
     with pytest.raises(CheckpointError, match=r"v.pth.tar"):
         load_model(tmp_path / "v.pth.tar")
+
+
+def test_checkpoints_by_what_they_hold(tiny, tmp_path):
+    """Not by their suffix: safetensors under another name, a pipe, and what people forget to unpack."""
+    export_model(tmp_path / "w.pth.tar", tiny, [])
+    expected = load_model(tmp_path / "w.pth.tar")
+    state = {name: value.contiguous() for name, value in expected.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "x.bin")
+    assert load_model(tmp_path / "x.bin").fingerprint == expected.fingerprint
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "w.pth.tar").read_bytes()))
+    writer.start()
+    assert load_model(tmp_path / "pipe").fingerprint == expected.fingerprint
+    writer.join()
+    (tmp_path / "w.gz").write_bytes(gzip.compress(b"weights"))
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
+        file.writestr("weights.bin", b"weights")
+    for name, told in (("w.gz", "a gzip file"), ("w.zip", "a zip archive")):
+        with pytest.raises(CheckpointError, match=told):
+            load_model(tmp_path / name)
 
 
 # Where results go ----------------------------------------------------------------------------------

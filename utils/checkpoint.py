@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from models.lambdas import LADDERS
 from models.registry import model_class, recognize
 from models.state_dict import find_state_dict
 from utils.cli import UserError
-from utils.files import BUNDLED, atomic_write
+from utils.files import BUNDLED, atomic_write, is_special
 
 __all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_model", "load_model", "read_checkpoint"]
 
@@ -84,18 +85,23 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         CheckpointError: missing, something else, truncated, or holding objects that would run code.
     """
+    start = b""
     try:
-        if Path(path).suffix == ".safetensors":
-            checkpoint = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals(_HARMLESS):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(Path(path).read_bytes()) if is_special(Path(path)) else open(path, "rb")  # noqa: SIM115
+        with file:
+            start = file.read(512)
+            file.seek(0)
+            if start[8:10] == b'{"':
+                checkpoint = safetensors.torch.load(file.read())
+            else:
+                with torch.serialization.safe_globals(_HARMLESS):
+                    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-        cause = _what_it_is(Path(path))
+        cause = _what_it_is(start)
         if not cause:
             would_run = isinstance(error, pickle.UnpicklingError)
             cause = "not a checkpoint, or one that would run code" if would_run else "truncated or damaged"
@@ -105,10 +111,12 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint if "state_dict" in checkpoint else {"state_dict": find_state_dict(checkpoint)}
 
 
-def _what_it_is(path: Path) -> str:
-    """What a file is that is no checkpoint, where its beginning tells."""
-    with path.open("rb") as file:
-        start = file.read(512)
+def _what_it_is(start: bytes) -> str:
+    """What a file is that is no checkpoint, where its first 512 bytes tell."""
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzip file: unpack it first"
+    if start.startswith(b"PK") and b".pkl" not in start:
+        return "a zip archive, or a file of torch.save that is cut off: unpack it first"
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):

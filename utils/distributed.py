@@ -14,6 +14,7 @@ from models.large.memory import send
 from utils import cli
 
 T = TypeVar("T")
+ENVIRONMENT = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
 # How long a process waits for another one that hangs. gloo notices at once when one dies; with NCCL torchrun ends the
 # others half a minute later.
 TIMEOUT, PATIENT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
@@ -37,8 +38,12 @@ class DistContext:
             sharing: whether processes only share pictures. They then meet once, at the end, and wait long for that.
         """
         found = cli.pick_device(device)
-        if "WORLD_SIZE" not in os.environ:
+        missing = [name for name in ENVIRONMENT if name not in os.environ]
+        if os.environ.get("WORLD_SIZE", "1") == "1" and missing:
             return cls(found)
+        if missing:
+            told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set"
+            raise cli.UserError(f"{told}: start several processes with torchrun, or unset WORLD_SIZE")
         if found.type == "cuda":
             local = int(os.environ["LOCAL_RANK"])
             if local >= (count := torch.cuda.device_count()):

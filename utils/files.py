@@ -135,6 +135,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file, with or without the mark that some editors put before it. OSError, ValueError."""
+    return json.loads(Path(path).read_text("utf-8-sig"))
+
+
 def write_json(path: str | Path, value: dict | list) -> None:
     """Write whole or not at all, as JSON."""
     with atomic_write(path) as file:

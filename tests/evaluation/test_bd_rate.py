@@ -4,6 +4,7 @@ import pytest
 
 from utils import cli
 from utils.evaluation import bd_rate
+from utils.evaluation.comparison import read_codecs
 
 
 def test_bd_rate_joins_files_and_leaves_out_what_is_beaten(tmp_path, capsys):
@@ -37,3 +38,21 @@ def test_perfect_copies_are_left_out(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps({"results": {"bpp": bpp, "psnr-rgb": psnr}}))
     bd_rate.main(["--anchor", str(tmp_path / "a.json"), "--test", str(tmp_path / "a.json")])
     assert "BD-rate: +0.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bpp", [0, -0.1])
+def test_rates_that_are_not_positive_are_named(bpp, tmp_path):
+    results = {"bpp": [bpp, 0.3, 0.5, 0.8, 1.2], "psnr-rgb": [28.0, 29.5, 32.0, 34.0, 36.0]}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"name": "x", "results": results}))
+    for read in (lambda: bd_rate.main(["--anchor", str(file), "--test", str(file)]), lambda: read_codecs(str(file))):
+        with pytest.raises(cli.UserError, match=f"results.json: .*a rate of {bpp:g} bpp"):
+            read()
+
+
+def test_json_with_a_mark_of_its_bytes_is_read(tmp_path, capsys):
+    results = {"bpp": [0.1, 0.3, 0.5, 0.8], "psnr-rgb": [28.0, 29.5, 32.0, 34.0]}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"name": "x", "results": results}), "utf-8-sig")
+    bd_rate.main(["--anchor", str(file), "--test", str(file)])
+    assert "BD-rate: +0.00 %" in capsys.readouterr().out and read_codecs(str(file))

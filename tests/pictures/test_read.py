@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from utils.pictures import ImageError, read_pixels
+from utils.pictures import ImageError, png_bytes, read_pixels
 from utils.pictures.color import SRGB, TRANSFERS
 
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
@@ -294,3 +294,23 @@ def test_large_pictures_are_refused_before_they_are_decoded():
         read_pixels(header(30000, 30000) + idat)
     with pytest.raises(ImageError, match="more than 1 megapixels"):
         read_pixels(header(1000, 1100) + idat, max_pixels=10**6)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(80_000_000))), chunk(b"gAMA", b"\0"), chunk(b"cHRM", b"\0"),
+        chunk(b"sRGB", b""), chunk(b"pHYs", b"\0"), chunk(b"acTL", b"1"), chunk(b"tRNS", b"1"), chunk(b"eXIf", b"zz"),
+    ],
+    ids=["large iCCP", "gAMA", "cHRM", "sRGB", "pHYs", "acTL", "tRNS", "eXIf"],
+)
+def test_a_png_whose_ancillary_chunks_are_broken_is_read_with_a_note(broken):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    png, notes = png_bytes(pixels), []
+    found = read_pixels(png[:33] + broken + png[33:], note=lambda text, once=False: notes.append(text))
+    assert np.array_equal(found, pixels)
+    assert len(notes) == 1 and "damaged and ignored" in notes[0]

@@ -17,6 +17,8 @@ from models import TCM_VBR
 from tests.conftest import TINY
 from tests.training.test_trainer import ROOT, arguments, recorded_losses, train, wait_for
 from utils.checkpoint import export_model, read_checkpoint
+from utils.cli import UserError
+from utils.distributed import DistContext
 
 # train_vbr.py, with the loss of every step printed in full by the first process.
 DRIVER = """
@@ -110,3 +112,13 @@ def test_a_signal_reaches_all_processes_at_one_step(photos, checkpoint, tmp_path
     step = read_checkpoint(folder / "last.pth.tar")["progress"]["step"]
     assert f"stopped and saved at step {step}" in (folder / "output").read_text()
     assert step == len(losses(folder))
+
+
+def test_a_number_of_processes_without_torchrun_is_one_line(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK, .* are not set: start several .* with torchrun"):
+        DistContext.from_environment("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert DistContext.from_environment("cpu").world_size == 1

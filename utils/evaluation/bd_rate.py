@@ -6,17 +6,16 @@ Several files make one curve: six fixed-rate models are six files of one point.
 """
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import bjontegaard
 
 from utils import cli
 from utils.evaluation.results import decibels
+from utils.files import read_json
 
 MIN_POINTS = 4  # that the interpolation of a curve needs
 MIN_OVERLAP = 0.25  # of the shorter curve's range; below, the figure says little about either codec
@@ -43,7 +42,7 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
     points = []
     for file in files:
         try:
-            points += points_of(json.loads(Path(file).read_text()), metric)
+            points += points_of(read_json(file), metric)
         except (OSError, ValueError, KeyError, TypeError) as error:
             cause = f"no {metric}" if isinstance(error, KeyError) else error
             raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
@@ -59,6 +58,8 @@ def points_of(codec: dict, metric: str) -> Curve:
     convert = decibels if metric == "ms-ssim" else float  # CompressAI's files have the plain MS-SSIM
     results = codec["results"]
     pairs = zip(results["bpp"], results[key_of(results, metric)], strict=True)
+    if (least := min(map(float, results["bpp"]), default=1.0)) <= 0:
+        raise ValueError(f"a rate of {least:g} bpp, which is not positive")
     found = ((float(bpp), math.inf if value is None else convert(value)) for bpp, value in pairs)
     return [(bpp, quality) for bpp, quality in found if math.isfinite(quality)]
 

@@ -15,7 +15,7 @@ from models.lambdas import LADDERS
 from utils import cli
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
 from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
-from utils.files import finite
+from utils.files import finite, read_json
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
 _OF_A_RUN = ("compared", "summary", "rate_model", "made")  # keys of a file that are not of its first codec
@@ -98,7 +98,7 @@ def read_codecs(file: str) -> list[dict]:
         UserError: names the file that holds none.
     """
     try:
-        whole = json.loads(Path(file).read_text())
+        whole = read_json(file)
         codecs = [whole, *whole.get("compared", [])]
         for codec in codecs:
             if not (points(codec) and isinstance(codec["name"], str)):

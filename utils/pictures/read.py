@@ -1,7 +1,9 @@
 """Reading a picture: any raster format of the installed Pillow to 8-bit sRGB, upright, on an opaque background."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +85,18 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
     except (ImageError, MemoryError):
         raise
     except Exception as error:
-        bare = without_metadata(data)
-        if bare == data:
-            raise
-        pixels = _decode(bare, background, max_pixels, note)  # where that fails too, metadata are not the cause
-        note(f"its metadata are damaged and ignored ({error})")
-        return pixels
+        # Kept at first, as pixels mean something else without.
+        colors = {b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP", b"tRNS"}
+        for what, bare in (
+            ("metadata are", without_metadata(data)),
+            ("metadata and color profile are", without_metadata(data, colors)),
+        ):
+            if bare != data:
+                with contextlib.suppress(Exception):  # then these are not the cause
+                    pixels = _decode(bare, background, max_pixels, note)
+                    note(f"its {what} damaged and ignored ({error})")
+                    return pixels
+        raise
 
 
 def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
@@ -163,10 +171,15 @@ def _orientation(image: Image.Image, note: Note) -> int:
         return 1
 
 
-def without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG file without text, EXIF and the like, which may be damaged although the picture is intact."""
+def without_metadata(data: bytes, dropped: Collection[bytes] = ()) -> bytes:
+    """A PNG or JPEG file without text, EXIF and the like, which may be damaged although the picture is intact.
+
+    Args:
+        dropped: chunks of a PNG that are left out too.
+    """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data[:8] + b"".join(data[start:end] for kind, start, end in png_chunks(data) if kind in _PNG_KEPT)
+        kept = _PNG_KEPT - set(dropped)
+        return data[:8] + b"".join(data[start:end] for kind, start, end in png_chunks(data) if kind in kept)
     if data.startswith(b"\xff\xd8"):
         kept, at = [data[:2]], 2
         while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the scan

@@ -75,6 +75,8 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
             raise cli.UserError(f"--{flag} must be a number that is not negative")
     if not 0 <= args.ema < 1:
         raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
+    if args.val and {*map(os.path.realpath, args.dataset)} <= {*map(os.path.realpath, args.val)}:
+        raise cli.UserError("--val names the folders of -d: no photograph would be left to train on")
     if not 0 <= args.last_share < 1:
         raise cli.UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
     if args.last_share and args.schedule != "cosine":

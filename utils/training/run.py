@@ -57,7 +57,7 @@ def train(
     if copies * gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)
     elif context.is_main:
-        memory = f"{gigabytes:.1f} GB{f' in each of {copies} processes' if copies > 1 else ''}, more than --cache-gb"
+        memory = f"{gigabytes:.2g} GB{f' in each of {copies} processes' if copies > 1 else ''}, more than --cache-gb"
         print(f"{len(paths)} photographs take some {memory}: workers read them as needed")
     if start and not state:
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]
