@@ -33,5 +33,5 @@ def test_forms_of_an_index():
 def test_drawn_indexes_fill_the_range(tiny):
     torch.manual_seed(0)
     index = tiny.train().resolve_index(None, 2000)
-    assert 0 <= index.min() < 0.02 and 4.98 < index.max() <= 5
-    assert len(index.unique()) > 1900
+    assert index.unique().tolist() == [0, 1, 2, 3, 4, 5]  # whole ones, as published; the trainer here passes its own
+    assert index.long().bincount().min() > 250
