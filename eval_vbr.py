@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
     add_index_argument(parser, several=True, default="all six")
-    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; those of the first file are compared with the others. Four or more TCMs of one rate each are one curve (default: vbr_models/{BUNDLED.name})")
+    add("--checkpoint", nargs="+", metavar="FILE", help=f"weights; the first is compared with the rest. Four or more fixed-rate models are one curve (default: vbr_models/{BUNDLED.name})")
     add_map_arguments(parser)
     add("--real", action="store_true", help="encode, decode and count the bytes of the files, instead of summing up code lengths")
     add_nearest_argument(parser)

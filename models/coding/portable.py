@@ -1,4 +1,4 @@
-"""Indexes into the scale table that another machine selects too, although its σ differ a little.
+"""Scale-table indexes that stay equal across machines whose σ differ a little.
 
 Only these indexes steer the entropy decoder. Floating point differs in its last bits between processors, thread
 counts and kernels, and one wrong index turns all that follows into garbage. So a file
@@ -28,7 +28,7 @@ BLOCK = 2**14  # positions that share a shift
 SHIFTS_PER_ROW = 128  # shifts from one boundary of the table to the next; a byte holds two rows of them
 BLOCKS_AT_ONCE = 64  # blocks whose shifts are chosen together, which bounds the memory
 _BITS_PER_LISTED = 16  # what a listed position costs, about
-BELOW = 0.95  # times a σ close to a boundary lies below that boundary and above the one before: they are 13 % apart
+BELOW = 0.95  # a listed σ × BELOW falls in the row under its boundary; boundaries are 13 % apart
 
 # Bits of int32 symbols `[n]` with int32 indexes `[n]`.
 CodeLengths = Callable[[Tensor, Tensor], Tensor]

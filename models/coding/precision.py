@@ -27,7 +27,7 @@ def deterministic() -> Iterator[None]:
         return
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     values = [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    # From the general to the special, because a switch that is not set reads as the one above it, which stays so.
+    # Global switches first: unset ones inherit.
     switches = (backends, cudnn, cudnn.conv, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
     values += [(switch, "fp32_precision", "ieee") for switch in switches]
     with without_autocast(), contextlib.ExitStack() as stack:

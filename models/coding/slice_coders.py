@@ -158,11 +158,11 @@ class QuantizedLatents:
 class SliceEncoder:
     """Collects of y `[B, M, h, w]`, slice by slice, the symbols and the indexes that code them.
 
-    They are made of so many positions at once, after the last slice of a picture that has fewer: a GPU need not wait
-    between slices, and what a large picture keeps of its symbols and σ is a few bytes.
+    They are made AT_ONCE positions at a time, to avoid waiting for a GPU in every slice, and to keep little of a large
+    picture's symbols and σ.
 
     Args:
-        slices: of y, `[B, M/S, h, w]` each; the list is used up, so that a slice that nothing else holds is freed.
+        slices: of y, `[B, M/S, h, w]` each; consumed, to free memory.
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: of the portable indexes; None for those of the published rule.
         choose: makes the symbols.
@@ -192,7 +192,7 @@ class SliceEncoder:
         return symbols + mu
 
     def _index(self) -> None:
-        """Make the indexes of what is waiting, up to a multiple of BLOCK before the last slice."""
+        """Index buffered symbols; before the last slice whole blocks only."""
         rounded, sigma = self.waiting.pop()
         if self.waiting:
             rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, (rounded, sigma), strict=True))

@@ -133,9 +133,9 @@ def to_symbols(rounded: Tensor) -> Tensor:
 def open_stream(stream: bytes, symbols: int) -> RansDecoder:
     """A decoder of a stream from which at most this many symbols will be read.
 
-    CompressAI's decoder does not know where its stream ends, and a wrong or malicious one makes it read on. So zeros
-    follow, more than can be used up: every four ones of an escape code announce fifteen digits of four bits, which
-    take fifteen times their room; and where the stream has ended a symbol takes 2 bytes, and an escape half a byte.
+    CompressAI's decoder reads past the end of bad input, so the stream is padded with zeros for the worst case: every
+    four ones of an escape code announce fifteen digits of four bits; past the end a symbol takes 2 bytes, and an escape
+    half a byte.
 
     Raises:
         ValueError: the stream is longer than the codes of so many symbols can be.

@@ -22,14 +22,19 @@ from models.large.memory import LARGE, give_back_freed_memory, large_empty
 # MIN_ROWS or more, unless that makes them larger than MAX_BAND.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
 MIN_ROWS = 256
-LATENTS = 2**16  # places of latents that are computed at once: their layers are narrow
-KEPT = 2**18  # places of latents for which the output of the hyper-synthesis is kept, and not computed for every slice
+LATENTS = 2**16  # latent positions per band
+KEPT = 2**18  # latent positions up to which the output of the hyper-synthesis is kept for all slices
 TENSORS = 12  # a layer takes about as much memory as so many tensors of the size of its widest input
 
 
 class Footprint(NamedTuple):
-    """What a layer looks at: `halo` rows on either side of what it computes, in slices that start and end at multiples
-    of `align`, of which halo is one. It makes `scale` rows of one."""
+    """The rows that a layer looks at.
+
+    Attributes:
+        halo: context rows on either side, a multiple of align.
+        align: slices of the input start and end at its multiples.
+        scale: output rows per input row.
+    """
 
     halo: int
     align: int
@@ -91,8 +96,8 @@ def multiple(rows: int, of: int) -> int:
 def band_rows(width: int, height: int, bytes_per_pixel: float, device: torch.device) -> int:
     """Rows of a band of a picture of width × height pixels, after padding: all of them up to WHOLE pixels.
 
-    On a GPU a band may be as large as half of the free memory allows. Its rows are 128 times a power of two: so they,
-    and with them the last bits of the latents, seldom depend on how much of it happens to be free.
+    On a GPU a band may be as large as half of the free memory allows. Its rows are rounded to 128 · 2ᵏ, so that free
+    memory rarely changes the result.
 
     Args:
         bytes_per_pixel: of the widest tensor between two layers.
@@ -114,10 +119,10 @@ def latent_rows(width: int) -> int:
 
 
 class Recomputed:
-    """What a chain of layers makes of x, which takes less memory: computed anew, in bands, each time it is read.
+    """layers(x), recomputed in bands at each read.
 
     Attributes:
-        shape: of what they make, but None for its channels.
+        shape: output shape; channels None.
     """
 
     def __init__(self, layers: nn.Sequential, x: Tensor, rows: int) -> None:
@@ -169,7 +174,7 @@ def _layer_in_bands(layer: nn.Module, bands: Iterable[Tensor], height: int) -> I
         del band
         last_band = end == height
         stop = end if last_band else end // align * align
-        # The last rows come by themselves, as they come late and would make a much larger band of the last one.
+        # Emit the held-back rows as a band of their own.
         targets = [stop - halo] if done or not last_band else []
         targets += [stop] if last_band else []
         for ready in targets:

@@ -20,10 +20,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; on a CPU a large one has a mapping of its own outside the heap, which goes with it.
-
-    The heap keeps the holes that freed tensors leave (utils/device.py says why), and a larger tensor fits into none.
-    """
+    """`torch.empty`. On a CPU large tensors get their own mapping; the heap fragments (utils/device.py says why)."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has none
         return torch.empty(shape, dtype=dtype, device=device)

@@ -25,7 +25,7 @@ from utils.pictures import find_images_or_samples, read_pixels
 
 SIZES = ("768x512", "2048x1365", "3840x2160", "6000x4000")
 PROGRAM = Path(__file__).parents[2] / "codec_vbr.py"
-# The peak of a process counts what it shared with the one that started it, so a small one does.
+# ru_maxrss includes the parent's pages, hence a small launcher.
 LAUNCHER = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode

@@ -14,7 +14,7 @@ from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
 from utils.images import crop, margins, padded_bands
 
-CODER_BITS = 96  # what the final states and whole words of both streams add to the code lengths, give or take 32
+CODER_BITS = 96  # stream overhead: 96 ± 32 bits
 
 
 @dataclass
@@ -58,8 +58,11 @@ class AnalyzedImage:
 
     @torch.no_grad()
     def latents(self, index: float | None, last: bool = False) -> tuple[Tensor, Tensor]:
-        """y `[1, M, h, w]`, scaled by m for the index, and z. After the last time, latents cannot be asked for again:
-        that saves the memory of the latent before the LAE."""
+        """y `[1, M, h, w]`, scaled by m for the index, and z.
+
+        Args:
+            last: scale in place, to save memory; the object is then spent.
+        """
         if self.rate_model is None:
             y, _ = self.model.modulate(self.y_before_lae)
         else:

@@ -37,10 +37,12 @@ class Refinement:
     """What refinement did.
 
     Attributes:
-        before, after: the file without refinement, and the one that was taken; the same where none was better.
-        steps: of the descent, the first before any change; chosen: the number of the one that was taken, or 0.
-        loss_change: relative, at the λ of the file before.
-        seconds: of the descent and of measuring the candidates.
+        before: the file without refinement.
+        after: the file that was taken, which is `before` where none was better.
+        steps: the descent; steps[0] is the start.
+        chosen: the step kept, 0 if none.
+        loss_change: relative change of the loss, at the λ of the file before.
+        seconds: time of the descent and of measuring the candidates.
     """
 
     before: MeasuredFile
@@ -52,7 +54,7 @@ class Refinement:
 
     @property
     def gain(self) -> float:
-        """In PSNR, dB."""
+        """Gain in PSNR, dB."""
         before, after = self.before.psnr, self.after.psnr
         return 0.0 if before == after else after - before  # both may be infinite
 

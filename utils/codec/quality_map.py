@@ -31,10 +31,10 @@ class QualityMap:
     """A region of a picture, and its index.
 
     Attributes:
-        weights: different shares of the region in a cell, in [0, 1], `[K]`. Shares between 0 and 1 interpolate.
-        cells: which of them each cell has, `[h, w]` of z.
-        region: pixels whose share is above the middle of all shares, bool `[H, W]`.
-        index: of the region, whatever the index of the file; or
+        weights: distinct mask values, in [0, 1], `[K]`; those between 0 and 1 interpolate the index.
+        cells: position in `weights` of each cell's value, `[h, w]` of z.
+        region: pixels whose mask value is above the middle of all, bool `[H, W]`.
+        index: the region's index, whatever that of the file; or
         above: how far the region's index lies above that of the file.
     """
 

@@ -126,7 +126,7 @@ class RateModel:
     Args:
         model: a variable-rate codec.
         y: `[1, M, h, w]`, g_a of the image.
-        quality_map: where the index differs from that of the file, which is then the index that the model is asked for.
+        quality_map: where the index differs from that of the file; index arguments are then the file's base index.
     """
 
     @torch.no_grad()

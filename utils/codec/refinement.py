@@ -52,7 +52,7 @@ def gumbel_round(x: Tensor, temperature: float) -> Tensor:
     return low + F.gumbel_softmax(logits, tau=temperature)[..., 1]
 
 
-# Of rounding, at a temperature, by method.
+# Method → differentiable stand-in for round(x), at a temperature.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "noise": lambda x, temperature: x + torch.rand_like(x) - 0.5,  # as in training
     "sga": gumbel_round,

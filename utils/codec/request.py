@@ -163,7 +163,7 @@ def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> Non
 
 def add_nearest_argument(parser: argparse.ArgumentParser) -> None:
     """Add --nearest."""
-    parser.add_argument("--nearest", action="store_true", help="round latents to the nearest symbol, as the paper does, instead of choosing symbols for rate and distortion together, whose strength was measured with the shipped weights")
+    parser.add_argument("--nearest", action="store_true", help="plain rounding, as in the paper, instead of RDOQ, whose strength was measured with the shipped weights")
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:

@@ -62,10 +62,9 @@ def points(codec: dict) -> list[Point]:
 
 
 def join_fixed_rates(codecs: list[dict]) -> list[dict]:
-    """Codecs of checkpoints, with TCMs of one rate each joined to one curve, which takes the place of the first.
+    """Join fixed-rate models (same metric and pictures, at least four) into one curve, in the place of the first.
 
-    Those of one metric that were measured on the same pictures are joined, where they are enough for a BD-rate. Their
-    checkpoints are a list, in the order of the points.
+    Their checkpoints are a list, in the order of the points.
     """
     groups = defaultdict(list)
     for number, codec in enumerate(codecs):

@@ -24,8 +24,8 @@ def validate(
         canceled: called before each photograph; the result is None once it returns True.
 
     Returns:
-        Lists of means, one element per rate, but `loss` is the mean over the rates, and `alpha_ga` and `alpha_gs` are
-        those of a variable-rate codec. And the first photograph with its reconstructions, in the main process.
+        means: metric → value per rate; `loss` is one mean, and `alpha_ga` and `alpha_gs` are of a variable-rate codec.
+        pictures: the first photograph and its reconstructions, in the main process.
     """
     model.eval()
     rows: dict[tuple[int, int], dict[str, float]] = {}  # by photograph and rate
