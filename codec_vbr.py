@@ -111,7 +111,8 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     Raises:
         UserError: two would be written to one file, or several to standard output, or a picture not as PNG.
     """
-    sources, output = list(find(args)), Path(args.output)
+    sources = list(find(args))
+    output = Path(args.output)
     to_folder = len(args.inputs) > 1 or Path(args.inputs[0]).is_dir() or output.is_dir() or args.output.endswith("/")
     if not to_folder:
         if args.command == "encode" and output.suffix.lower() in suffixes():
@@ -175,7 +176,8 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     from utils.images import to_tensor
     from utils.metrics import psnr
 
-    image, steps = to_tensor(pixels).to(model.medians.device), args.steps
+    image = to_tensor(pixels).to(model.medians.device)
+    steps = args.steps
     request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
         result = encode.encode(model, image, request, lambda step: bar.update(step.number > 0))

@@ -59,7 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for index in args.index or ():
         if not 0 <= index <= MAX_INDEX:
             parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
-    region, several = args.mask or args.roi, len(args.checkpoint or ()) > 1
+    region = args.mask or args.roi
+    several = len(args.checkpoint or ()) > 1
     others = (args.index, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
     if args.rate_model and (any(others) or several):
         parser.error("--rate-model goes with -d, --json and one --checkpoint: it has its own rates, and compares nothing")
@@ -155,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.rate_model:
         return rate_study.run(models[0], paths, Path(args.rate_model), args.json)
     map_of = functools.cache(functools.partial(QualityMap.from_arguments, args))  # a mask is read once a size
-    codecs, failed = [], 0
+    codecs = []
+    failed = 0
     for file, model in zip(files, models, strict=True):
         codec, broken = measure(model, file, paths, args, context, map_of)
         codecs.append(codec)

@@ -151,13 +151,16 @@ def encode_all(
     from utils.evaluation.evaluate import for_each
     from utils.images import save_image
 
-    writer, steps, mine = None, max(1, args.steps), context.share(paths)
+    writer = None
+    steps = max(1, args.steps)
+    mine = context.share(paths)
     found_rows: list[list[Row | None]] = []  # of each picture, by request
     if args.log:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.log)
-    title, hidden = "refining" if args.steps else "encoding", None if context.is_main else True
+    title = "refining" if args.steps else "encoding"
+    hidden = None if context.is_main else True
     bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
 
     def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
@@ -219,11 +222,13 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
 
 def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
-    name, how = checkpoint_name(args.checkpoint), "real files"
+    name = checkpoint_name(args.checkpoint)
+    how = "real files"
     how += f", {args.steps} steps of {args.method}" if args.steps else ""
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
-        encoded, refinement = row.encoded, row.encoded.refinement
+        encoded = row.encoded
+        refinement = row.encoded.refinement
         image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
         image |= {"chosen_step": refinement.chosen if refinement else 0, "loss_change": row.loss_change}
         image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}

@@ -105,7 +105,9 @@ class Codec(CompressionModel):
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
         self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
         self._fingerprint: tuple[Any, bytes] | None = None
-        self.epsilon, self.checkpointing, self.metric = EPSILON, False, "mse"
+        self.epsilon = EPSILON
+        self.checkpointing = False
+        self.metric = "mse"
 
     @property
     def arguments(self) -> dict:
@@ -403,7 +405,8 @@ class Codec(CompressionModel):
             complete: compute ŷ as well, which no file needs.
             choose: makes the symbols of y.
         """
-        rounded, parts = torch.round(z - self.medians), (self.gaussian_conditional, self.coding_tables[0])
+        rounded = torch.round(z - self.medians)
+        parts = (self.gaussian_conditional, self.coding_tables[0])
         slices = y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1))
         coder = SliceEncoder(*parts, slices, rounded, self.epsilon if portable else None, choose)
         with deterministic():

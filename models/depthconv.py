@@ -138,7 +138,10 @@ class DepthConv(Codec):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        c, M, C, H = self.config, self.M, self.config.width, self.config.hyper_width
+        c = self.config
+        M = self.M
+        C = self.config.width
+        H = self.config.hyper_width
         pixels = 3 * CELL**2
         self.g_a = nn.Sequential(
             nn.PixelUnshuffle(CELL), nn.Conv2d(pixels, C, 1), *_blocks(C, c.depth),
@@ -156,7 +159,9 @@ class DepthConv(Codec):
             nn.Conv2d(c.hyper_channels, 4 * H, 1), nn.PixelShuffle(2), nn.SiLU(), *_blocks(H, 1),
             nn.Conv2d(H, 4 * c.slice_width, 1), nn.PixelShuffle(2),
         )
-        step, D, L = M // c.num_slices, c.slice_width, c.residual_width
+        step = M // c.num_slices
+        D = c.slice_width
+        L = c.residual_width
         self.slice_transforms = nn.ModuleList(
             nn.Sequential(nn.Conv2d(D + step * i, D, 1), *_blocks(D, c.slice_depth)) for i in range(c.num_slices)
         )

@@ -51,7 +51,8 @@ class HyperpriorConfig(CodecConfig):
             raise ValueError("an autoregressive model (mbt2018, cheng2020): its context model decodes pixel by pixel, "
                              "and is not supported; bmshj2018-hyperprior and mbt2018-mean are")
         try:
-            M, N = state_dict["h_a.0.weight"].shape[1], state_dict["g_a.0.weight"].shape[0]
+            M = state_dict["h_a.0.weight"].shape[1]
+            N = state_dict["g_a.0.weight"].shape[0]
             _ = state_dict["g_a.1.beta"]
             return cls(N, M, means=state_dict["h_s.4.weight"].shape[0] == 2 * M)
         except KeyError as error:

@@ -28,7 +28,8 @@ def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | f
     index = index if index.is_floating_point() else index.float()
     logs = torch.tensor(LADDERS[metric], dtype=index.dtype, device=index.device).log()
     lower = index.floor().clamp(0, MAX_INDEX - 1)
-    start, end = logs[lower.long()], logs[lower.long() + 1]
+    start = logs[lower.long()]
+    end = logs[lower.long() + 1]
     return (start + (index - lower) * (end - start)).exp()
 
 

@@ -76,7 +76,8 @@ class WMSA(nn.Module):
             raise ValueError(f"head_dim ({head_dim}) must divide the attention's width ({input_dim})")
         if type not in ("W", "SW"):
             raise ValueError(f'window type must be "W" or "SW", not {type!r}')
-        self.head_dim, self.heads = head_dim, input_dim // head_dim
+        self.head_dim = head_dim
+        self.heads = input_dim // head_dim
         self.window_size = p = window_size
         self.shift = p // 2 if type == "SW" else 0
         self.embedding_layer = nn.Linear(input_dim, 3 * input_dim)
@@ -86,12 +87,15 @@ class WMSA(nn.Module):
 
         # The position of (query i, key j) in the flattened (2p-1)² table, and the pairs that may not see each other in
         # a cut window (last row, last column, corner), depend on p alone, so they are made once.
-        y, x = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
+        y = torch.arange(p).repeat_interleave(p)
+        x = torch.arange(p).repeat(p)
         offset = (y[:, None] - y + p - 1) * (2 * p - 1) + (x[:, None] - x + p - 1)
         self.register_buffer("position_index", offset.flatten(), persistent=False)
         if self.shift:
-            below, beyond = y >= p - self.shift, x >= p - self.shift
-            rows, cols = below[:, None] != below, beyond[:, None] != beyond
+            below = y >= p - self.shift
+            beyond = x >= p - self.shift
+            rows = below[:, None] != below
+            cols = beyond[:, None] != beyond
             hidden = torch.stack([rows, cols, rows | cols])[:, None]  # [3, 1, p², p²]
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             self.register_buffer("cut_mask", mask, persistent=False)
@@ -99,7 +103,8 @@ class WMSA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         p, s = self.window_size, self.shift
-        rows, cols = H // p, W // p
+        rows = H // p
+        cols = W // p
         if s:
             x = x.roll((-s, -s), dims=(1, 2))
         windows = x.view(B, rows, p, cols, p, C).transpose(2, 3).reshape(-1, p * p, C)
@@ -167,7 +172,8 @@ class ConvTransBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # conv1_1 as two convolutions, whose outputs are contiguous; halves of one output would be copied later.
-        weights, biases = self.conv1_1.weight.split(self.dims), self.conv1_1.bias.split(self.dims)
+        weights = self.conv1_1.weight.split(self.dims)
+        biases = self.conv1_1.bias.split(self.dims)
         conv, trans = (F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         local = self.conv_block(conv)
         local += conv

@@ -52,7 +52,9 @@ def find_files(
 
 def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[Path]]:
     """The files of a folder, with what cannot be read, and files with other suffixes."""
-    inside, others, visited = [], [], {folder.resolve()}
+    inside = []
+    others = []
+    visited = {folder.resolve()}
     walk = os.walk(folder, onerror=lambda error: inside.append(Path(error.filename)), followlinks=True)
     for place, folders, names in walk:
         for name in sorted(folders):

@@ -105,11 +105,13 @@ def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
     """`to_uint8(crop(x, height, width)[0])` of a picture x `[1, 3, H, W]` that comes in bands."""
     left, _, top, _ = margins(height, width)
-    out, start = None, -top
+    out = None
+    start = -top
     for band in bands:
         if out is None:  # in the order of files
             out = torch.empty(height, width, 3, dtype=torch.uint8, device=band.device).permute(2, 0, 1)
-        first, end = max(0, start), min(height, start + band.shape[2])
+        first = max(0, start)
+        end = min(height, start + band.shape[2])
         if first < end:
             out[:, first:end] = to_uint8(band[0, :, first - start : end - start, left : left + width])
         start += band.shape[2]
@@ -119,5 +121,6 @@ def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:
 def center_crop(image: Tensor, size: int) -> Tensor:
     """A copy of the middle of uint8 `[3, H, W]`: at most size × size, sides multiples of 128."""
     height, width = (min(size, side // STRIDE * STRIDE) for side in image.shape[1:])
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    top = (image.shape[1] - height) // 2
+    left = (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width].clone()

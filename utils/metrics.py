@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 # Five scales of an 11-pixel window: the coarsest must still hold one (pytorch-msssim asks for more than this).
 MS_SSIM_SMALLEST = 160
-MS_SSIM_WEIGHTS, WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+WINDOW = 11
 AT_ONCE = 2**24  # samples of large pictures that are compared at once
 
 
@@ -55,7 +56,8 @@ def psnr_of_mse(mse: Tensor | float) -> Tensor:
 
 def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> float:
     """Mean squared error of two uint8 images of one shape, on the 0–255 scale, with weights `[1, H, W]` or without."""
-    total, rows = 0.0, max(1, AT_ONCE // max(1, a[:, :1].numel()))
+    total = 0.0
+    rows = max(1, AT_ONCE // max(1, a[:, :1].numel()))
     for start in range(0, a.shape[1], rows):
         here = slice(start, start + rows)
         errors = (a[:, here].double() - b[:, here].double()).square_()
@@ -83,11 +85,14 @@ def _ms_ssim_in_bands(a: Tensor, b: Tensor) -> float:
     from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim  # private: here, where only large pictures depend on them
 
     window = _fspecial_gauss_1d(WINDOW, 1.5).repeat(3, 1, 1, 1)
-    images, values = (a[None], b[None]), []
+    images = (a[None], b[None])
+    values = []
     for level in range(len(MS_SSIM_WEIGHTS)):
         height, width = images[0].shape[2:]
-        rows, last = max(2, AT_ONCE // (3 * width) // 2 * 2), level == len(MS_SSIM_WEIGHTS) - 1
-        total, pooled = 0.0, ([], [])
+        rows = max(2, AT_ONCE // (3 * width) // 2 * 2)
+        last = level == len(MS_SSIM_WEIGHTS) - 1
+        total = 0.0
+        pooled = ([], [])
         for start in range(0, height, rows):
             bands = [x[:, :, start : start + rows + WINDOW - 1].float().contiguous() for x in images]
             if (count := bands[0].shape[2] - WINDOW + 1) > 0:

@@ -46,7 +46,8 @@ def scale_factors(gaussian: GaussianConditional, shifts: np.ndarray, first: int,
         shifts: of all blocks, uint8.
     """
     powers = np.exp(-_log_step(gaussian) / SHIFTS_PER_ROW * np.arange(256)).astype(np.float32)
-    start, blocks = first // BLOCK * BLOCK, shifts[first // BLOCK : count_blocks(end)]
+    start = first // BLOCK * BLOCK
+    blocks = shifts[first // BLOCK : count_blocks(end)]
     factors = np.repeat(powers[blocks], BLOCK)[first - start : end - start]
     return torch.from_numpy(factors).to(gaussian.scale_table.device)
 
@@ -59,7 +60,8 @@ def choose_shifts(
     Args:
         symbols, sigma: `[n]`, on the device of the table.
     """
-    levels, step = gaussian.scale_table, _log_step(gaussian)
+    levels = gaussian.scale_table
+    step = _log_step(gaussian)
     if len(levels) < 2:
         return np.zeros(count_blocks(len(sigma)), np.uint8)
     if count_blocks(len(sigma)) > BLOCKS_AT_ONCE:
@@ -79,7 +81,8 @@ def choose_shifts(
     for passed in range(256 // SHIFTS_PER_ROW):  # how many boundaries a σ has passed before the one looked at
         boundary = row - 1 - passed
         shift = (position - boundary) * SHIFTS_PER_ROW  # at which σ lies on the boundary
-        first_beyond, nearest = shift.ceil().long(), shift.round().long()
+        first_beyond = shift.ceil().long()
+        nearest = shift.round().long()
         bits_below = lengths(symbols[live], boundary.clamp(min=0))
         exists = boundary >= 0
         reached = exists & (first_beyond < 256)
@@ -101,7 +104,10 @@ class PortableIndexes:
     """The indexes of one picture's positions, and what its file says of them: shifts and list."""
 
     def __init__(self) -> None:
-        self.count, self.shifts, self.positions, self.sides = 0, [], [], []
+        self.count = 0
+        self.shifts = []
+        self.positions = []
+        self.sides = []
 
     def add(
         self, gaussian: GaussianConditional, lengths: CodeLengths, symbols: Tensor, sigma: Tensor, epsilon: float
@@ -114,7 +120,8 @@ class PortableIndexes:
         shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
         sigma = sigma * scale_factors(gaussian, shifts, 0, len(sigma))
         below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
-        indexes, positions = table_index(gaussian, sigma), (below != above).nonzero().flatten()
+        indexes = table_index(gaussian, sigma)
+        positions = (below != above).nonzero().flatten()
         self.sides.append((indexes[positions] != below[positions]).cpu().numpy())
         self.positions.append(self.count + positions.cpu().numpy())
         self.shifts.append(shifts)
@@ -160,11 +167,15 @@ def pack_positions(positions: np.ndarray, above: np.ndarray) -> bytes:
 
 def unpack_positions(data: bytes, count: int) -> tuple[np.ndarray, np.ndarray]:
     """What `pack_positions` was given, of `count` positions in all. ValueError where it is damaged."""
-    low, positions, above = data[0] if data else 0, [], []
+    low = data[0] if data else 0
+    positions = []
+    above = []
     bits = f"{int.from_bytes(data[1:], 'big'):0{8 * (len(data) - 1)}b}" if data else ""
-    at, position = 0, -1
+    at = 0
+    position = -1
     while (end := bits.find("0", at)) >= 0:
-        high, at = end - at, end + 2 + low
+        high = end - at
+        at = end + 2 + low
         position += 1 + (high << low) + int(bits[end + 1 : at - 1] or "0", 2)
         if at > len(bits) or position >= count:
             raise ValueError("the list of sensitive positions is damaged")

@@ -64,10 +64,12 @@ def choose_symbols(
         residual: y − μ, float32 of any shape.
         sigma: of the same shape.
     """
-    y, sigma = residual.flatten(), sigma.flatten()
+    y = residual.flatten()
+    sigma = sigma.flatten()
     chosen = torch.empty_like(y)
     for part, scale, out in zip(y.split(AT_ONCE), sigma.split(AT_ONCE), chosen.split(AT_ONCE), strict=True):
-        nearest, index = torch.round(part), table_index(gaussian, scale)
+        nearest = torch.round(part)
+        index = table_index(gaussian, scale)
         next_one = nearest - nearest.sign()
         symbols = (values.clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).int() for values in (nearest, next_one))
         bits, bits_of_next = (tables.code_lengths_within_reach(values, index) for values in symbols)
@@ -172,10 +174,16 @@ class SliceEncoder:
         self, gaussian: GaussianConditional, tables: CodingTables, slices: list[Tensor], z: Tensor,
         epsilon: float | None, choose: Choice,
     ) -> None:
-        self.gaussian, self.tables, self.epsilon, self.choose = gaussian, tables, epsilon, choose
+        self.gaussian = gaussian
+        self.tables = tables
+        self.epsilon = epsilon
+        self.choose = choose
         batch, channels, height, width = slices[0].shape
-        self.shape, self.slices = (batch, channels * len(slices), height, width), slices
-        self.rounded_z, self.z, self.crcs = z, None, []
+        self.shape = (batch, channels * len(slices), height, width)
+        self.slices = slices
+        self.rounded_z = z
+        self.z = None
+        self.crcs = []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
         self.done: list[list[Tensor]] = []  # symbols and indexes, `[B, n]`
         self.portable = [PortableIndexes() for _ in range(batch)]
@@ -199,7 +207,8 @@ class SliceEncoder:
             self.waiting.clear()
         if self.slices and (rest := rounded.shape[1] % BLOCK):
             self.waiting.append((rounded[:, -rest:].clone(), sigma[:, -rest:].clone()))
-            rounded, sigma = rounded[:, :-rest], sigma[:, :-rest]
+            rounded = rounded[:, :-rest]
+            sigma = sigma[:, :-rest]
         if self.z is None:
             self.z = to_symbols(self.rounded_z)
             self.crcs = [crc_of(symbols) for symbols in self.z]
@@ -240,7 +249,10 @@ class SliceDecoder:
         self, gaussian: GaussianConditional, tables: CodingTables, streams: list[bytes], count: int,
         side_info: list[SideInfo] | None, crcs: list[int],
     ) -> None:
-        self.gaussian, self.tables, self.crcs, self.position = gaussian, tables, crcs, 0
+        self.gaussian = gaussian
+        self.tables = tables
+        self.crcs = crcs
+        self.position = 0
         self.decoders = [open_stream(stream, count) for stream in streams]
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
         self.shifts = [shifts for shifts, _, _ in unpacked]
@@ -251,7 +263,8 @@ class SliceDecoder:
         flat = sigma.flatten(1)
         symbols = torch.empty(flat.shape, dtype=torch.int32)
         for part, out in zip(flat.split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
-            first, self.position = self.position, self.position + part.shape[1]
+            first = self.position
+            self.position = self.position + part.shape[1]
             if self.shifts:
                 factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
                 part = part * torch.stack(factors)

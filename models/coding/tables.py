@@ -63,7 +63,8 @@ class CodingTables:
         table = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
         for row, cdf in enumerate(self.cdfs):
             table[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
-        values, escape = symbols - offsets[indexes], sizes[indexes] - 2  # the last entry codes all values outside
+        values = symbols - offsets[indexes]
+        escape = sizes[indexes] - 2  # the last entry codes all values outside
         outside = (values < 0) | (values >= escape)
         bits = table[indexes, torch.where(outside, escape, values)]
         # CompressAI's escape code then writes, four bits each, how many digits (in fifteens) and the digits.

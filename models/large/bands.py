@@ -59,7 +59,8 @@ def _(layer: ResidualBlockUpsample) -> Footprint:  # 3×3, shuffled to twice the
 
 @footprint.register
 def _(layer: nn.Conv2d) -> Footprint:
-    stride, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] // 2)
+    stride = layer.stride[0]
+    reach = layer.dilation[0] * (layer.kernel_size[0] // 2)
     return Footprint(multiple(reach, stride), stride, Fraction(1, stride))
 
 
@@ -75,7 +76,8 @@ def _(layer: nn.PixelUnshuffle) -> Footprint:
 
 @footprint.register
 def _(layer: nn.ConvTranspose2d) -> Footprint:
-    stride, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1)
+    stride = layer.stride[0]
+    reach = layer.dilation[0] * (layer.kernel_size[0] - 1)
     return Footprint(multiple(reach, stride) // stride, 1, Fraction(stride))
 
 
@@ -126,7 +128,9 @@ class Recomputed:
     """
 
     def __init__(self, layers: nn.Sequential, x: Tensor, rows: int) -> None:
-        self.layers, self.x, self.rows = layers, x, rows
+        self.layers = layers
+        self.x = x
+        self.rows = rows
         batch, _, *sides = x.shape
         self.shape = (batch, None, *(scaled_height(layers, side) for side in sides))
 
@@ -151,9 +155,11 @@ def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor
     """
     for layer in layers:
         if isinstance(layer, nn.Sequential):
-            bands, height = in_bands(layer, bands, height), scaled_height(layer, height)
+            bands = in_bands(layer, bands, height)
+            height = scaled_height(layer, height)
         else:
-            bands, height = _layer_in_bands(layer, bands, height), scaled_height([layer], height)
+            bands = _layer_in_bands(layer, bands, height)
+            height = scaled_height([layer], height)
     return iter(bands)
 
 
@@ -167,7 +173,10 @@ def scaled_height(layers: Sequence[nn.Module] | nn.Sequential, height: int) -> i
 
 def _layer_in_bands(layer: nn.Module, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
     halo, align, scale = footprint(layer)
-    kept, start, done, end = None, 0, 0, 0  # of the input's rows start … end are kept, those before `done` computed
+    kept = None  # the input's rows start … end
+    start = 0
+    end = 0
+    done = 0  # rows before it are computed
     for band in bands:
         end += band.shape[2]
         kept = band if kept is None else torch.cat((kept, band), 2)
@@ -184,7 +193,8 @@ def _layer_in_bands(layer: nn.Module, bands: Iterable[Tensor], height: int) -> I
             result = [layer(kept[:, :, : min(ready + halo, stop) - start])[:, :, first:last]]
             above = max(0, ready - halo)
             kept = None if above == end else kept[:, :, above - start :].clone()
-            start, done = above, ready
+            start = above
+            done = ready
             yield result.pop()  # so that nothing here holds it while the layers that follow work
 
 

@@ -73,7 +73,8 @@ def settings(model: Codec, with_compile: bool) -> Iterator[tuple[str, Codec]]:
 @torch.no_grad()
 def predict(model: Codec, quantized: QuantizedLatents) -> Tensor:
     """μ and σ of known symbols: `[2, 1, M, h, w]`, on the CPU."""
-    slices, seen = iter(quantized.y.chunk(model.num_slices, 1)), []
+    slices = iter(quantized.y.chunk(model.num_slices, 1))
+    seen = []
 
     def replay(mu: Tensor, sigma: Tensor) -> Tensor:
         seen.append(torch.stack([mu, sigma]).cpu())
@@ -86,7 +87,8 @@ def predict(model: Codec, quantized: QuantizedLatents) -> Tensor:
 
 def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
     """Errors of σ `[n]`, relative, the largest of μ, how many table indexes differ, and whether the file is decoded."""
-    gaussian, count = model.gaussian_conditional, mu.numel()
+    gaussian = model.gaussian_conditional
+    count = mu.numel()
     other_mu, other_sigma = predict(other, quantized)
     ours, theirs = (gaussian.lower_bound_scale(values).double() for values in (sigma, other_sigma))
     shifts, _, _ = unpack_scales(quantized.side_info[0].scales, count)
@@ -108,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)
     cli.print_weights(args.checkpoint)
-    files, results = [], {}
+    files = []
+    results = {}
     for image in tqdm(images, desc="encoding", unit="image", leave=False, disable=None):
         analyzed = AnalyzedImage(model, center_crop(image, args.crop) if args.crop else image)
         for trial in map(analyzed.quantize, args.index):

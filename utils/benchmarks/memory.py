@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
             for command in (("encode", picture, coded, *weights, *args.options), ("decode", coded, back, *weights)):
                 line, peak = run(*command)
                 seconds = float(re.findall(r"([\d.]+) s\b", line)[0])
-                each, length = seconds / (width * height / 1e6), os.path.getsize(coded)
+                each = seconds / (width * height / 1e6)
+                length = os.path.getsize(coded)
                 row = f"{size:>12} {command[0]:<8} {seconds:8.2f} {each:14.3f} {peak / 2**20:8.0f} MiB  {length} bytes"
                 print(row, flush=True)
 

@@ -77,11 +77,13 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output_file(args.json)
-    device, paths = cli.pick_device(args.device), find_images_or_samples(args.data)
+    device = cli.pick_device(args.device)
+    paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
     cli.print_weights(args.checkpoint)
     model.prepare()
-    names, rows = short_names(paths), []
+    names = short_names(paths)
+    rows = []
     for path in tqdm(paths, unit="image", disable=None):
         image = read_image(path).to(device)
         quality_map = QualityMap.from_arguments(args, *image.shape[1:])
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]
         errors = [100 * row["error"] for row in chosen]
-        mean, worst = statistics.mean(map(abs, errors)), max(errors, key=abs)
+        mean = statistics.mean(map(abs, errors))
+        worst = max(errors, key=abs)
         trials, seconds = (statistics.mean(row[key] for row in chosen) for key in ("trials", "seconds"))
         share = statistics.median(row["trial_seconds"] / row["encode_seconds"] for row in chosen)
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")

@@ -66,7 +66,8 @@ def measure(args: argparse.Namespace) -> None:
         "hyper + slices": lambda: model.quantize(y, model.h_a(y), portable=False),
         "synthesis": lambda: model.synthesize(quantized.y_hat, index),
     }
-    peak, tf32 = peak_of(works.values(), device), convolutions_use_tf32(device)
+    peak = peak_of(works.values(), device)
+    tf32 = convolutions_use_tf32(device)
     references = {"float32 matrix product": matrix_product(device)}
     if tf32:
         references["TF32 matrix product"] = matrix_product(device, tf32=True)
@@ -83,12 +84,14 @@ def measure(args: argparse.Namespace) -> None:
         share = macs / spent / (product_macs / product_seconds)
         print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
 
-    tables, symbols = model.coding_tables[0], quantized.y[0].int()
+    tables = model.coding_tables[0]
+    symbols = quantized.y[0].int()
     if args.checkpoint:
         sigma = predict(model, quantized)[1, 0].to(device)
     else:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
-        symbols, sigma = (torch.randn(symbols.shape) * drawn).round().int(), drawn.to(device)
+        symbols = (torch.randn(symbols.shape) * drawn).round().int()
+        sigma = drawn.to(device)
     parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
 
     def choose_indexes() -> torch.Tensor:

@@ -45,7 +45,8 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     context = DistContext(cli.pick_device(args.device))
     objective = Objective(from_preset(args.preset))
     objective.to(context.device, memory_format=torch.channels_last)
-    size, sides = (args.patch_size, args.patch_size), (3, 2 * args.patch_size, 2 * args.patch_size)
+    size = (args.patch_size, args.patch_size)
+    sides = (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
     settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     choose_kernels_for_training()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, Path(folder))
-        batch, device = trainer.next_batch(), trainer.device
+        batch = trainer.next_batch()
+        device = trainer.device
         x = batch.patches.float() / 255
         noise = trainer.noise(batch.seeds, x.shape[2:])
 
@@ -75,9 +77,11 @@ def main(argv: list[str] | None = None) -> None:
         waiting = waits(trainer.step, device)
         tf32 = args.amp is None and convolutions_use_tf32(device)
         product = matrix_product(device, PRECISIONS.get(args.amp, torch.float32), tf32)
-        product_macs, works = count_macs(product), (product, forward, trainer.step, trainer.next_batch)
+        product_macs = count_macs(product)
+        works = (product, forward, trainer.step, trainer.next_batch)
         product_seconds, forward_seconds, step, data = median_seconds(works, device, args.runs)
-    rate, precision = product_macs / product_seconds, "TF32" if tf32 else args.amp or "float32"
+    rate = product_macs / product_seconds
+    precision = "TF32" if tf32 else args.amp or "float32"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
     print(f"{args.preset}, {args.batch_size} patches of {args.patch_size}×{args.patch_size}")
     print(f"{'patches per second':<36} {args.batch_size / step:9.2f}")

@@ -44,14 +44,17 @@ class AnalyzedImage:
     def __init__(
         self, model: Codec, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
     ) -> None:
-        self.model, self.image, self.quality_map = model, image, quality_map
+        self.model = model
+        self.image = image
+        self.quality_map = quality_map
         self.choose = nearest_symbols if nearest else model.choose_symbols
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
             raise ValueError("the map of qualities was made for a picture of another size")
         left, right, top, bottom = margins(self.height, self.width)
-        height, width = top + self.height + bottom, left + self.width + right
+        height = top + self.height + bottom
+        width = left + self.width + right
         self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
         variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
@@ -95,7 +98,8 @@ class AnalyzedImage:
         """λ of every pixel in units of that of the file's index, `[1, 1, height, width]`; None without a map."""
         if self.quality_map is None:
             return None
-        metric, places = self.model.metric, self.rate_model.index_of_places(index)
+        metric = self.model.metric
+        places = self.rate_model.index_of_places(index)
         lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.image.device)
         return crop(pixel_weights(places, lmbda, metric), self.height, self.width)
 

@@ -13,7 +13,8 @@ from models.coding.side_info import SideInfo
 from models.lambdas import MAX_INDEX
 from utils.files import MAX_PIXELS, MAX_SIDE
 
-MAGIC, VERSION = b"TVBR", 3
+MAGIC = b"TVBR"
+VERSION = 3
 FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate codec, whose index means nothing; with a map of rate indexes
 STEPS = 16  # per index: offsets are multiples of 1/16
 
@@ -54,7 +55,8 @@ def pack(coded: CodedImage) -> bytes:
     """The file of a coded picture. ValueError if a side is over MAX_SIDE."""
     if not (0 < coded.width <= MAX_SIDE and 0 < coded.height <= MAX_SIDE):
         raise ValueError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {coded.width}×{coded.height}")
-    scales, flags = coded.side_info.scales, FIXED_RATE if coded.index is None else MAP if coded.offsets else 0
+    scales = coded.side_info.scales
+    flags = FIXED_RATE if coded.index is None else MAP if coded.offsets else 0
     header = _HEADER.pack(
         MAGIC, VERSION, flags, coded.width, coded.height, coded.index or 0.0, coded.fingerprint,
         len(coded.z), len(scales), coded.side_info.crc,
@@ -75,7 +77,8 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
         raise BitstreamError(f"version {data[4]} of the format; this program reads version {VERSION}")
     if len(data) < HEADER_BYTES:
         raise BitstreamError("the file is damaged: it ends within its header")
-    header, payload = data[: _HEADER.size], data[HEADER_BYTES:]
+    header = data[: _HEADER.size]
+    payload = data[HEADER_BYTES:]
     (crc,) = _CRC.unpack_from(data, _HEADER.size)
     if zlib.crc32(payload, zlib.crc32(header)) != crc:
         raise BitstreamError("the file is damaged: its checksum does not fit")
@@ -96,7 +99,9 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
         most = f"{max_pixels / 1e6:.0f} megapixels"
         raise BitstreamError(f"{width}×{height} is more than {most}: refused, as it may be an attack")
     index = None if flags & FIXED_RATE else index
-    z, scales, y = payload[map_length : map_length + z_length], payload[map_length + z_length : start], payload[start:]
+    z = payload[map_length : map_length + z_length]
+    scales = payload[map_length + z_length : start]
+    y = payload[start:]
     coded = CodedImage(width, height, index, y, z, fingerprint, SideInfo(scales, symbols_crc))
     if flags & MAP:
         coded = replace(coded, offsets=_unpack_offsets(payload[_MAP_LENGTH.size : map_length], coded))
@@ -112,7 +117,8 @@ def pack_offsets(offsets: bytes) -> bytes:
 
 
 def _unpack_offsets(packed: bytes, coded: CodedImage) -> bytes:
-    count, decompressor = math.prod(coded.shape), zlib.decompressobj()
+    count = math.prod(coded.shape)
+    decompressor = zlib.decompressobj()
     try:
         offsets = decompressor.decompress(packed, count + 1)
     except zlib.error:

@@ -28,7 +28,8 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
         raise ValueError(f"decode takes the bytes of a file, not {data!r}: Path(...).read_bytes()")
     coded = data if isinstance(data, CodedImage) else unpack(bytes(data), max_pixels)
     if coded.fingerprint != model.fingerprint:
-        theirs, ours = coded.fingerprint.hex(), model.fingerprint.hex()
+        theirs = coded.fingerprint.hex()
+        ours = model.fingerprint.hex()
         raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")
     if (coded.index is None) == isinstance(model, VariableRate):
         raise BitstreamError("encoded with weights of another kind (fixed-rate or variable-rate)")

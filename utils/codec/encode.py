@@ -55,7 +55,8 @@ class Refinement:
     @property
     def gain(self) -> float:
         """Gain in PSNR, dB."""
-        before, after = self.before.psnr, self.after.psnr
+        before = self.before.psnr
+        after = self.after.psnr
         return 0.0 if before == after else after - before  # both may be infinite
 
 
@@ -113,7 +114,8 @@ def encode(
         raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)
     analyzed = AnalyzedImage(model, image, request.quality_map, request.nearest)
-    target, controller = request.target(analyzed.pixels), RateController(analyzed)
+    target = request.target(analyzed.pixels)
+    controller = RateController(analyzed)
     if target is None:
         trial = analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
         data = analyzed.write(trial)
@@ -126,12 +128,16 @@ def encode(
             trial = error.smallest  # refined, it may be smaller
             data = analyzed.write(trial)
     seconds = clock(image.device) - start
-    index, refinement = trial.index, None
+    index = trial.index
+    refinement = None
     if request.refinement.steps:
         kept = Target(trial.bits) if request.keep_rate else target
         refinement = _refine(analyzed, trial, data, image, request.refinement, kept, on_step)
-        data, index, target = refinement.after.data, refinement.after.index, kept
-    error, note = None, ""
+        data = refinement.after.data
+        index = refinement.after.index
+        target = kept
+    error = None
+    note = ""
     if target is not None:
         if not target.allows(8 * len(data)):
             raise UnreachableError(replace(trial, bits=8.0 * len(data)))
@@ -145,7 +151,9 @@ def _refine(
     target: Target | None, on_step: Callable[[Step], None] | None,
 ) -> Refinement:
     """Refine a trial encode and keep the best file, each candidate really decoded and measured."""
-    model, pixels, start = analyzed.model, analyzed.pixels, clock(image.device)
+    model = analyzed.model
+    pixels = analyzed.pixels
+    start = clock(image.device)
     weights = analyzed.distortion_weights(trial.index)
 
     def measure(data: bytes, index: float) -> MeasuredFile:
@@ -170,7 +178,8 @@ def _refine(
     for candidate, step in candidates:
         found = measure(analyzed.write(candidate), candidate.index)
         if rank(found) < rank(best):
-            best, chosen = found, step.number
+            best = found
+            chosen = step.number
     change = loss(best) / loss(before) - 1
     return Refinement(before, best, steps, chosen, change, clock(image.device) - start)
 

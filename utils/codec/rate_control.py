@@ -86,7 +86,8 @@ class RateController:
             allowed = target.allows(trial.bits)
             return not allowed, target.distance(trial.bits) if allowed else trial.bits
 
-        best, sizes = (trial, data), [trial.bits]
+        best = (trial, data)
+        sizes = [trial.bits]
         for index in np.linspace(0, MAX_INDEX, SEARCHED).tolist():
             trial = self.try_index(index)
             data = self.image.write(trial)  # which makes its bits exact

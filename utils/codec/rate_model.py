@@ -93,9 +93,11 @@ class RateCurve:
         if len(at) == 1:
             return measured + self.shape_at(x) - self.shape_at(at)
         # Interpolate along the shape where it rises, which stretches its slope of one; else along the index.
-        along, unit = self.shape, 1.0
+        along = self.shape
+        unit = 1.0
         if not (np.diff(self.shape) > 0).all():
-            along, unit = GRID, (measured[-1] - measured[0]) / (at[-1] - at[0])
+            along = GRID
+            unit = (measured[-1] - measured[0]) / (at[-1] - at[0])
         known, here = np.interp(at, GRID, along), np.interp(x, GRID, along)
         result = np.interp(here, known, measured)
         for end, inner, beyond in ((0, 1, x < at[0]), (-1, -2, x > at[-1])):
@@ -132,7 +134,9 @@ class RateModel:
     @torch.no_grad()
     def __init__(self, model: VariableRate, y: Tensor, quality_map: QualityMap | None = None) -> None:
         self.quality_map = quality_map
-        self.mask, self.gaussian, self.y = model.modnet_ga.mask, model.gaussian_conditional, y
+        self.mask = model.modnet_ga.mask
+        self.gaussian = model.gaussian_conditional
+        self.y = y
         self.rows = latent_rows(y.shape[3])
         self._content = list(content_bands(self.mask, y, self.rows)) if y.shape[2] <= self.rows else None
 
@@ -187,16 +191,19 @@ class RateModel:
             rows: of the scale table that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
                 be anything below it: its latents are taken as dead.
         """
-        points, cells = np.append(GRID, index), None
+        points = np.append(GRID, index)
+        cells = None
         if self.quality_map:
             points = self.quality_map.indexes(points)  # [22, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
         *rates, own = self.mask.rate(torch.from_numpy(points).flatten().float()).view(len(points), -1)  # [K · M] each
-        table, shape = EntropyTable(self.gaussian.scale_table), np.zeros(len(GRID))
+        table = EntropyTable(self.gaussian.scale_table)
+        shape = np.zeros(len(GRID))
         for here, content in self.content():
             rows_here = rows[:, :, here].to(content.device).int().flatten()
             alive = rows_here.nonzero().flatten()
-            values, places = content.flatten()[alive], content[0, 0].numel()
+            values = content.flatten()[alive]
+            places = content[0, 0].numel()
             which = alive // places
             if cells is not None:
                 which += self.y.shape[1] * cells[here].flatten()[alive % places]

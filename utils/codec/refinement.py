@@ -30,7 +30,9 @@ from utils.metrics import bits, rate_distortion
 TOLERANCE = 3e-3  # relative distance from a target's rate that refined latents may have
 # A PI controller keeps the rate. ln of the rate's weight grows by these gains times the relative excess of the rate and
 # times its rise, at most by MAX_CHANGE a step, and stays within ±MAX_LOG_WEIGHT.
-GAINS, MAX_CHANGE, MAX_LOG_WEIGHT = (20.0, 80.0), 1.0, 6.0
+GAINS = (20.0, 80.0)
+MAX_CHANGE = 1.0
+MAX_LOG_WEIGHT = 6.0
 # Latents under that control must respond to it: less momentum, and shorter steps that do not end at zero.
 BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
 CONTROLLED_STEP, CONTROLLED_LAST_STEP = 0.6, 0.25  # in units of the learning rate, and of the first step
@@ -126,7 +128,8 @@ def refine(
     """
     constraint = None if target is None else RateConstraint.of_target(target, start, image.pixels)
     steps, best, best_latents, last_latents = descend(image, start, settings, constraint, on_step)
-    candidates, last = [], steps[-1]
+    candidates = []
+    last = steps[-1]
     with contextlib.suppress(ValueError):  # latents that cannot be coded
         if best.number:
             candidates.append((image.quantize_latents(start.index, *best_latents), best))
@@ -153,8 +156,10 @@ def descend(
     Raises:
         ValueError: the loss is not finite.
     """
-    model, tiles = image.model, cut_tiles(image.height, image.width)
-    lmbda, device = index_to_lambda(start.index, model.metric), image.image.device
+    model = image.model
+    tiles = cut_tiles(image.height, image.width)
+    lmbda = index_to_lambda(start.index, model.metric)
+    device = image.image.device
     y, z = image.latents(start.index)
     step_size = settings.learning_rate or METHODS[settings.method].learning_rate
     step_size *= CONTROLLED_STEP if constraint else 1
@@ -165,7 +170,10 @@ def descend(
         optimizer = torch.optim.Adam([y, z], step_size, betas=CONTROLLED_BETAS if constraint else BETAS)
     group = optimizer.param_groups[0]
     steps: list[Step] = []
-    best, best_latents, overhead, log_weight = None, (y, z), 0.0, 0.0
+    best = None
+    best_latents = (y, z)
+    overhead = 0.0
+    log_weight = 0.0
 
     def rank(step: Step) -> tuple[float, float]:
         return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
@@ -191,7 +199,8 @@ def descend(
                 break
             steps.append(step)
             if best is None or rank(step) < rank(best):
-                best, best_latents = step, (y.clone(), z.clone())
+                best = step
+                best_latents = (y.clone(), z.clone())
             if on_step:
                 on_step(step)
             rise = step.loss - steps[-2].loss if number else math.inf
@@ -217,11 +226,13 @@ def _differentiate(
     Returns:
         The bits of the tile's symbols by their likelihoods, and its share of the picture's MSE and D.
     """
-    model, device = image.model, image.image.device
+    model = image.model
+    device = image.image.device
     pairs = tuple(zip(latents, UNITS, strict=True))
     parts = [latent[tile.outer(unit)].detach().requires_grad_() for latent, unit in pairs]
     lmbda = torch.tensor([index_to_lambda(index, model.metric)], device=device)
-    places, weights = image.rate_model.index_of_places(index), None
+    places = image.rate_model.index_of_places(index)
+    weights = None
     if image.quality_map is not None:
         places = places[tile.outer(UNITS[0])]
         weights = tile.inside(pixel_weights(places, lmbda, model.metric))
@@ -261,7 +272,8 @@ def _training_latents(model: Codec, pixels: int, seed: int, device: torch.device
     """Gradients of latents alone, in bounded memory, with random numbers of a seed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    before, model.checkpointing = model.checkpointing, pixels >= CHECKPOINTING_PIXELS
+    before = model.checkpointing
+    model.checkpointing = pixels >= CHECKPOINTING_PIXELS
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)

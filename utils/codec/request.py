@@ -189,7 +189,8 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
 
 def check_map_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with the parser's error where the arguments of `add_map_arguments` do not make a region and its index."""
-    region, rate = args.mask or args.roi, (args.mask_index, args.mask_weight)
+    region = args.mask or args.roi
+    rate = (args.mask_index, args.mask_weight)
     if bool(region) != (rate != (None, None)):
         parser.error("a region needs --mask or --roi, and --mask-index or --mask-weight")
     if args.mask_index is not None and not 0 <= args.mask_index <= MAX_INDEX:

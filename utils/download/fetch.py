@@ -166,7 +166,9 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.title, self.action, self.fields = "", "", {}
+        self.title = ""
+        self.action = ""
+        self.fields = {}
         self._text: list[str] = []
         self.feed(text)
 

@@ -106,7 +106,8 @@ def delta_quality(anchor: Curve, test: Curve, method: str = "akima") -> Delta:
 def _delta(function: Callable, axis: int, what: str, anchor: Curve, test: Curve, method: str) -> Delta:
     if (fewest := min(len(anchor), len(test))) < MIN_POINTS:
         return Delta(None, reason=f"a curve has {fewest} rising points, {MIN_POINTS} are needed")
-    low, high = max(anchor[0][axis], test[0][axis]), min(anchor[-1][axis], test[-1][axis])
+    low = max(anchor[0][axis], test[0][axis])
+    high = min(anchor[-1][axis], test[-1][axis])
     if high <= low:
         return Delta(None, reason=f"no {what} in common")
     overlap = (high - low) / min(curve[-1][axis] - curve[0][axis] for curve in (anchor, test))

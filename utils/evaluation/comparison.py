@@ -115,7 +115,8 @@ def read_codecs(file: str) -> list[dict]:
 
 def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
     """Add a codec, and the name of where it comes from where its own is taken. Says so where it has other pictures."""
-    taken, number = {other["name"] for other in codecs}, 1
+    taken = {other["name"] for other in codecs}
+    number = 1
     name = codec["name"]
     while name in taken:
         name = f"{codec['name']} ({source}{f', {number}' if number > 1 else ''})"

@@ -40,7 +40,8 @@ def for_each(
             ValueError: sides or latents that the file format cannot hold, or no room in memory.
         names: short names of the pictures (default: those that are short among `paths`).
     """
-    names, failed = names or short_names(paths), set()
+    names = names or short_names(paths)
+    failed = set()
     for path, image in read_images(paths):
         for job in jobs:
             result = None
@@ -71,7 +72,8 @@ def measure_all(
     Raises:
         UserError: another process has ended.
     """
-    mine, number = context.share(paths), len(jobs)
+    mine = context.share(paths)
+    number = len(jobs)
     each = for_each(mine, jobs, device, work, short_names(paths))
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
     values = [value for _, _, value in bar]

@@ -37,7 +37,8 @@ class Study:
 
     def fit(self, name: str) -> tuple[float, float]:
         """Least squares of bits against a model: slope (one, if it holds) and R²; NaN where either is constant."""
-        x, y = self.models[name], self.bits
+        x = self.models[name]
+        y = self.bits
         if np.ptp(x) < 1 or np.ptp(y) < 1:  # bits
             return math.nan, math.nan
         slope, offset = np.polyfit(x, y, 1)
@@ -112,7 +113,8 @@ def draw(studies: list[Study]) -> Figure:
     *scatters, curves = figure.subplots(1, 3)
     for axes, (name, text) in zip(scatters, MODELS.items(), strict=True):
         for s in studies:
-            x, y = s.predict(name) - s.bits[FIRST], s.bits - s.bits[FIRST]
+            x = s.predict(name) - s.bits[FIRST]
+            y = s.bits - s.bits[FIRST]
             axes.plot(x / s.pixels, y / s.pixels, ".", markersize=4, alpha=0.7)
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1, label="slope 1")

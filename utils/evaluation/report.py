@@ -57,7 +57,8 @@ def make_viewers(
         codecs: of anchors.CODECS, those that were measured.
         map_of: the map of a picture of a height and width.
     """
-    names, found = short_names(paths), []
+    names = short_names(paths)
+    found = []
     indexes = {row["index"] for row in whole["images"]}
     index = None if None in indexes else min(indexes, key=lambda i: abs(i - SHOWN_INDEX))
     rows = {codec["name"]: codec["images"] for codec in whole["compared"] if "images" in codec}
@@ -207,7 +208,8 @@ def _lambda(codec: dict, point: Point) -> float | None:
 
 
 def _side_by_side(summary: dict) -> Section:
-    codecs, lambdas = summary["codecs"], summary["lambdas"]
+    codecs = summary["codecs"]
+    lambdas = summary["lambdas"]
     columns = [Column("codec"), *(Column(f"λ = {value:g}", 3) for value in lambdas), Column("mean", 4)]
     rows = [[c["name"], *(c["least_loss"] or [None] * len(lambdas)), c["mean_loss"]] for c in codecs]
     loss = Table("Least R-D loss λ · D + bpp over the rates of each codec, at each λ, and its mean", columns, rows)
@@ -216,13 +218,15 @@ def _side_by_side(summary: dict) -> Section:
     rows = []
     for codec in codecs[1:]:
         for metric, title in QUALITIES.items():
-            rate, quality = codec[f"bd_{metric}"]["rate"], codec[f"bd_{metric}"]["quality"]
+            rate = codec[f"bd_{metric}"]["rate"]
+            quality = codec[f"bd_{metric}"]["quality"]
             low, high = rate.get("common") or (None, None)
             overlap = 100 * rate["overlap"] if rate.get("overlap") else None
             rows.append([codec["name"], title, rate["value"], quality["value"], low, high, overlap, rate["reason"]])
     first = codecs[0]["name"]
     if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+        columns = columns[:-1]
+        rows = [row[:-1] for row in rows]
     caption = f"Bjøntegaard deltas of {first}; a negative rate: fewer bits than the other codec at equal quality"
     bd = Table(caption, columns, rows)
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"

@@ -82,7 +82,8 @@ class Table:
     """
 
     def __init__(self, title: str, width: int, *columns: Column) -> None:
-        self.width, self.columns = width, columns
+        self.width = width
+        self.columns = columns
         self.header = f"{title:<{width}} " + " ".join(f"{column.title:>{column.width}}" for column in columns)
         self.rule = "-" * len(self.header)
 

@@ -56,7 +56,8 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
     if cicp and len(cicp) != 4:
         note("its chunk cICP is broken and was ignored")
     elif cicp:
-        primaries, transfer = PRIMARIES.get(cicp[0]), TRANSFERS.get(cicp[1])
+        primaries = PRIMARIES.get(cicp[0])
+        transfer = TRANSFERS.get(cicp[1])
         if primaries is not None and transfer is not None:
             rgb = _plain(image)
             return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)

@@ -108,7 +108,8 @@ def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.nda
         if width * height > max_pixels:
             raise ImageError(f"{width}×{height} is more than {max_pixels / 1e6:.0f} megapixels")
         image.load()
-        frames, orientation = _frames(image), _orientation(image, note)
+        frames = _frames(image)
+        orientation = _orientation(image, note)
         opaque = _blend(image, data, background, note)
     if frames > 1:
         note(f"the first of {frames} frames is used")
@@ -136,7 +137,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     tags = getattr(image, "tag_v2", {})
     samples = np.asarray(image)
-    lowest, highest = samples.min(), samples.max()
+    lowest = samples.min()
+    highest = samples.max()
     if not np.isfinite([lowest, highest]).all():  # a NaN anywhere makes both NaN
         raise ImageError("it has samples that are not numbers")
     largest = 1 if image.mode == "F" else 65535
@@ -181,10 +183,12 @@ def without_metadata(data: bytes, dropped: Collection[bytes] = ()) -> bytes:
         kept = _PNG_KEPT - set(dropped)
         return data[:8] + b"".join(data[start:end] for kind, start, end in png_chunks(data) if kind in kept)
     if data.startswith(b"\xff\xd8"):
-        kept, at = [data[:2]], 2
+        kept = [data[:2]]
+        at = 2
         while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the scan
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-            marker, profile = data[at + 1], data[at + 4 : at + 15] == b"ICC_PROFILE"
+            marker = data[at + 1]
+            profile = data[at + 4 : at + 15] == b"ICC_PROFILE"
             if not (0xE1 <= marker <= 0xEF and marker != 0xEE or marker == 0xFE) or profile:  # 0xEE is Adobe's color
                 kept.append(data[at:end])
             at = end

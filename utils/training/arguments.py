@@ -91,7 +91,8 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
             raise cli.UserError(f"--{name.replace('_', '-')} takes one number or two")
         setattr(args, name, (sides[0], sides[-1]))
     for name in ("patch_size", "last_patch_size", "val_size"):
-        sides, flag = getattr(args, name), "--" + name.replace("_", "-")
+        sides = getattr(args, name)
+        flag = "--" + name.replace("_", "-")
         for side in sides if isinstance(sides, tuple) else [sides]:
             if side <= 0 or side % STRIDE:
                 raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")

@@ -87,7 +87,8 @@ def _fold(values: Tensor) -> Tensor:
 
 def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tensor:
     """Coding tables of these probabilities `[levels, 2K + 1]`, as long as the present ones; others are escaped."""
-    middle, halves = probabilities.shape[1] // 2, -gaussian.offset.cpu()
+    middle = probabilities.shape[1] // 2
+    halves = -gaussian.offset.cpu()
     longest = 2 * int(halves.max()) + 1
     rows = torch.zeros(len(halves), longest, dtype=torch.float64)
     for row, source, half in zip(rows, probabilities, halves.tolist(), strict=True):

@@ -42,7 +42,8 @@ class LatentMapObjective(FixedRateObjective):
     def _errors(self, model: TCM_Mapped, x: Tensor) -> list[Tensor]:
         """MSE of the round trip against y_high, of the map against y_low, and of y_high against y_low."""
         with torch.no_grad():
-            y_high, y_low = model.g_a(x), self.low.g_a(x)
+            y_high = model.g_a(x)
+            y_low = self.low.g_a(x)
         mapped, _ = model.map.g_a(y_high)
         back, _ = model.map.g_s(mapped)
         pairs = ((back, y_high), (mapped, y_low), (y_high, y_low))

@@ -34,7 +34,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: Codec, metric: str = "mse") -> None:
         super().__init__()
-        self.model, self.metric = model, metric
+        self.model = model
+        self.metric = metric
         self.autocast: torch.dtype | None = None
         self.balance = self.map_share = 0.0
         self.frozen: list[nn.Module] = []  # these stay in evaluation mode, without drop-path in their latents
@@ -51,7 +52,8 @@ class Objective(nn.Module):
             `total`, which has the gradients, and scalars to log: `loss` and others.
         """
         index = places = self.index(rate_uniform)
-        lmbda, weights = self.lambdas(index, x), None
+        lmbda = self.lambdas(index, x)
+        weights = None
         if self.map_share:
             places = draw_maps(index, rate_uniform, *x.shape[2:], self.map_share)
             weights = pixel_weights(places, lmbda, self.metric)
@@ -142,7 +144,8 @@ class EntropyObjective(Objective):
 
     def __init__(self, rates: Objective, kept: int, batch: int = 1) -> None:
         super().__init__(rates.model, rates.metric)
-        self.repeat, self.indexes = -(-kept // batch) * batch, rates.indexes
+        self.repeat = -(-kept // batch) * batch
+        self.indexes = rates.indexes
         self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
         self.index, self.lambdas = rates.index, rates.lambdas
         self.model.requires_grad_(False)

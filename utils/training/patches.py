@@ -76,7 +76,10 @@ class PatchDataset(Dataset):
     def __init__(
         self, paths: Sequence[Path], size: tuple[int, int], seed: int, repeat: int = 0, cache: dict | None = None
     ) -> None:
-        self.paths, self.size, self.seed, self.repeat = list(paths), size, seed, repeat
+        self.paths = list(paths)
+        self.size = size
+        self.seed = seed
+        self.repeat = repeat
         self.cache: dict[int, Tensor | str] = cache or {}
         self._pass = (-1, np.empty(0, np.int64))
 
@@ -88,7 +91,8 @@ class PatchDataset(Dataset):
         """
         lap, key = divmod(position, self.repeat) if self.repeat else (0, position)
         random = np.random.default_rng((self.seed, key))
-        number, unusable = self._number(key), []
+        number = self._number(key)
+        unusable = []
         for _ in range(MAX_UNREADABLE):
             path = self.paths[number]
             image = usable(self.cache[number] if number in self.cache else read(path), path, self.size)

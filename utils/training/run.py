@@ -41,7 +41,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)  # an error here comes before any work
     torch.manual_seed(args.seed)
     choose_kernels_for_training()
-    size, quiet = args.patch_size, not context.is_main
+    size = args.patch_size
+    quiet = not context.is_main
     state = read_run(folder) if args.resume else None
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
@@ -52,7 +53,8 @@ def train(
 
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
-    gigabytes, cache = decoded_gigabytes(paths), None
+    gigabytes = decoded_gigabytes(paths)
+    cache = None
     copies = local_processes() if context.device.type == "cpu" else 1  # each process has its own
     if copies * gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)

@@ -70,10 +70,15 @@ def learning_rate(progress: Progress, settings: Settings) -> float:
     used = min(1.0, budget_used(progress, settings))
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup))
     if settings.schedule == "cosine":
-        begin, high, low = 0.0, 1.0, LAST_PART_RATE if settings.last_share else 0.0
+        begin = 0.0
+        high = 1.0
+        low = LAST_PART_RATE if settings.last_share else 0.0
         end = 1 - settings.last_share
         if settings.last_share and used >= end:
-            begin, end, high, low = end, 1.0, low, 0.0
+            begin = end
+            end = 1.0
+            high = low
+            low = 0.0
         fall = 0.5 * (1 - math.cos(math.pi * (used - begin) / (end - begin)))
         return settings.learning_rate * warm * (high + (low - high) * fall)
     passed = sum(used >= milestone for milestone in settings.milestones)

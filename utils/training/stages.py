@@ -24,11 +24,13 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise cli.UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
-        model, history = cls(**state["arguments"]), []
+        model = cls(**state["arguments"])
+        history = []
     elif args.checkpoint is None:
         changes = {"N": args.N} if args.N else {}
         try:
-            model, history = from_preset(args.preset, variable=not args.lmbda, **changes), []
+            model = from_preset(args.preset, variable=not args.lmbda, **changes)
+            history = []
         except (ValueError, TypeError) as error:
             raise cli.UserError(f"--preset {args.preset}: {error}") from None
     else:
@@ -40,7 +42,8 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         weights = start.state_dict()
         if args.lmbda:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
-        model, history = of_kind(kind)(**start.arguments), checkpoint.get("training", [])
+        model = of_kind(kind)(**start.arguments)
+        history = checkpoint.get("training", [])
         model.load_state_dict(weights)
         if "metric" in checkpoint and start.metric != args.type and not quiet:
             cli.print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")

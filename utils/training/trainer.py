@@ -50,7 +50,10 @@ def make_optimizers(model: Codec, settings: Settings) -> dict[str, torch.optim.A
     CompressAI's net_aux_optimizer does not fit, as it has no groups: the density of z starts 10 wide, and Adam moves
     a weight by the learning rate per step, so that at the networks' rate z would cost 3 bits per symbol for long.
     """
-    networks, transforms, density, quantiles = [], [], [], []
+    networks = []
+    transforms = []
+    density = []
+    quantiles = []
     slow = set(model.transform_parameters())
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -83,11 +86,18 @@ class Trainer:
         self, objective: Objective, dataset: PatchDataset, workers: int, validation: Sequence[Tensor], folder: Path,
         settings: Settings, context: DistContext, history: Sequence[dict] = (),
     ) -> None:
-        self.objective, self.model = objective, objective.model
-        self.dataset, self.workers, self.validation = dataset, workers, validation
-        self.folder, self.settings, self.context, self.history = folder, settings, context, list(history)
+        self.objective = objective
+        self.model = objective.model
+        self.dataset = dataset
+        self.workers = workers
+        self.validation = validation
+        self.folder = folder
+        self.settings = settings
+        self.context = context
+        self.history = list(history)
         self.device = context.device
-        self.progress, self.finished = Progress(), False  # whether the weights for use are those of the last step
+        self.progress = Progress()
+        self.finished = False  # whether the weights for use are those of the last step
         self.ema = ExponentialMovingAverage(self.model)
         self.optimizers = make_optimizers(self.model, settings)
         groups = self.optimizers["net"].param_groups
@@ -132,7 +142,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_max_norm or math.inf)
         self.prefetched = self.next_batch()  # while a GPU is still busy with the step
         logged = {**out, "gradient norm": norm}
-        seconds, self.lap = time.monotonic() - self.lap, time.monotonic()
+        seconds = time.monotonic() - self.lap
+        self.lap = time.monotonic()
         means = torch.stack([value.detach().float() for value in logged.values()])
         numbers, (seconds, waiting, stop) = self.context.exchange(means, seconds, self.data_seconds, float(self.stop))
         finite = bool(np.isfinite(numbers).all())
@@ -159,11 +170,14 @@ class Trainer:
     def _begin_last_part(self) -> None:
         """Go on with the patches of the last part, its maps, and the published loss."""
         settings = self.settings
-        self.last_part, self.batch_size = True, settings.last_batch_size
-        self.objective.balance, self.objective.map_share = 0.0, settings.map_share
+        self.last_part = True
+        self.batch_size = settings.last_batch_size
+        self.objective.balance = 0.0
+        self.objective.map_share = settings.map_share
         self.batches.close()
         del self.batches
-        self.prefetched, self.dataset = None, self.dataset.of_size(settings.last_patch_size)
+        self.prefetched = None
+        self.dataset = self.dataset.of_size(settings.last_patch_size)
 
     def ema_decay(self) -> float:
         """Rises from zero at the first step, as a constant decay would keep the first weights for long."""
@@ -195,7 +209,8 @@ class Trainer:
     def noise(self, seeds: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Uniform noise in ±½ for y and z of each sample."""
         generator = torch.Generator(self.device)
-        shapes, samples = self.model.noise_shapes(*size), []
+        shapes = self.model.noise_shapes(*size)
+        samples = []
         for seed in seeds:
             generator.manual_seed(seed)
             samples.append([torch.rand(shape, generator=generator, device=self.device) for shape in shapes])
@@ -233,7 +248,8 @@ class Trainer:
 
     def _run(self) -> None:
         self.lap = time.monotonic()
-        bar_format, hidden = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}", None if self.context.is_main else True
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = None if self.context.is_main else True
         next_save = self.progress.seconds / 60 + self.settings.save_minutes
         next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
         with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
@@ -389,7 +405,8 @@ class Trainer:
         Raises:
             UserError: it is of another stage.
         """
-        theirs, ours = state["objective"], self.objective.describe()
+        theirs = state["objective"]
+        ours = self.objective.describe()
         if theirs != ours:
             raise cli.UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
         for name, value in asdict(self.settings).items():

@@ -50,7 +50,9 @@ def hierarchy(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor], l
         columns `[4 · below, k]` with k up to a width; and the energy that each loses.
     """
     color = x.mean((0, 2, 3))
-    levels, bases, lost = [x - color.view(1, 3, 1, 1)], [], []
+    levels = [x - color.view(1, 3, 1, 1)]
+    bases = []
+    lost = []
     for width in widths:
         blocks = F.pixel_unshuffle(levels[-1], 2)
         bases.append(klt(blocks, width))
@@ -66,7 +68,8 @@ def rounded_latents(model: Codec, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(model, VariableRate):
         return y.round(), torch.ones(len(y), 1, 1)
-    index, mask = torch.linspace(0, MAX_INDEX, len(y)), model.modnet_ga.mask
+    index = torch.linspace(0, MAX_INDEX, len(y))
+    mask = model.modnet_ga.mask
     m = mask.log_m(mask.rate(index), torch.zeros(1))[:, : y.shape[1]].exp()
     weights = index_to_lambda(index).view(-1, 1, 1)
     return (y * m).round() / m, weights / weights.mean()

@@ -24,14 +24,16 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     colors = color.repeat_interleave(CELL**2)
 
     first, last = (layer for layer in model.g_a if isinstance(layer, nn.Conv2d))
-    k, K = fine_basis.shape[1], basis.shape[1]
+    k = fine_basis.shape[1]
+    K = basis.shape[1]
     first.weight[:k] = (gain[:, None] * fine_basis.T)[:, :, None, None]
     first.bias[:k] = -gain * (fine_basis.T @ colors)
     zero(last)  # of its 3×3 taps the four lower right ones see a block of 2×2
     last.weight[:K, :k, 1:, 1:] = scale * basis.T.view(K, k, 2, 2) / gain.view(1, -1, 1, 1)
 
     up, out = (layer for layer in model.g_s if isinstance(layer, nn.Conv2d))
-    back, out_of_fine = basis[:, :, None, None] / scale, fine_basis[:, :, None, None]
+    back = basis[:, :, None, None] / scale
+    out_of_fine = fine_basis[:, :, None, None]
     if wiener:
         u, weights = rounded_latents(model, y)
         back = least_squares(u, blocks, back, weights)

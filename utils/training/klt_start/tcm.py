@@ -36,7 +36,8 @@ def _write_analysis(model: TCM, bases: list[Tensor], levels: list[Tensor], color
     """KLT in the four lower right taps: of a 3×3 convolution of stride 2 and padding 1 they see one 2×2 block."""
     strided = [layer for layer in model.g_a if isinstance(layer, ResidualBlockWithStride)] + [model.g_a[-1]]
     for stage, (layer, basis) in enumerate(zip(strided, bases, strict=True)):
-        below, k = basis.shape[0] // 4, basis.shape[1]
+        below = basis.shape[0] // 4
+        k = basis.shape[1]
         taps = basis.T.view(k, below, 2, 2)
         last = layer is model.g_a[-1]
         conv = layer if last else layer.conv1
