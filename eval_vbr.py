@@ -4,7 +4,7 @@
     python eval_vbr.py -d kodak --real                   # from real files: encode, decode, count the bytes
     python eval_vbr.py -d kodak --anchors --json rd.json --report report    # beside JPEG, WebP, AVIF …, as a page to look at
     python eval_vbr.py -d kodak -l 0 2.5 5 --checkpoint vbr_models/tcm_vbr_published.pth.tar --save out
-    python eval_vbr.py -d kodak --checkpoint vbr.pth.tar tcm/*/model.pth.tar   # one variable-rate model against TCMs of one rate
+    python eval_vbr.py -d kodak --checkpoint vbr.pth.tar tcm/*/model.pth.tar   # one variable-rate model against those of one rate
     python eval_vbr.py --compare a.json b.json --report report              # nothing is measured
     python eval_vbr.py -d kodak --rate-model rate.png    # does R = Σ log2 m + C hold? A plot and a table
 
@@ -147,9 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     for file, model in zip(files, models, strict=True):
         variable = isinstance(model, VariableRate)
         if args.index and not variable:
-            raise cli.UserError(f"{file}: a fixed-rate TCM has no rate index; leave out -l")
+            raise cli.UserError(f"{file}: fixed-rate weights have no rate index; leave out -l")
         if (args.mask or args.roi) and not variable:
-            raise cli.UserError(f"{file}: a fixed-rate TCM knows no regions; leave out --mask and --roi")
+            raise cli.UserError(f"{file}: fixed-rate weights know no regions; leave out --mask and --roi")
         if context.is_main:
             cli.print_weights(file)
         model.prepare()

@@ -9,7 +9,7 @@
     python train_vbr.py -d photos/train --stage lae --checkpoint bmshj2018-hyperprior-3.pth.tar -lr 1e-3 --max-minutes 20  # LAEs for CompressAI's weights
     python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
 
-Starts from a transform codec in closed form (utils/training/klt_start.py), from random weights, from a TCM (the LAEs at
+Starts from a transform codec in closed form (utils/training/klt_start/), from random weights, from a TCM (the LAEs at
 identity), or from a TCM_VBR. The learning rate ends with the budget, so choose the budget first. Watch with
 `tensorboard --logdir runs`.
 """

@@ -489,7 +489,10 @@ class Codec(CompressionModel):
 
     @property
     def fingerprint(self) -> bytes:
-        """Eight bytes that identify the weights and coding tables, computed at the first use and after a change."""
+        """Eight bytes that identify the weights and coding tables, computed at the first use and after a change.
+
+        Changes through `.data` leave no trace: call `train()` or `update()` after them.
+        """
         state = _state_of(itertools.chain(self.parameters(), self.buffers()))
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
@@ -543,6 +546,6 @@ class Codec(CompressionModel):
         return model.eval()
 
 
-def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """What changes when one of the tensors is replaced, or changed in place."""
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """What changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -4,6 +4,7 @@ whose hyper-synthesis gives σ alone, and `mbt2018-mean` (https://arxiv.org/abs/
 Their entropy model is one slice whose μ and σ come from ẑ. A state dict of `compressai.zoo` loads as it is.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from models.codec import Codec, CodecConfig
 from models.lae import VariableRate
-from models.large.bands import Recomputed
+from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv
 
 __all__ = ["Hyperprior", "HyperpriorConfig", "Hyperprior_VBR"]
@@ -59,11 +60,16 @@ class HyperpriorConfig(CodecConfig):
             raise ValueError(f"these are not the weights of a hyperprior model (no {error.args[0]})") from None
 
 
-class _OfMagnitudes(nn.Sequential):
-    """Layers that see |y|."""
+class Magnitude(nn.Module):
+    """|y|."""
 
     def forward(self, y: Tensor) -> Tensor:
-        return super().forward(y.abs())
+        return y.abs()
+
+
+@footprint.register
+def _(layer: Magnitude) -> Footprint:
+    return Footprint(0, 1)
 
 
 def _down(C: int, D: int, make: Callable[..., nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
@@ -90,7 +96,8 @@ class Hyperprior(Codec):
         )
         bend = nn.LeakyReLU if means else nn.ReLU
         h_a = nn.Conv2d(M, N, 3, padding=1), bend(), _down(N, N), bend(), _down(N, N)
-        self.h_a = nn.Sequential(*h_a) if means else _OfMagnitudes(*h_a)
+        names = {str(i): layer for i, layer in enumerate(h_a)}  # the zoo's, which begin after the magnitude
+        self.h_a = nn.Sequential(OrderedDict(names if means else {"magnitude": Magnitude()} | names))
         widths, last = ((M, 3 * M // 2, 2 * M), []) if means else ((N, N, M), [bend()])
         self.h_s = nn.Sequential(
             _up(N, widths[0]), bend(), _up(*widths[:2]), bend(), nn.Conv2d(*widths[1:], 3, padding=1), *last

@@ -66,6 +66,11 @@ def recognize(state_dict: dict) -> "type[Codec]":
     raise ValueError("; ".join(causes))
 
 
+def is_backbone(cls: "type[Codec]") -> bool:
+    """Whether a class has a fixed-rate and a variable-rate form."""
+    return cls.__name__.removesuffix("_VBR") in BACKBONES
+
+
 def fixed_rate(cls: "type[Codec]") -> "type[Codec]":
     """The fixed-rate codec of a class of either kind."""
     return model_class(cls.__name__.removesuffix("_VBR"))

@@ -108,6 +108,13 @@ def test_a_file_of_fine_tuned_weights_is_refused_by_the_others(tiny, made_tiny, 
             decode(model, data)
 
 
+def test_weights_that_point_elsewhere_are_others(tiny):
+    fingerprint = tiny.fingerprint
+    vector = torch.nn.utils.parameters_to_vector(tiny.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(vector + 1e-3, tiny.parameters())
+    assert tiny.fingerprint != fingerprint
+
+
 def test_a_change_without_a_trace_is_noticed_after_training(tiny):
     fingerprint = tiny.fingerprint
     tiny.train()

@@ -15,7 +15,7 @@ from models import Codec, VariableRate
 from models.lambdas import LADDERS
 from models.registry import model_class, recognize
 from models.state_dict import find_state_dict
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.files import BUNDLED, atomic_write, is_special
 
 __all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_model", "load_model", "read_checkpoint"]

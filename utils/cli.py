@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils.device import keep_freed_memory
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-
-class UserError(Exception):
-    """Something that the user can put right: one line that says what is wrong and names the file or the flag."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.large.memory import send
 from utils import cli
+from utils.errors import UserError
 
 T = TypeVar("T")
 ENVIRONMENT = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
@@ -43,11 +44,11 @@ class DistContext:
             return cls(found)
         if missing:
             told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set"
-            raise cli.UserError(f"{told}: start several processes with torchrun, or unset WORLD_SIZE")
+            raise UserError(f"{told}: start several processes with torchrun, or unset WORLD_SIZE")
         if found.type == "cuda":
             local = int(os.environ["LOCAL_RANK"])
             if local >= (count := torch.cuda.device_count()):
-                raise cli.UserError(f"process {local} of this machine has no GPU: there are {count}")
+                raise UserError(f"process {local} of this machine has no GPU: there are {count}")
             found = torch.device("cuda", local)
             torch.cuda.set_device(found)
         backend = "nccl" if found.type == "cuda" and not sharing else "gloo"
@@ -94,7 +95,7 @@ class DistContext:
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
-            raise cli.UserError("another process of this run has ended: nothing was written") from None
+            raise UserError("another process of this run has ended: nothing was written") from None
         return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def close(self) -> None:

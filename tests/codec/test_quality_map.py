@@ -64,6 +64,11 @@ def test_no_index_leaves_its_range(mask, rate):
         assert abs(indexes[found.weights == 1] - wanted).max() <= 1 / 16
 
 
+def test_a_mask_of_255_is_not_taken_for_one_of_1(mask):
+    with pytest.raises(ValueError, match=r"in \[0, 1\], not 0 to 255"):
+        QualityMap.from_mask(255 * mask, index=3.0)
+
+
 def test_a_gray_mask_has_a_region_too(mask):
     found = QualityMap.from_mask(0.4 * mask, index=5.0)
     assert (found.region == (mask > 0)).all() and found.indexes(0.0).tolist() == [0, 2]

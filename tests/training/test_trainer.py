@@ -322,24 +322,32 @@ def test_the_last_part_has_other_patches_and_a_resumed_run_is_the_same(checkpoin
     whole = train(tmp_path / "large", tmp_path / "whole", *more)
     assert seen == [((2, 3, 128, 128), 0.5, 0.0)] * 2 + [((1, 3, 256, 128), 0.0, 0.2)] * 2
     assert whole["progress"]["patches"] == 6
-    for last in (2, 3):  # the first of the last part, and one within it
+    for last in (2, 3, 4):  # the first of the last part, one within it, and none: only what follows is left
         def interrupted(self, last=last):
             if self.progress.step == last:
                 self.save()
                 raise KeyboardInterrupt
             return step(self)
 
-        monkeypatch.setattr(Trainer, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "large", tmp_path / f"{last}", *more)
-        monkeypatch.setattr(Trainer, "step", step)
+        def interrupted_at_the_end(self, last=False):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", interrupted)
+            patch.setattr(Trainer, "validate", interrupted_at_the_end)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "large", tmp_path / f"{last}", *more)
         parts = train(tmp_path / "large", tmp_path / f"{last}", *more, "--resume")
         assert same(whole["state_dict"], parts["state_dict"])
+        made, again = (read_checkpoint(tmp_path / name / "model.pth.tar") for name in ("whole", f"{last}"))
+        assert same(made["state_dict"], again["state_dict"])  # coding tables too
 
 
-def test_photographs_that_are_too_small_for_the_last_part_are_told(photos, checkpoint, tmp_path):
-    with pytest.raises(ImageError, match=r"smaller than a patch of 128×256"):
-        train(photos, tmp_path / "run", "--checkpoint", checkpoint, *LAST)
+def test_photographs_that_are_too_small_for_the_last_part_are_told_before_the_first(photos, checkpoint, tmp_path):
+    for more in ([], ["--cache-gb", 0, "-n", 1]):
+        with pytest.raises(ImageError, match=r"for the last part of the run; .*smaller than a patch of 128×256"):
+            train(photos, tmp_path / "run", "--checkpoint", checkpoint, *LAST, *more)
+    assert not (tmp_path / "run" / "last.pth.tar").exists()
 
 
 def test_epochs_are_passes_over_the_photographs(photos, checkpoint, tmp_path):

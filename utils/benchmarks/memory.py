@@ -20,6 +20,7 @@ from PIL import Image
 
 from utils import cli
 from utils.device import RESIDENT_UNIT
+from utils.errors import UserError
 from utils.files import BUNDLED
 from utils.pictures import find_images_or_samples, read_pixels
 
@@ -54,7 +55,7 @@ def run(*arguments: str) -> tuple[str, int]:
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = process.stderr.strip().splitlines() or [""]
     if process.returncode:
-        raise cli.UserError(f"codec_vbr.py {arguments[0]} ended with {process.returncode}: {lines[-1]}")
+        raise UserError(f"codec_vbr.py {arguments[0]} ended with {process.returncode}: {lines[-1]}")
     return lines[-1], int(process.stdout) * RESIDENT_UNIT
 
 

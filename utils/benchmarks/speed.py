@@ -20,6 +20,7 @@ from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.benchmarks.decoding import predict
 from utils.checkpoint import load_model
+from utils.errors import UserError
 from utils.images import pad
 
 
@@ -39,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.runs < 1:
-        raise cli.UserError("--runs must be at least 1")
+        raise UserError("--runs must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     measure(args)

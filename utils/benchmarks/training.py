@@ -19,6 +19,7 @@ from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset
 from utils.training.schedule import Settings
@@ -59,7 +60,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
-        raise cli.UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
+        raise UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
     torch.manual_seed(0)
     choose_kernels_for_training()
     with tempfile.TemporaryDirectory() as folder:

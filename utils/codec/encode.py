@@ -10,13 +10,13 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.coding.precision import without_autocast
 from models.lambdas import MAX_INDEX, index_to_lambda
-from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage, TrialEncode
 from utils.codec.decode import decode
 from utils.codec.rate_control import TARGET_TOLERANCE, RateController, UnreachableError
 from utils.codec.refinement import RateConstraint, Step, refine
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.device import clock, out_of_memory_as_value_error
+from utils.errors import UserError
 from utils.images import as_picture
 from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
 
@@ -109,7 +109,7 @@ def encode(
     model.check_precision()
     variable = isinstance(model, VariableRate)
     if request.needs_variable_rate and not variable:
-        raise UserError("fixed-rate weights (a TCM): targets, refinement and maps need variable-rate weights")
+        raise UserError("fixed-rate weights: targets, refinement and maps need variable-rate weights")
     if variable and request.index is None and not request.has_target:
         raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)

@@ -5,7 +5,9 @@ itself. So an index for each place is as good as one for all, and R = Σ log m +
 """
 
 import argparse
+import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
 from utils.images import pad
 from utils.metrics import psnr
-from utils.pictures import read_pixels
+from utils.pictures import ImageError, read_pixels
 
 CELL = 64  # pixels: the grid of a map is that of z
 LATENTS_PER_CELL, PIXELS_PER_LATENT = 4, 16
@@ -55,6 +57,8 @@ class QualityMap:
         Raises:
             ValueError: the mask is empty, or has one value everywhere.
         """
+        if not (mask.min() >= 0 and mask.max() <= 1):
+            raise ValueError(f"a mask has values in [0, 1], not {mask.min():g} to {mask.max():g}")
         if not mask.any():
             raise ValueError("the mask is empty: it is black everywhere")
         if np.ptp(mask) == 0:
@@ -117,29 +121,30 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     def note(text: str, once: bool = False) -> None:
         cli.print_note("mask", f"{path}: {text}", once=True)
 
-    pixels = read_pixels(path, background="black", max_pixels=max_pixels, note=note)
+    try:
+        data = Path(path).read_bytes()  # once, as it may be a pipe
+        pixels = read_pixels(data, background="black", max_pixels=max_pixels, note=note)
+    except (OSError, ImageError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error).removeprefix("standard input: ")
+        raise ImageError(f"{path}: {cause}") from None
     gray = pixels.mean(2, dtype=np.float32) / 255
     if np.ptp(pixels, axis=2).any():
         note("has colors; how bright they are counts, the mean of red, green and blue")
     brightest = float(gray.max())
     if brightest <= LARGEST_LABEL / 255:
-        labels = _labels(path)
-        if labels is None and brightest:
-            labels = gray
-        if labels is not None:
-            note(f"its brightest value is {labels.max():g}, a label rather than white: its range is stretched")
+        labels = 255 * gray if brightest else _sixteen_bits(data)
+        if labels.any():
+            note(f"its brightest value is {labels.max():.0f}, a label rather than white: its range is stretched")
             return (labels / labels.max()).astype(np.float32)
     elif brightest < 0.99:
         note(f"its brightest value is {255 * brightest:.0f} of 255, and so much of the region's index counts")
     return gray
 
 
-def _labels(path: str) -> np.ndarray | None:
-    """The values of a picture of one channel, whatever its depth; None for another picture, or where all are zero."""
-    with Image.open(path) as image:
-        values = np.asarray(image, np.float32)
-        gray = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
-    return values if gray and values.max() > 0 else None
+def _sixteen_bits(data: bytes) -> np.ndarray:
+    """The values of a picture of 16 bits, all of which are black in 8 bits."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image, np.float32) if image.mode.startswith("I") else np.zeros(1, np.float32)
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:

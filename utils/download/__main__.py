@@ -17,6 +17,7 @@ from utils import cli
 from utils.download.fetch import fetch, fetch_first, file_name
 from utils.download.sources import ARCHIVES, KODAK, KODAK_URL, WEIGHTS, WEIGHTS_NAME, Archive, Source
 from utils.download.unpack import check_pictures, unpack
+from utils.errors import UserError
 from utils.files import BUNDLED
 
 SETS = {
@@ -59,7 +60,7 @@ def download_archive(archive: Archive, folder: Path, base_url: str | None) -> No
     path = fetch_first(sources, folder.parent)
     try:
         unpack(path, archive, folder)
-    except cli.UserError:
+    except UserError:
         path.unlink()  # the same command downloads it again
         raise
     path.unlink()
@@ -74,7 +75,7 @@ def download_weights(folder: Path, base_url: str | None) -> None:
         read_checkpoint(path)
     except CheckpointError as error:
         path.unlink()
-        raise cli.UserError(f"{error}: what came is no checkpoint; nothing is kept") from None
+        raise UserError(f"{error}: what came is no checkpoint; nothing is kept") from None
 
 
 def main(argv: list[str] | None = None) -> None:

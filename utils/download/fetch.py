@@ -13,8 +13,9 @@ import pooch
 import requests
 from tqdm import tqdm
 
-from utils.cli import UserError, print_note
+from utils.cli import print_note
 from utils.download.sources import Source
+from utils.errors import UserError
 
 try:
     import fcntl
@@ -77,10 +78,13 @@ def resume(url: str, output_file: str, _: pooch.Pooch | None, part: Path) -> Non
 def _alone(part: Path) -> Iterator[Path]:
     """The unfinished file, or where another process writes to that, one of this process, which does not outlive it."""
     part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            if fcntl:
+            while fcntl:
+                file = stack.enter_context(part.open("ab"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                    break  # else another process has put it in place in between
         except BlockingIOError:
             own = part.with_name(f"{part.stem}.{os.getpid()}.part")
             try:

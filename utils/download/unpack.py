@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from utils.cli import UserError
 from utils.download.sources import Archive
+from utils.errors import UserError
 from utils.pictures import ImageError, find_images, read_pixels
 from utils.pictures.find import suffixes
 

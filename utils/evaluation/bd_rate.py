@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import bjontegaard
 
 from utils import cli
+from utils.errors import UserError
 from utils.evaluation.results import decibels
 from utils.files import read_json
 
@@ -45,7 +46,7 @@ def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
             points += points_of(read_json(file), metric)
         except (OSError, ValueError, KeyError, TypeError) as error:
             cause = f"no {metric}" if isinstance(error, KeyError) else error
-            raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+            raise UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
     return rising(points)
 
 
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         for bpp, quality in beaten:
             print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
     if (fewest := min(map(len, curves))) < MIN_POINTS:
-        raise cli.UserError(f"BD-rate needs {MIN_POINTS} rising points per curve; one has {fewest}")
+        raise UserError(f"BD-rate needs {MIN_POINTS} rising points per curve; one has {fewest}")
     print(summary(*curves, args.metric, args.method))
 
 

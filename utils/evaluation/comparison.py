@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from models.lambdas import LADDERS
 from utils import cli
+from utils.errors import UserError
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
 from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite, read_json
@@ -109,7 +110,7 @@ def read_codecs(file: str) -> list[dict]:
                 _ = row["image"], row["width"], row["height"], row["encode_seconds"], row["decode_seconds"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else error
-        raise cli.UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+        raise UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
     return codecs
 
 

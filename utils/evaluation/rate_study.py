@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from models import VariableRate
 from models.lambdas import MAX_INDEX, index_to_lambda
-from utils.cli import UserError
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
+from utils.errors import UserError
 from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import Column, Table
 from utils.files import atomic_write, finite, write_json

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
-from utils.cli import UserError
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
 from utils.codec.request import EncodeRequest
+from utils.errors import UserError
 from utils.evaluation import anchors, rate_study
 from utils.evaluation.comparison import Point, is_kodak, ms_ssim_decibels, points, published, weights_of
 from utils.evaluation.evaluate import evaluate, evaluate_file

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.cli import UserError, print_note
+from utils.cli import print_note
+from utils.errors import UserError
 from utils.files import find_files
 from utils.pictures.read import FORMATS, ImageError
 

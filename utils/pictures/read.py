@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.files import MAX_PIXELS, MAX_SIDE
 from utils.pictures.color import Note, png_chunks, to_srgb
 

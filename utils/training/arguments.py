@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models import STRIDE
 from utils import cli
+from utils.errors import UserError
 from utils.training.schedule import Settings
 
 MAX_VALIDATION = 24  # photographs, where none are named
@@ -39,7 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     learning = parser.add_argument_group("optimization")
     add = learning.add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
-    add("--transform-lr-factor", dest="transform_factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s, in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
+    add("--transform-lr-factor", dest="transform_factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s (of a DepthConv: of what the start in closed form writes, not of the blocks), in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
     add("--balance", type=float, default=Settings.balance, metavar="P", help="multiply each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not dominate the gradient; 0 is the published loss")
     add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
     add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
@@ -65,46 +66,46 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
 def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
     """UserError naming the flag that is wrong, or that there is no budget. The patch size becomes height and width."""
     if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
-        raise cli.UserError("budgets must not be negative, and --batch-size must be at least 1")
+        raise UserError("budgets must not be negative, and --batch-size must be at least 1")
     if budget and not (args.max_minutes or args.max_steps or args.epochs):
-        raise cli.UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
+        raise UserError("no budget: give --max-minutes, --max-steps or -e (the learning rate ends with it)")
     numbers = ("learning_rate", "transform_factor", "balance", "aux_learning_rate", "clip_max_norm", "validate_minutes")
     for name in (*numbers, "max_minutes", "save_minutes"):
         if not 0 <= getattr(args, name) < math.inf:  # written so that a NaN is refused too
             flag = {"transform_factor": "transform-lr-factor", "clip_max_norm": "clip_max_norm"}.get(name, name.replace("_", "-"))
-            raise cli.UserError(f"--{flag} must be a number that is not negative")
+            raise UserError(f"--{flag} must be a number that is not negative")
     if not 0 <= args.ema < 1:
-        raise cli.UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
+        raise UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
     if args.val and {*map(os.path.realpath, args.dataset)} <= {*map(os.path.realpath, args.val)}:
-        raise cli.UserError("--val names the folders of -d: no photograph would be left to train on")
+        raise UserError("--val names the folders of -d: no photograph would be left to train on")
     if not 0 <= args.last_share < 1:
-        raise cli.UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
+        raise UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
     if args.last_share and args.schedule != "cosine":
-        raise cli.UserError("--last-part needs --schedule cosine")
+        raise UserError("--last-part needs --schedule cosine")
     if args.last_batch_size is None:
         args.last_batch_size = args.batch_size
     if args.last_batch_size < 1:
-        raise cli.UserError("--last-batch-size must be at least 1")
+        raise UserError("--last-batch-size must be at least 1")
     for name in ("patch_size", "last_patch_size"):
         sides = getattr(args, name)
         if len(sides) > 2:
-            raise cli.UserError(f"--{name.replace('_', '-')} takes one number or two")
+            raise UserError(f"--{name.replace('_', '-')} takes one number or two")
         setattr(args, name, (sides[0], sides[-1]))
     for name in ("patch_size", "last_patch_size", "val_size"):
         sides = getattr(args, name)
         flag = "--" + name.replace("_", "-")
         for side in sides if isinstance(sides, tuple) else [sides]:
             if side <= 0 or side % STRIDE:
-                raise cli.UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
+                raise UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
     if args.num_workers is None:
         args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
-        raise cli.UserError("--seed and --num-workers must not be negative")
+        raise UserError("--seed and --num-workers must not be negative")
     last = Path(args.save_path) / "last.pth.tar"
     if args.resume and not last.is_file():
-        raise cli.UserError(f"{last}: nothing to resume")
+        raise UserError(f"{last}: nothing to resume")
     if not args.resume and last.exists():
-        raise cli.UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
+        raise UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
 
 
 def local_processes() -> int:

@@ -21,6 +21,7 @@ from models.coding.tables import rounded_gaussians
 from utils import cli
 from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.pictures import find_images, part_of_data_set
 from utils.training.objectives import FixedRateObjective, Objective
 from utils.training.patches import PatchDataset
@@ -118,7 +119,7 @@ def refit(args: argparse.Namespace) -> None:
     try:
         fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
     except ValueError as error:
-        raise cli.UserError(f"{args.checkpoint}: {error}") from None
+        raise UserError(f"{args.checkpoint}: {error}") from None
     stored = [value for value in find_state_dict(checkpoint).values() if isinstance(value, Tensor)]
     half = any(value.dtype == torch.float16 for value in stored)
     weights = {name for name, _ in model.named_parameters()} if half else set()

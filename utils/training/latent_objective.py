@@ -8,8 +8,8 @@ from torch import Tensor
 from models import TCM, Codec
 from models.lambdas import LADDER
 from models.latent_map import TCM_Mapped
-from utils import cli
 from utils.checkpoint import CheckpointError, build_model, read_checkpoint, trained_lambda
+from utils.errors import UserError
 from utils.training.objectives import FixedRateObjective, Noise
 
 
@@ -64,9 +64,9 @@ def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, li
     high, _ = _read_tcm(args.high)
     low, lmbda = _read_tcm(args.low)
     if "ms-ssim" in (high.metric, low.metric):
-        raise cli.UserError("the experiment is between TCMs for MSE; one of these was trained for MS-SSIM")
+        raise UserError("the experiment is between TCMs for MSE; one of these was trained for MS-SSIM")
     if high.M != low.M:
-        raise cli.UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
+        raise UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
     mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
     return LatentMapObjective(mapped, low, args.lmbda or lmbda or LADDER[0]), []

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import cli
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.images import read_image
 from utils.pictures import ImageError
 
@@ -209,7 +209,7 @@ def batches(
     """
     firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
     workers = 0 if len(dataset.cache) == len(dataset.paths) else workers
-    _check_shared_memory(workers * PREFETCHED * batch * 3 * dataset.size[0] * dataset.size[1])
+    check_shared_memory(workers, batch, dataset.size)
     loader = iter(DataLoader(
         dataset,
         batch_sampler=(range(first, first + batch) for first in firsts),
@@ -230,20 +230,21 @@ def batches(
             if "timed out" in str(error) and waited < LONGEST_WAIT:
                 continue
             told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
-            raise cli.UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
+            raise UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
         yield found
         asked = time.monotonic()
 
 
-def _check_shared_memory(needed: int) -> None:
-    """UserError where batches on their way from the workers have no room."""
+def check_shared_memory(workers: int, batch: int, size: tuple[int, int]) -> None:
+    """UserError where batches on their way from so many workers have no room."""
+    needed = workers * PREFETCHED * batch * 3 * size[0] * size[1]
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # another system
         return
     if needed > free:
         sizes = f"{needed / 2**20:.0f} MiB of batches on their way, {free / 2**20:.0f} MiB of shared memory are free"
-        raise cli.UserError(f"{sizes}; {ADVICE}")
+        raise UserError(f"{sizes}; {ADVICE}")
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from models import STRIDE, Codec
-from utils import cli
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.images import center_crop
-from utils.pictures import find_images, part_of_data_set
+from utils.pictures import ImageError, find_images, part_of_data_set
 from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
-from utils.training.patches import PatchDataset, decoded_gigabytes, read, read_all, usable
+from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read, read_all, usable
 from utils.training.trainer import Trainer, compile_networks, read_run
 
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS-SSIM
@@ -47,9 +47,10 @@ def train(
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
     objective, history = make_objective(args, context, state)
-    if objective.metric == "ms-ssim" and min(*size, args.val_size) < MS_SSIM_SIDE:
+    sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
+    if objective.metric == "ms-ssim" and min(sides) < MS_SSIM_SIDE:
         needed = f"a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
-        raise cli.UserError(f"MS-SSIM has five scales: it needs {needed}")
+        raise UserError(f"MS-SSIM has five scales: it needs {needed}")
 
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
@@ -61,6 +62,8 @@ def train(
     elif context.is_main:
         memory = f"{gigabytes:.2g} GB{f' in each of {copies} processes' if copies > 1 else ''}, more than --cache-gb"
         print(f"{len(paths)} photographs take some {memory}: workers read them as needed")
+    if args.last_share:
+        check_last_part(paths, cache or {}, args)
     if start and not state:
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]
     objective.to(context.device, memory_format=torch.channels_last)
@@ -83,6 +86,21 @@ def train(
         print(f"{result}: {weights}{older}")
 
 
+def check_last_part(paths: list[Path], cache: dict, args: argparse.Namespace) -> None:
+    """ImageError or UserError where the last part of a run could not begin: that would be hours later."""
+    size = args.last_patch_size
+    found = (usable(cache[i] if i in cache else read(path), path, size) for i, path in enumerate(paths))
+    told = ""
+    for image in found:
+        if isinstance(image, Tensor):
+            break
+        told = image
+    else:
+        raise ImageError(f"no photograph is left for the last part of the run; the last one tried: {told}")
+    if not cache:
+        check_shared_memory(args.num_workers, args.last_batch_size, size)
+
+
 def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Path]]:
     """Photographs to train on, and photographs to validate on; none is in both.
 
@@ -98,9 +116,9 @@ def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Pat
         firsts = (next((p for p in group if isinstance(usable(read(p), p, size), Tensor)), None) for group in groups)
         held_out = [path for path in firsts if path]
         if not held_out:
-            raise cli.UserError(f"no photograph of {smallest}×{smallest} pixels or more is left to validate on")
+            raise UserError(f"no photograph of {smallest}×{smallest} pixels or more is left to validate on")
     apart = {path.resolve() for path in held_out}
     paths = [path for path in paths if path.resolve() not in apart]
     if not paths:
-        raise cli.UserError("no photograph is left to train on beside those to validate on")
+        raise UserError("no photograph is left to train on beside those to validate on")
     return paths, held_out

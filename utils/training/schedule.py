@@ -19,7 +19,7 @@ class Settings:
     learning_rate: float = 2e-4
     aux_learning_rate: float = 1e-3
     density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
-    transform_factor: float = 1.0  # learning rate of g_a and g_s, in the same units
+    transform_factor: float = 1.0  # that of `Codec.transform_parameters`, in the same units
     balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
     map_share: float = 0.0  # of the patches whose index differs from place to place; where there is a last part, of its
     last_share: float = 0.0  # of the budget: the last part, on other patches and without balance

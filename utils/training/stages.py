@@ -6,10 +6,11 @@ from pathlib import Path
 
 from models import Codec, VariableRate
 from models.lambdas import LADDERS
-from models.registry import fixed_rate, from_preset, model_class, variable_rate
+from models.registry import fixed_rate, from_preset, is_backbone, model_class, variable_rate
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.training.objectives import EntropyObjective, FixedRateObjective, LAEObjective, Objective, StaticObjective
 
 
@@ -18,12 +19,14 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
     of_kind = fixed_rate if args.lmbda else variable_rate
     if state:
         cls = model_class(state["model"])
+        if not is_backbone(cls):
+            raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}, of train_latent_e2e.py")
         if cls is not of_kind(cls):
             wanted = f"--stage {args.stage}"
             if args.stage == "entropy":
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
-            raise cli.UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
+            raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
         model = cls(**state["arguments"])
         history = []
     elif args.checkpoint is None:
@@ -32,13 +35,13 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             model = from_preset(args.preset, variable=not args.lmbda, **changes)
             history = []
         except (ValueError, TypeError) as error:
-            raise cli.UserError(f"--preset {args.preset}: {error}") from None
+            raise UserError(f"--preset {args.preset}: {error}") from None
     else:
         checkpoint = read_checkpoint(args.checkpoint)
         start = build_model(checkpoint, args.checkpoint)
         kind = type(start)
-        if kind not in (fixed_rate(kind), variable_rate(kind)):
-            raise cli.UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
+        if not is_backbone(kind):
+            raise UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
         weights = start.state_dict()
         if args.lmbda:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
@@ -58,7 +61,7 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: Codec) -> lis
         UserError: one is missing, exists twice, or has another latent than the student.
     """
     if not Path(folder).is_dir():
-        raise cli.UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     found: dict[float, tuple[Path, Codec]] = {}
     for path in sorted(Path(folder).rglob("*")):
         if not path.name.endswith((".pth", ".pt", ".tar", ".safetensors")) or path.name == "last.pth.tar":
@@ -68,21 +71,21 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: Codec) -> lis
         names = {float(number) for part in path.parts[-2:] for number in re.findall(r"\d+(?:\.\d+)?", part)}
         lambdas = {recorded} if recorded is not None else names & set(ladder)
         if len(lambdas) != 1 or not lambdas <= set(ladder):
-            raise cli.UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
+            raise UserError(f"{path}: neither its training record nor its name has a λ of {ladder}")
         lmbda = lambdas.pop()
         if lmbda in found:
-            raise cli.UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
+            raise UserError(f"{path}: a second teacher for λ = {lmbda:g}, beside {found[lmbda][0]}")
         teacher = build_model(checkpoint, path)
         if "metric" not in checkpoint:  # published weights do not say
             teacher.metric = student.metric
         if isinstance(teacher, VariableRate) or teacher.metric != student.metric:
             kind = f"a {type(teacher).__name__} for {teacher.metric}"
-            raise cli.UserError(f"{path}: {kind}; teachers are fixed-rate codecs for {student.metric}")
+            raise UserError(f"{path}: {kind}; teachers are fixed-rate codecs for {student.metric}")
         if teacher.M != student.M:
-            raise cli.UserError(f"{path}: a latent of {teacher.M} channels cannot teach one of {student.M}")
+            raise UserError(f"{path}: a latent of {teacher.M} channels cannot teach one of {student.M}")
         found[lmbda] = path, teacher
     if missing := [f"{lmbda:g}" for lmbda in ladder if lmbda not in found]:
-        raise cli.UserError(f"{folder}: no teacher for λ = {', '.join(missing)}")
+        raise UserError(f"{folder}: no teacher for λ = {', '.join(missing)}")
     return [found[lmbda][1] for lmbda in ladder]
 
 

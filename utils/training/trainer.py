@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from models import Codec
 from models.state_dict import without_tables
-from utils import cli
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.device import out_of_memory_as_value_error, processor
 from utils.distributed import DistContext, is_lost_peer
+from utils.errors import UserError
 from utils.files import atomic_write, finite, remove_left_over
 from utils.pictures import ImageError
 from utils.training.curves import draw_curves
@@ -238,7 +238,7 @@ class Trainer:
             if self.context.world_size == 1 or not is_lost_peer(error):
                 raise
             lost = f"another process of this run has ended, or cannot be reached ({str(error).strip().splitlines()[0]})"
-            raise cli.UserError(f"{lost}; {self._how_to_continue()}") from None
+            raise UserError(f"{lost}; {self._how_to_continue()}") from None
         finally:
             self.batches.close()  # ends its workers
             self._log(SummaryWriter.close)
@@ -282,7 +282,7 @@ class Trainer:
             self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
-            raise cli.UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
+            raise UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
         told = {"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}}
         if not bar.disable:
             bar.n = self._percent()
@@ -321,9 +321,11 @@ class Trainer:
     def _fit_tables(self, model: Codec) -> None:
         """Fit the coding tables of weights for use to the first patches of the run."""
         model.to(self.device, memory_format=torch.channels_last)
+        settings = self.settings  # not `self.last_part`: a run that is resumed after its last step has not begun it
+        dataset = self.dataset.of_size(settings.last_patch_size if settings.last_share else settings.patch_size)
         try:
             with out_of_memory_as_value_error():
-                fit_tables(model, first_batches(self.dataset, self.progress.patches), self.objective.indexes)
+                fit_tables(model, first_batches(dataset, self.progress.patches), self.objective.indexes)
         except (ValueError, ImageError) as error:  # the tables of Gaussians do, too
             self._print(f"note: coding tables were not fitted: {error}")
 
@@ -408,9 +410,10 @@ class Trainer:
         theirs = state["objective"]
         ours = self.objective.describe()
         if theirs != ours:
-            raise cli.UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
+            raise UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
         for name, value in asdict(self.settings).items():
-            if (before := state["settings"].get(name)) != value:
+            before = state["settings"].get(name, value)  # a run of an older version has not all of them
+            if before != value:
                 self._print(f"note: {name} was {before} in this run and is {value} from here on")
         self.model.load_state_dict(state["state_dict"])
         self.ema.model.load_state_dict(state["ema"])
@@ -420,7 +423,7 @@ class Trainer:
                 optimizer.load_state_dict(state["optimizers"][name])
             except ValueError:
                 cause = "its optimizers do not fit this version of the code"
-                raise cli.UserError(f"{self.folder}: {cause}; start from it with --checkpoint") from None
+                raise UserError(f"{self.folder}: {cause}; start from it with --checkpoint") from None
             optimizer.param_groups = groups  # with the learning rates of the settings now, not of those then
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -461,7 +464,7 @@ def read_run(folder: Path) -> dict:
     path = folder / "last.pth.tar"
     state = read_checkpoint(path)
     if not {"arguments", "ema", "optimizers", "progress", "settings", "objective"} <= state.keys():
-        raise cli.UserError(f"{path}: not the state of a run; start one from it with --checkpoint")
+        raise UserError(f"{path}: not the state of a run; start one from it with --checkpoint")
     return state
 
 

@@ -5,8 +5,9 @@ a good transform decorrelates them ("On Disentangled Training for Nonlinear Tran
 ICLR 2025). That part is a Karhunen-Loève transform (KLT), the eigenvectors of a covariance matrix:
 
 - Analysis of a TCM: each of the four strided layers of `g_a` takes 2×2 blocks of the layer before to the coefficients
-  of their KLT, of which it keeps as many as it has room for: 3 → 12 → 48 → min(192, 2N) → M channels. That of a
-  DepthConv takes 8×8 pixels, and then 2×2 places, to their coefficients: 192 → min(192, width) → M channels.
+  of their KLT, of which it keeps as many as it has room for: 3 → 12 → 48 → min(192, 2N) → M channels (of a Hyperprior
+  likewise, with N for 2N). That of a DepthConv takes 8×8 pixels, and then 2×2 places, to their coefficients:
+  192 → min(192, width) → M channels.
 - Synthesis: `g_s` goes back, each layer by the linear least-squares estimate from the place itself and (where it is a
   3×3 convolution) the strongest coefficients of the eight around it, a Wiener filter fitted to rounded latents: it
   smooths the steps between blocks that rounding made.
@@ -37,7 +38,7 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.lambdas import LADDERS, index_to_lambda, middle_lambda
 from models.registry import fixed_rate
-from utils import cli
+from utils.errors import UserError
 from utils.training.klt_start import depthconv, hyperprior, tcm
 from utils.training.klt_start.common import write_lae
 from utils.training.patches import PatchDataset
@@ -82,7 +83,7 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
     """
     backbone = fixed_rate(type(model)).__name__
     if backbone not in WRITERS:
-        raise cli.UserError(f"a {backbone} has no start in closed form: give --start random, or a --checkpoint")
+        raise UserError(f"a {backbone} has no start in closed form: give --start random, or a --checkpoint")
     began = time.monotonic()
     x = patches.cpu().float() / 255
     variable = isinstance(model, VariableRate)
