@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
         if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
-            raise cli.UserError(f"{args.checkpoint}: fixed-rate weights have no rate index; leave out -l")
+            raise cli.UserError(f"{args.checkpoint}: a fixed-rate model has no rate index; leave out -l")
         cli.print_weights(args.checkpoint)
         model.prepare()
         return model

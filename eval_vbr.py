@@ -147,9 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     for file, model in zip(files, models, strict=True):
         variable = isinstance(model, VariableRate)
         if args.index and not variable:
-            raise cli.UserError(f"{file}: fixed-rate weights have no rate index; leave out -l")
+            raise cli.UserError(f"{file}: a fixed-rate model has no rate index; leave out -l")
         if (args.mask or args.roi) and not variable:
-            raise cli.UserError(f"{file}: fixed-rate weights know no regions; leave out --mask and --roi")
+            raise cli.UserError(f"{file}: a fixed-rate model knows no regions; leave out --mask and --roi")
         if context.is_main:
             cli.print_weights(file)
         model.prepare()

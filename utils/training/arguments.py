@@ -76,7 +76,8 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
             raise UserError(f"--{flag} must be a number that is not negative")
     if not 0 <= args.ema < 1:
         raise UserError(f"--ema must lie in [0, 1), not {args.ema:g}")
-    if args.val and {*map(os.path.realpath, args.dataset)} <= {*map(os.path.realpath, args.val)}:
+    whole = [path for path in args.dataset if not os.path.isdir(os.path.join(path, "test"))]  # else DIR/train is meant
+    if whole and args.val and {*map(os.path.realpath, whole)} <= {*map(os.path.realpath, args.val)}:
         raise UserError("--val names the folders of -d: no photograph would be left to train on")
     if not 0 <= args.last_share < 1:
         raise UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
