@@ -62,7 +62,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
     add("--json", metavar="FILE", help="write results in CompressAI's format, those without refinement and every step beside them")
     add("--report", metavar="DIR", help="write a page: loss, bpp and PSNR over the steps, sizes against targets, every picture")
-    add("--log", metavar="DIR", help="write every step for TensorBoard")
+    add("--log", dest="logdir", help=argparse.SUPPRESS)  # torchrun takes it for its own
+    add("--logdir", metavar="DIR", help="write every step for TensorBoard")
     cli.add_device_argument(parser, published=True)
     parser.add_argument("--total_steps", dest="steps", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     cli.accept_published(parser, "--clip_max_norm", "--real")
@@ -155,10 +156,10 @@ def encode_all(
     steps = max(1, args.steps)
     mine = context.share(paths)
     found_rows: list[list[Row | None]] = []  # of each picture, by request
-    if args.log:
+    if args.logdir:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(args.log)
+        writer = SummaryWriter(args.logdir)
     title = "refining" if args.steps else "encoding"
     hidden = None if context.is_main else True
     bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.evaluation.provenance import origin, provenance
 
     check_output_file(args.json)  # before the work whose results it is to have
-    for folder in (args.report, args.out, args.save, args.log):
+    for folder in (args.report, args.out, args.save, args.logdir):
         check_output_folder(folder)
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data)

@@ -4,7 +4,7 @@
     python train_vbr.py -d photos/train --checkpoint runs/entropy/model.pth.tar --transform-lr-factor 0.2 --max-minutes 60
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
-    python train_vbr.py -d photos/train --stage base --lambda 0.05 --start random -e 100 --save_path runs/base  # a TCM at one λ
+    python train_vbr.py -d photos/train --stage base --lambda 0.05 --init random -e 100 --save_path runs/base  # a TCM at one λ
     python train_vbr.py -d photos/train --stage static --checkpoint runs/base/model.pth.tar --teachers six -e 20 --save_path runs/static
     python train_vbr.py -d photos/train --stage lae --checkpoint bmshj2018-hyperprior-3.pth.tar -lr 1e-3 --max-minutes 20  # LAEs for CompressAI's weights
     python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
@@ -38,7 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
-    add("--start", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
+    add("--start", dest="init", choices=("klt", "random"), help=argparse.SUPPRESS)  # torchrun takes it for its own
+    add("--init", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
     add("--preset", choices=sorted(PRESETS), help="architecture, when no checkpoint gives one (default: small, and full with --N)")
     add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
     add("--N", type=int, metavar="N", help="half the width of the transforms of a TCM, a multiple of 32, in place of the preset's; 64, 96 and 128 are the published networks")
@@ -63,8 +64,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
-    if args.start and args.checkpoint:
-        raise cli.UserError("--start is for a new model; --checkpoint brings its own weights")
+    if args.init and args.checkpoint:
+        raise cli.UserError("--init is for a new model; --checkpoint brings its own weights")
     if args.lmbda is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmbda < math.inf):
         raise cli.UserError("--lambda is the λ, a positive number, of --stage base or entropy; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.training.run import train
     from utils.training.stages import make_objective
 
-    closed_form = not args.checkpoint and args.start != "random"
+    closed_form = not args.checkpoint and args.init != "random"
     start = (lambda model, dataset: klt_start(model, sample_patches(dataset), args.lmbda)) if closed_form else None
     train(args, make_objective, start)
 

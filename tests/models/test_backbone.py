@@ -78,9 +78,9 @@ def test_it_trains_codes_and_is_evaluated_by_its_name(tmp_path, capsys):
     save_image(tmp_path / "photos" / "b.png", picture.flip(2))
     sizes = ["--max-steps", "2", "-bs", "1", "--patch-size", "128", "--val-size", "128", "--device", "cpu"]
     arguments = ["-d", str(tmp_path / "photos"), "--preset", "toy", *sizes, "--save_path"]
-    with pytest.raises(cli.UserError, match="a Toy has no start in closed form: give --start random"):
+    with pytest.raises(cli.UserError, match="a Toy has no start in closed form: give --init random"):
         train_vbr.main([*arguments, str(tmp_path / "klt")])
-    train_vbr.main([*arguments, str(tmp_path / "run"), "--start", "random"])
+    train_vbr.main([*arguments, str(tmp_path / "run"), "--init", "random"])
     file = str(tmp_path / "run" / "model.pth.tar")
     assert read_checkpoint(file)["model"] == "Toy_VBR"
     model = load_model(file)

@@ -161,7 +161,7 @@ def test_a_run_starts_there_and_is_monotone_in_the_index(arguments, tmp_path):
 
 
 def test_random_start_is_still_there(arguments, tmp_path):
-    train_vbr.main([*arguments, "--max-steps", "1", "--start", "random"])
+    train_vbr.main([*arguments, "--max-steps", "1", "--init", "random"])
     assert len(read_checkpoint(tmp_path / "run" / "model.pth.tar")["training"]) == 1
 
 
@@ -201,7 +201,7 @@ def test_entropy_stage_with_workers_trains_on_the_same(arguments, tmp_path):
 
 
 def test_a_resumed_run_has_the_factor_it_is_given(arguments, tmp_path):
-    start = ["--start", "random", "--transform-lr-factor"]
+    start = ["--init", "random", "--transform-lr-factor"]
     train_vbr.main([*arguments, *start, "1", "--max-steps", "1"])
     train_vbr.main([*arguments, *start, "0.25", "--max-steps", "2", "--resume"])
     groups = read_checkpoint(tmp_path / "run" / "last.pth.tar")["optimizers"]["net"]["param_groups"]
@@ -223,7 +223,7 @@ def test_entropy_stage_minimizes_the_bits_that_validation_measures(patches, tiny
 @pytest.mark.parametrize(
     "more",
     [
-        ["--start", "klt", "--checkpoint", "x"],
+        ["--init", "klt", "--checkpoint", "x"],
         ["--keep-latents", "0"],
         ["--lambda", "0.05"],
         ["--transform-lr-factor", "-1"],

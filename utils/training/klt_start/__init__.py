@@ -83,7 +83,7 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
     """
     backbone = fixed_rate(type(model)).__name__
     if backbone not in WRITERS:
-        raise UserError(f"a {backbone} has no start in closed form: give --start random, or a --checkpoint")
+        raise UserError(f"a {backbone} has no start in closed form: give --init random, or a --checkpoint")
     began = time.monotonic()
     x = patches.cpu().float() / 255
     variable = isinstance(model, VariableRate)
