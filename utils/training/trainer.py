@@ -229,16 +229,19 @@ class Trainer:
             remove_left_over(self.folder, "*.pth.tar")
             self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
         try:
-            with self._signals():
-                self._run()
+            with self._signals() as handlers:
+                try:
+                    self._run()
+                except RuntimeError as error:
+                    if self.context.world_size == 1 or not is_lost_peer(error):
+                        raise
+                    handlers.pop_all()  # torchrun's SIGTERM comes now; it must not end this process before its message
+                    cause = str(error).strip().splitlines()[0]
+                    lost = f"another process of this run has ended, or cannot be reached ({cause})"
+                    raise UserError(f"{lost}; {self._how_to_continue()}") from None
         except StoppedWaiting:
             self.save()
             self._print(f"stopped and saved at step {self.progress.step}, while waiting for photographs; see --resume")
-        except RuntimeError as error:
-            if self.context.world_size == 1 or not is_lost_peer(error):
-                raise
-            lost = f"another process of this run has ended, or cannot be reached ({str(error).strip().splitlines()[0]})"
-            raise UserError(f"{lost}; {self._how_to_continue()}") from None
         finally:
             self.batches.close()  # ends its workers
             self._log(SummaryWriter.close)
@@ -365,7 +368,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, handle))
-            yield
+            yield stack
 
     # Saving and resuming -----------------------------------------------------------------------
 
