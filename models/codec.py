@@ -45,7 +45,7 @@ from models.coding.slice_coders import (
 )
 from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
-from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.large.bands import KEPT, Recomputed, band_height, bands_of, gather, in_bands, latent_height, scaled_height
 from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
@@ -153,9 +153,9 @@ class Codec(CompressionModel):
         """A quantized latent `[B, M, h, w]` as `g_s` sees it."""
         return y_hat
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        """`demodulate` in bands of about so many rows."""
-        return rows_of([y_hat], rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        """`demodulate` in bands of about this height."""
+        return bands_of([y_hat], height)
 
     # Transforms ------------------------------------------------------------------------------
 
@@ -178,11 +178,11 @@ class Codec(CompressionModel):
         `bands.LATENTS` go through in bands.
 
         Args:
-            stride: rows of the latent y for each of their rows.
+            stride: places of y for each of theirs, down and across.
         """
         height, width = parts[0].shape[2:]
-        if rows := self._rows_of_bands(height, width, stride):
-            return gather(in_bands(networks, rows_of(parts, rows), height), scaled_height(networks, height))
+        if band := self._band_height_within(height, width, stride):
+            return gather(in_bands(networks, bands_of(parts, band), height), scaled_height(networks, height))
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         for network in networks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -193,26 +193,26 @@ class Codec(CompressionModel):
         return x
 
     @staticmethod
-    def _rows_of_bands(height: int, width: int, stride: int) -> int | None:
-        """Rows of the bands in which `run_networks` computes; None where it computes all at once, as with gradients."""
-        rows = latent_rows(stride * width) // stride
-        return rows if rows < height and not torch.is_grad_enabled() else None
+    def _band_height_within(height: int, width: int, stride: int) -> int | None:
+        """Height of the bands in which `run_networks` computes; None where all comes at once, as with gradients."""
+        band = latent_height(stride * width) // stride
+        return band if band < height and not torch.is_grad_enabled() else None
 
-    # Large pictures, in bands of rows --------------------------------------------------------
+    # Large pictures, in bands ----------------------------------------------------------------
 
-    def band_rows(self, width: int, height: int) -> int:
-        """Rows of the bands in which a picture of this size is best computed: all of them up to two megapixels."""
-        return band_rows(width, height, self.bytes_per_pixel, self.medians.device)
+    def band_height(self, width: int, height: int) -> int:
+        """Height of the bands in which a picture of this size is best computed: its own up to two megapixels."""
+        return band_height(width, height, self.bytes_per_pixel, self.medians.device)
 
     @torch.no_grad()
     def features_of_bands(self, bands: Iterable[Tensor], height: int) -> Tensor:
-        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, rows, W]`."""
+        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, h, W]`."""
         return gather(in_bands(self.g_a, map(self._in_weight_format, bands), height), height // 16)
 
     @torch.no_grad()
-    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        """`synthesize` in bands, computed from bands of so many rows of the image, a multiple of 128."""
-        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, rows // 16), y_hat.shape[2])
+    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        """`synthesize` in bands of about this height in pixels, a multiple of 128."""
+        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, height // 16), y_hat.shape[2])
 
     # The slice loop --------------------------------------------------------------------------
 
@@ -246,9 +246,9 @@ class Codec(CompressionModel):
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
         """What a network makes of ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
         height, width = z_hat.shape[2:]
-        rows = self._rows_of_bands(height, width, stride=4)
-        if rows and 16 * height * width > KEPT:
-            return Recomputed(network, z_hat, rows)
+        band = self._band_height_within(height, width, stride=4)
+        if band and 16 * height * width > KEPT:
+            return Recomputed(network, z_hat, band)
         return self.run_networks([network], z_hat, stride=4)
 
     # Estimation ------------------------------------------------------------------------------
@@ -371,12 +371,12 @@ class Codec(CompressionModel):
         """ŷ `[B, M, h, w]` of what `compress` returned; arguments and errors are those of `decompress`."""
         y_strings, z_strings = strings
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(shape)
-        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
+        z_rows = self._rows_of_z(shape)
+        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_rows) - 64:
             raise DecodingError("the streams are too short for a picture of this size")
         if not side_info and min(map(len, (*y_strings, *z_strings))) < SHORTEST_STREAM:
             raise DecodingError("a stream is empty or cut off")
-        z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
+        z = torch.stack([z_tables.decode(open_stream(s, z_rows.numel()), z_rows) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         crcs = [crc_of(symbols) for symbols in z]
         y_count = self.M * 4 * shape[0] * 4 * shape[1]
@@ -386,7 +386,7 @@ class Codec(CompressionModel):
         if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         if not side_info:
-            found = [z_tables.count_bits(symbols, z_indexes) for symbols in z], coder.bits
+            found = [z_tables.count_bits(symbols, z_rows) for symbols in z], coder.bits
             for strings, counts in zip((z_strings, y_strings), found, strict=True):
                 for stream, bits in zip(strings, counts, strict=True):
                     if abs(8 * len(stream) - bits) > 0.01 * bits + 8 * CODER_STATE:
@@ -398,7 +398,7 @@ class Codec(CompressionModel):
         self, y: Tensor | list[Tensor], z: Tensor, portable: bool = True, complete: bool = False,
         choose: Choice = nearest_symbols,
     ) -> QuantizedLatents:
-        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table rows that code them.
 
         Args:
             y: or the list of its slices in float32, `[B, M/S, h, w]` each, which is used up slice by slice.
@@ -424,27 +424,27 @@ class Codec(CompressionModel):
         16 bytes more.
         """
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(quantized.z.shape[-2:])
-        counts = [z_tables.count_bits(symbols, z_indexes) for symbols in quantized.z]
-        for i, (symbols, indexes) in enumerate(zip(quantized.y, quantized.indexes, strict=True)):
+        z_rows = self._rows_of_z(quantized.z.shape[-2:])
+        counts = [z_tables.count_bits(symbols, z_rows) for symbols in quantized.z]
+        for i, (symbols, rows) in enumerate(zip(quantized.y, quantized.rows, strict=True)):
             counts[i] += 8 * len(quantized.side_info[i].scales) if quantized.side_info else 0
-            counts[i] += y_tables.count_bits(symbols, indexes)
+            counts[i] += y_tables.count_bits(symbols, rows)
         return counts
 
     def encode_symbols(self, quantized: QuantizedLatents) -> dict:
         """`strings`, `shape` and `side_info` as `compress` returns them."""
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(quantized.z.shape[-2:])
-        pairs = zip(quantized.y, quantized.indexes, strict=True)
-        y_strings = [y_tables.encode(symbols, indexes) for symbols, indexes in pairs]
+        z_rows = self._rows_of_z(quantized.z.shape[-2:])
+        pairs = zip(quantized.y, quantized.rows, strict=True)
+        y_strings = [y_tables.encode(symbols, rows) for symbols, rows in pairs]
         return {
-            "strings": [y_strings, [z_tables.encode(symbols, z_indexes) for symbols in quantized.z]],
+            "strings": [y_strings, [z_tables.encode(symbols, z_rows) for symbols in quantized.z]],
             "shape": tuple(quantized.z.shape[-2:]),
             "side_info": quantized.side_info,
         }
 
-    def _z_indexes(self, shape: Sequence[int]) -> Tensor:
-        """Table index of every element of z, which is its channel: int32 `[C, *shape]`."""
+    def _rows_of_z(self, shape: Sequence[int]) -> Tensor:
+        """Table row of every element of z, which is its channel: int32 `[C, *shape]`."""
         channels = self.config.hyper_channels
         return torch.arange(channels, dtype=torch.int32).view(-1, 1, 1).expand(-1, *shape)
 

@@ -107,8 +107,8 @@ class VariableRate:
         """ŷ scaled back, `[B, M, h, w]`."""
         return self.modnet_gs(y_hat, index)[0]
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        return scaled_bands(self.modnet_gs, y_hat, index, rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        return scaled_bands(self.modnet_gs, y_hat, index, height)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
         """As the fixed-rate codec, whose weights are taken too."""

@@ -65,5 +65,5 @@ class TCM_Mapped(TCM):
         """ŷ mapped back."""
         return self.map.g_s(y_hat)[0]
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        return super().demodulate_bands(self.demodulate(y_hat), index, rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        return super().demodulate_bands(self.demodulate(y_hat), index, height)

@@ -92,14 +92,14 @@ def margins(height: int, width: int) -> tuple[int, int, int, int]:
     return padding
 
 
-def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
-    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of so many rows."""
-    height = image.shape[1]
+def padded_bands(image: Tensor, height: int) -> Iterator[Tensor]:
+    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of this height."""
+    whole = image.shape[1]
     left, right, top, bottom = margins(*image.shape[1:])
-    for start in range(-top, height + bottom, rows):
-        end = min(start + rows, height + bottom)
-        inside = to_float(image[:, max(0, start) : min(end, height)])
-        yield F.pad(inside, (left, right, max(0, -start), max(0, end - height)))
+    for start in range(-top, whole + bottom, height):
+        end = min(start + height, whole + bottom)
+        inside = to_float(image[:, max(0, start) : min(end, whole)])
+        yield F.pad(inside, (left, right, max(0, -start), max(0, end - whole)))
 
 
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Scale-table indexes that stay equal across machines whose σ differ a little.
+"""Scale-table rows that stay equal across machines whose σ differ a little.
 
-Only these indexes steer the entropy decoder. Floating point differs in its last bits between processors, thread
-counts and kernels, and one wrong index turns all that follows into garbage. So a file
+Only these rows steer the entropy decoder. Floating point differs in its last bits between processors, thread
+counts and kernels, and one wrong row turns all that follows into garbage. So a file
 
 - divides the σ of each block of positions, before the search, by a factor that keeps them off the boundaries of the
   table: its shift, in 128ths of the distance between two rows. Among those that do, the encoder takes the one that
@@ -30,7 +30,7 @@ BLOCKS_AT_ONCE = 64  # blocks whose shifts are chosen together, which bounds the
 _BITS_PER_LISTED = 16  # what a listed position costs, about
 BELOW = 0.95  # a listed σ × BELOW falls in the row under its boundary; boundaries are 13 % apart
 
-# Bits of int32 symbols `[n]` with int32 indexes `[n]`.
+# Bits of int32 symbols `[n]` with int32 rows `[n]`.
 CodeLengths = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -100,8 +100,8 @@ def _log_step(gaussian: GaussianConditional) -> float:
     return float((levels[-1] / levels[0]).log()) / max(1, len(levels) - 1)
 
 
-class PortableIndexes:
-    """The indexes of one picture's positions, and what its file says of them: shifts and list."""
+class PortableRows:
+    """The rows of one picture's positions, and what its file says of them: shifts and list."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -112,21 +112,21 @@ class PortableIndexes:
     def add(
         self, gaussian: GaussianConditional, lengths: CodeLengths, symbols: Tensor, sigma: Tensor, epsilon: float
     ) -> Tensor:
-        """The indexes of the positions that follow, int32 `[n]`, where n is a multiple of BLOCK until the last ones.
+        """The rows of the positions that follow, int32 `[n]`, where n is a multiple of BLOCK until the last ones.
 
         Args:
             symbols: int32 `[n]`, on the model's device as sigma `[n]`.
         """
         shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
         sigma = sigma * scale_factors(gaussian, shifts, 0, len(sigma))
-        below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
-        indexes = table_index(gaussian, sigma)
+        below, above = (table_rows(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
+        rows = table_rows(gaussian, sigma)
         positions = (below != above).nonzero().flatten()
-        self.sides.append((indexes[positions] != below[positions]).cpu().numpy())
+        self.sides.append((rows[positions] != below[positions]).cpu().numpy())
         self.positions.append(self.count + positions.cpu().numpy())
         self.shifts.append(shifts)
         self.count += len(sigma)
-        return indexes
+        return rows
 
     def pack(self) -> bytes:
         """`SideInfo.scales`."""
@@ -142,8 +142,8 @@ def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np
     return np.frombuffer(scales[:length], np.uint8), *unpack_positions(scales[length:], count)
 
 
-def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
-    """Index into the scale table of every σ, int32: CompressAI's build_indexes in one search instead of 63 passes."""
+def table_rows(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
+    """The row of the scale table for every σ, int32: CompressAI's build_indexes in one search instead of 63 passes."""
     bounded = gaussian.lower_bound_scale(sigma).contiguous()  # in the order in which symbols are coded
     return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 

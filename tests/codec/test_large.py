@@ -36,8 +36,8 @@ def in_parts(monkeypatch):
 
     def move() -> None:
         for module, name, value in (
-            (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_ROWS", 128), (bands, "LATENTS", 256),
-            (codec, "KEPT", 256), (tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
+            (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_HEIGHT", 128),
+            (bands, "LATENTS", 256), (codec, "KEPT", 256), (tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
             (metrics, "AT_ONCE", 10000),
         ):
             monkeypatch.setattr(module, name, value)
@@ -61,7 +61,7 @@ def test_a_picture_in_parts_is_the_same_picture(varied, tall, in_parts, request_
     whole = encode(varied, tall, request_)
     at_once = decode(varied, whole.data)
     in_parts()
-    assert len(list(padded_bands(tall, varied.band_rows(256, 768)))) == 6
+    assert len(list(padded_bands(tall, varied.band_height(256, 768)))) == 6
     assert ((decode(varied, whole.data).int() - at_once.int()).abs() <= 1).all()  # x̂ to a rounding
     parts = encode(varied, tall, request_)
     assert len(parts.data) == pytest.approx(len(whole.data), abs=8)
@@ -93,7 +93,7 @@ def test_symbols_in_parts_make_the_same_file(tiny, tall, monkeypatch):
     assert whole.quantized.y[0].numel() > 2**14 and whole.quantized.y.dtype.itemsize < 4
     parts = analyzed.quantize(2.0)
     assert analyzed.write(parts) == data and parts.bits == bits
-    assert torch.equal(parts.quantized.indexes, whole.quantized.indexes)
+    assert torch.equal(parts.quantized.rows, whole.quantized.rows)
     assert torch.equal(decode(tiny, data), expected)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import codec
-from models.coding.portable import table_index
+from models.coding.portable import table_rows
 from models.coding.slice_coders import ERROR_BITS, choose_symbols
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
@@ -26,7 +26,7 @@ def test_each_symbol_is_the_cheaper_of_two(tiny, format):
     for y, s, symbol in zip(residual.flatten(), sigma.flatten(), chosen.flatten(), strict=True):
         nearest = round(float(y))
         candidates = [nearest, nearest - (nearest > 0) + (nearest < 0)]
-        index = table_index(gaussian, s.view(1)).expand(2).contiguous()
+        index = table_rows(gaussian, s.view(1)).expand(2).contiguous()
         bits = tables.code_lengths(torch.tensor(candidates, dtype=torch.int32), index)
         costs = [float(b) + ERROR_BITS * (float(y) - n) ** 2 for n, b in zip(candidates, bits, strict=True)]
         assert costs[candidates.index(int(symbol))] <= min(costs) + 1e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import LAE, TCM, TCM_VBR, TCMConfig
-from models.coding.portable import table_index
+from models.coding.portable import table_rows
 from models.coding.slice_coders import ste_round
 from models.coding.tables import CodingTables
 from models.registry import from_preset
@@ -253,7 +253,7 @@ def test_hyper_latent_is_coded_as_compressai_codes_it(tiny, image):
 def test_table_indexes_are_those_of_compressai(tiny):
     table = tiny.gaussian_conditional.scale_table
     sigma = torch.cat([torch.linspace(-1, 300, 5001), table, table.nextafter(torch.tensor(0.0)), torch.tensor([0.11])])
-    indexes = table_index(tiny.gaussian_conditional, sigma)
+    indexes = table_rows(tiny.gaussian_conditional, sigma)
     assert torch.equal(indexes, tiny.gaussian_conditional.build_indexes(sigma))
 
 

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from models.coding.portable import PortableIndexes
+from models.coding.portable import PortableRows
 from models.coding.tables import open_stream
 from models.registry import PRESETS, from_preset
 from utils import cli
@@ -95,23 +95,23 @@ def measure(args: argparse.Namespace) -> None:
         sigma = drawn.to(device)
     parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
 
-    def choose_indexes() -> torch.Tensor:
-        portable = PortableIndexes()
+    def choose_rows() -> torch.Tensor:
+        portable = PortableRows()
         chosen = portable.add(model.gaussian_conditional, *parts, model.epsilon)
         portable.pack()
         return chosen
 
-    indexes = choose_indexes().cpu().view(symbols.shape)
-    stream = tables.encode(symbols, indexes)
+    rows = choose_rows().cpu().view(symbols.shape)
+    stream = tables.encode(symbols, rows)
 
     def decode() -> None:
-        decoder = open_stream(stream, indexes.numel())
-        for part in indexes.chunk(model.num_slices):
+        decoder = open_stream(stream, rows.numel())
+        for part in rows.chunk(model.num_slices):
             tables.decode(decoder, part)
 
     works = {
-        "indexes": choose_indexes,
-        "to bytes": lambda: tables.encode(symbols, indexes),
+        "rows": choose_rows,
+        "to bytes": lambda: tables.encode(symbols, rows),
         "from bytes": decode,
     }
     for name, work in works.items():

@@ -55,7 +55,7 @@ class AnalyzedImage:
         left, right, top, bottom = margins(self.height, self.width)
         height = top + self.height + bottom
         width = left + self.width + right
-        self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
+        self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_height(width, height)), height)
         variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 

@@ -131,6 +131,6 @@ class RateController:
         trial = self.image.quantize(index)
         self.trials += 1
         if self.curve is None:
-            self.curve = self.image.rate_model.curve(index, trial.quantized.indexes)
+            self.curve = self.image.rate_model.curve(index, trial.quantized.rows)
         self.curve.calibrate(index, trial.bits)
         return trial

@@ -21,7 +21,7 @@ from torch import Tensor
 from models import VariableRate
 from models.coding.tables import rounded_gaussians
 from models.lambdas import MAX_INDEX
-from models.large.bands import content_bands, gather, latent_rows, log_m_of_band, with_rows
+from models.large.bands import content_bands, gather, latent_height, located, log_m_of_band
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
 GRID = np.linspace(0, MAX_INDEX, 21)
@@ -137,16 +137,16 @@ class RateModel:
         self.mask = model.modnet_ga.mask
         self.gaussian = model.gaussian_conditional
         self.y = y
-        self.rows = latent_rows(y.shape[3])
-        self._content = list(content_bands(self.mask, y, self.rows)) if y.shape[2] <= self.rows else None
+        self.band_height = latent_height(y.shape[3])
+        self._content = list(content_bands(self.mask, y, self.band_height)) if y.shape[2] <= self.band_height else None
 
     def content(self) -> Iterator[tuple[slice, Tensor]]:
-        """α · attn(y) in bands, each with the rows that it is of."""
-        return with_rows(self._content or content_bands(self.mask, self.y, self.rows))
+        """α · attn(y) in bands, each with its place."""
+        return located(self._content or content_bands(self.mask, self.y, self.band_height))
 
     @torch.no_grad()
     def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
-        """ln m in bands, each with the rows that it is of."""
+        """ln m in bands, each with its place."""
         places = self.index_of_places(index)
         for here, content in self.content():
             yield here, log_m_of_band(self.mask, places, here, content)

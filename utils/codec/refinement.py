@@ -255,7 +255,7 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: fl
     """Move refined latents to a nearby index at which they have this many bits: y is scaled by the change of m."""
     y, z = latents
     best = image.quantize_latents(index, y, z)
-    curve = image.rate_model.curve(index, best.quantized.indexes)
+    curve = image.rate_model.curve(index, best.quantized.rows)
     curve.calibrate(index, best.bits)
     for _ in range(MAX_MOVES):
         moved = curve.solve(bits)

@@ -58,7 +58,7 @@ class Study:
 def study(model: VariableRate, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
-    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.indexes)
+    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.rows)
     models = {
         "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
         "entropy": curve.shape_at(INDEXES),

@@ -54,7 +54,7 @@ def fit_tables(model: Codec, patches: Iterable[Tensor], indexes: Sequence[float 
             y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
             coded = model.quantize(y, model.h_a(y), choose=model.choose_symbols)  # as for a file
             symbols = coded.y.int().clamp(-reach, reach) + reach
-            places = coded.indexes.int() * counts.shape[1] + symbols
+            places = coded.rows.int() * counts.shape[1] + symbols
             counts += torch.bincount(places.flatten(), minlength=counts.numel()).view(counts.shape)
     model.set_tables_of_y(quantized_cdf(gaussian, fit_mixtures(counts, gaussian.scale_table)))
 
