@@ -162,7 +162,7 @@ def info(source: Path) -> str:
     )
 
 
-def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
+def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
     pixels = read_pixels(  # which `image` below shares
         read_bytes(source) if str(source) == "-" else source,
@@ -171,7 +171,8 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
         note=functools.partial(cli.print_note, source),
     )
     model = load()
-    from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
+    from utils.codec.decode import decode  # here, as bad input is told before PyTorch is imported
+    from utils.codec.encode import encode
     from utils.codec.quality_map import QualityMap, psnr_by_region
     from utils.images import to_tensor
     from utils.metrics import psnr
@@ -180,10 +181,10 @@ def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[
     steps = args.steps
     request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-        result = encode.encode(model, image, request, lambda step: bar.update(step.number > 0))
+        result = encode(model, image, request, lambda step: bar.update(step.number > 0))
     message = describe(result, request.has_target, pixels.shape[1], pixels.shape[0])
     if args.verify:
-        decoded = decode.decode(model, result.data)
+        decoded = decode(model, result.data)
         message += f", verified: {psnr(image, decoded):.2f} dB"
         if request.quality_map:
             regions = psnr_by_region(image, decoded, request.quality_map.region)
@@ -212,7 +213,7 @@ def describe(result: "EncodeResult", has_target: bool, width: int, height: int) 
     return ", ".join(parts)
 
 
-def decode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
+def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
     if str(source) == "-":
         load()  # first, while what is piped in is being made
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "info":
         jobs = [(source, functools.partial(info, source)) for source, _ in find(args)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
-    code, suffix = (encode, SUFFIX) if args.command == "encode" else (decode, ".png")
+    code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
     done = {target for _, target in work if target.exists() and str(target) != "-" and not args.force}
     if done and not to_folder:

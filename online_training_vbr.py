@@ -28,9 +28,9 @@ from utils.codec.request import (
     make_request,
 )
 from utils.evaluation.results import (
-    Column,
     Result,
-    Table,
+    TextColumn,
+    TextTable,
     checkpoint_name,
     decibels,
     file_stem,
@@ -94,29 +94,29 @@ class Row:
         return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
 
 
-TABLE = Table(
+TABLE = TextTable(
     "image", 22,
-    Column("index", 5, 2, lambda row: row.result.index),
-    Column("bpp", 7, 4, lambda row: row.result.bpp),
-    Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
-    Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
-    Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-    Column("ΔPSNR", 6, 3, lambda row: row.gain),
-    Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
-    Column("error %", 8, 3, lambda row: row.error),
-    Column("trials", 6, 1, lambda row: row.encoded.trials),
-    Column("encode s", 8, 2, lambda row: row.encoded.seconds),
-    Column("refine s", 8, 2, lambda row: row.refine_seconds),
+    TextColumn("index", 5, 2, lambda row: row.result.index),
+    TextColumn("bpp", 7, 4, lambda row: row.result.bpp),
+    TextColumn("PSNR dB", 8, 2, lambda row: row.result.psnr),
+    TextColumn("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
+    TextColumn("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
+    TextColumn("ΔPSNR", 6, 3, lambda row: row.gain),
+    TextColumn("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
+    TextColumn("error %", 8, 3, lambda row: row.error),
+    TextColumn("trials", 6, 1, lambda row: row.encoded.trials),
+    TextColumn("encode s", 8, 2, lambda row: row.encoded.seconds),
+    TextColumn("refine s", 8, 2, lambda row: row.refine_seconds),
 )
 
 
-def encode(model: "VariableRate", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
+def code(model: "VariableRate", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
     """Encode one picture, uint8 `[3, H, W]`, measure its file, and return the decoded picture too."""
-    from utils.codec import encode
+    from utils.codec.encode import encode
     from utils.evaluation.evaluate import evaluate_file
 
     name = file_stem(image_name, request.index)
-    encoded = encode.encode(model, image, request, watch(bar, writer, name))
+    encoded = encode(model, image, request, watch(bar, writer, name))
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
     result, decoded = evaluate_file(model, image_name, image, encoded.index, encoded.data, seconds)
@@ -165,7 +165,7 @@ def encode_all(
     bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
 
     def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
-        return encode(model, name, image, requests[number], bar, writer)
+        return code(model, name, image, requests[number], bar, writer)
 
     tell(context, TABLE.header)
     jobs = for_each(mine, range(len(requests)), model.medians.device, work, short_names(paths))

@@ -376,7 +376,7 @@ class Codec(CompressionModel):
             raise DecodingError("the streams are too short for a picture of this size")
         if not side_info and min(map(len, (*y_strings, *z_strings))) < SHORTEST_STREAM:
             raise DecodingError("a stream is empty or cut off")
-        z = torch.stack([z_tables.decode(open_stream(s, z_rows.numel()), z_rows) for s in z_strings])
+        z = torch.stack([z_tables.from_stream(open_stream(s, z_rows.numel()), z_rows) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         crcs = [crc_of(symbols) for symbols in z]
         y_count = self.M * 4 * shape[0] * 4 * shape[1]
@@ -436,9 +436,9 @@ class Codec(CompressionModel):
         y_tables, z_tables = self.coding_tables
         z_rows = self._rows_of_z(quantized.z.shape[-2:])
         pairs = zip(quantized.y, quantized.rows, strict=True)
-        y_strings = [y_tables.encode(symbols, rows) for symbols, rows in pairs]
+        y_strings = [y_tables.to_stream(symbols, rows) for symbols, rows in pairs]
         return {
-            "strings": [y_strings, [z_tables.encode(symbols, z_rows) for symbols in quantized.z]],
+            "strings": [y_strings, [z_tables.to_stream(symbols, z_rows) for symbols in quantized.z]],
             "shape": tuple(quantized.z.shape[-2:]),
             "side_info": quantized.side_info,
         }

@@ -271,7 +271,7 @@ class SliceDecoder:
             rows = table_rows(self.gaussian, part).cpu()
             self._correct(first, rows, part)
             for number, decoder in enumerate(self.decoders):
-                out[number] = self.tables.decode(decoder, rows[number])
+                out[number] = self.tables.from_stream(decoder, rows[number])
                 self.crcs[number] = crc_of(out[number], self.crcs[number])
                 if not self.listed:
                     self.bits[number] += self.tables.count_bits(out[number], rows[number])

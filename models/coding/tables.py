@@ -73,18 +73,18 @@ class CodingTables:
         return bits + torch.where(outside, 4 * (1 + (digits / 15).floor() + digits), 0.0).float()
 
     def count_bits(self, symbols: Tensor, rows: Tensor) -> float:
-        """Bits of the stream that `encode` would write, without the coder's final state."""
+        """Bits of the stream that `to_stream` would write, without the coder's final state."""
         parts = zip(_parts(symbols), _parts(rows), strict=True)
         return sum(float(self.code_lengths(some.int(), theirs.int()).double().sum()) for some, theirs in parts)
 
-    def encode(self, symbols: Tensor, rows: Tensor) -> bytes:
+    def to_stream(self, symbols: Tensor, rows: Tensor) -> bytes:
         """One stream of integers and their rows, of equal shapes."""
         encoder = BufferedRansEncoder()
         for some, theirs in zip(_parts(symbols), _parts(rows), strict=True):
             encoder.encode_with_indexes(_ints(some), _ints(theirs), self.cdfs, self.sizes, self.offsets)
         return encoder.flush()
 
-    def decode(self, decoder: RansDecoder, rows: Tensor) -> Tensor:
+    def from_stream(self, decoder: RansDecoder, rows: Tensor) -> Tensor:
         """The next symbols of a stream, int32, in the shape of their rows."""
         symbols = decoder.decode_stream(_ints(rows), self.cdfs, self.sizes, self.offsets)
         # A list of half a million ints: torch.tensor takes 125 ms for what this does in 12.

@@ -221,7 +221,7 @@ bottleneck = EntropyBottleneck(1)
 bottleneck.update()
 tables = CodingTables(bottleneck)
 try:
-    tables.decode(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
+    tables.from_stream(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
     print("decoded")
 except ValueError as error:
     print(error)

@@ -209,13 +209,13 @@ def test_damaged_maps_are_refused_whatever_their_bytes():
 @pytest.mark.parametrize("rate", [{"index": 4.5}, {"above": 2.0}])
 def test_targets_are_met_with_a_map(varied, picture, mask, rate):
     analyzed = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, **rate))
-    low, high = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, 5.0))
+    low, high = (analyzed.write(analyzed.quantize(index)).bits for index in (0.0, 5.0))
     for share in (0.2, 0.5, 0.8):
         target = Target(low + share * (high - low))
-        trial, data = RateController(analyzed).encode(target)
-        assert 8 * len(data) == pytest.approx(target.bits, rel=0.01)
-        region = trial.index + analyzed.quality_map.offsets(trial.index)[-1] / 16
-        assert region == pytest.approx(rate.get("index", min(5, trial.index + 2)), abs=1 / 16)
+        found = RateController(analyzed).meet(target)
+        assert found.bits == pytest.approx(target.bits, rel=0.01)
+        region = found.index + analyzed.quality_map.offsets(found.index)[-1] / 16
+        assert region == pytest.approx(rate.get("index", min(5, found.index + 2)), abs=1 / 16)
 
 
 def test_the_rate_model_follows_a_map(varied, picture, mask):

@@ -233,6 +233,6 @@ def test_only_the_original_pixels_count(varied, picture):
     whole = AnalyzedImage(varied, picture)
     trial, seen = whole.quantize(2.0), []
     refine(whole, trial, RefinementSettings(1), on_step=seen.append)
-    decoded = decode(varied, whole.write(trial))
+    decoded = decode(varied, whole.write(trial).data)
     assert seen[0].mse == pytest.approx(mse(picture, decoded), rel=0.02)
     assert seen[0].bpp == pytest.approx(trial.bits / (100 * 120), rel=1e-3)

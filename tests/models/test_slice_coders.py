@@ -62,4 +62,4 @@ def test_a_lower_loss_than_that_of_the_nearest_symbols():
     nearest, _ = evaluate(model, "cat", photo, 1.0, real=True, nearest=True)
     assert chosen.loss < nearest.loss and chosen.bpp < 0.97 * nearest.bpp
     analyzed = AnalyzedImage(model, photo)
-    assert decode(model, analyzed.write(analyzed.quantize(1.0))).shape == photo.shape
+    assert decode(model, analyzed.write(analyzed.quantize(1.0)).data).shape == photo.shape

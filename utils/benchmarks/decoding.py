@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     for image in tqdm(images, desc="encoding", unit="image", leave=False, disable=None):
         analyzed = AnalyzedImage(model, center_crop(image, args.crop) if args.crop else image)
         for trial in map(analyzed.quantize, args.index):
-            files.append((analyzed.write(trial), trial.quantized, *predict(model, trial.quantized)))
+            files.append((analyzed.write(trial).data, trial.quantized, *predict(model, trial.quantized)))
     print(f"{'setting':<22} σ, largest  σ, 99.9 % μ, largest    rows  file decoded")
     for name, other in settings(model, args.compile):
         bar = tqdm(files, desc=name, unit="file", leave=False, disable=None)

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
     analyzed = AnalyzedImage(model, image, quality_map)
-    smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))
+    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in (0.0, MAX_INDEX))
     _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
     rows = []
     for mode, (max_trials, cap) in MODES.items():
@@ -55,16 +55,16 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
             start = clock(image.device)
             controller = RateController(AnalyzedImage(model, image, quality_map))
             analysis_end = clock(image.device)
-            trial, data = controller.encode(target, max_trials)
+            found = controller.meet(target, max_trials)
             end = clock(image.device)
             rows.append(
                 {
                     "image": name,
                     "mode": mode,
                     "target_bits": target.bits,
-                    "bits": 8 * len(data),
-                    "error": 8 * len(data) / target.bits - 1,
-                    "index": trial.index,
+                    "bits": found.bits,
+                    "error": found.bits / target.bits - 1,
+                    "index": found.index,
                     "trials": controller.trials - 1,
                     "seconds": end - start,
                     "trial_seconds": (end - analysis_end) / controller.trials,

@@ -102,17 +102,17 @@ def measure(args: argparse.Namespace) -> None:
         return chosen
 
     rows = choose_rows().cpu().view(symbols.shape)
-    stream = tables.encode(symbols, rows)
+    stream = tables.to_stream(symbols, rows)
 
-    def decode() -> None:
+    def read_stream() -> None:
         decoder = open_stream(stream, rows.numel())
         for part in rows.chunk(model.num_slices):
-            tables.decode(decoder, part)
+            tables.from_stream(decoder, part)
 
     works = {
         "rows": choose_rows,
-        "to bytes": lambda: tables.encode(symbols, rows),
-        "from bytes": decode,
+        "to bytes": lambda: tables.to_stream(symbols, rows),
+        "from bytes": read_stream,
     }
     for name, work in works.items():
         (spent,) = median_seconds([work], device, args.runs)

@@ -17,13 +17,25 @@ from utils.images import crop, margins, padded_bands
 CODER_BITS = 96  # stream overhead: 96 ± 32 bits
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrialEncode:
-    """A picture's symbols at an index, and the bits of their file: an estimate, until `write` sets the exact number."""
+    """A picture's symbols at an index, and the bits of their file by their code lengths."""
 
     index: float | None
     quantized: QuantizedLatents
     bits: float
+
+
+@dataclass(frozen=True)
+class CodedTrial:
+    """The file of a trial encode."""
+
+    index: float | None
+    data: bytes
+
+    @property
+    def bits(self) -> float:
+        return 8.0 * len(self.data)
 
 
 class AnalyzedImage:
@@ -103,11 +115,13 @@ class AnalyzedImage:
         lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.image.device)
         return crop(pixel_weights(places, lmbda, metric), self.height, self.width)
 
-    def write(self, trial: TrialEncode) -> bytes:
-        """The file. Sets `trial.bits` to its size."""
+    def write(self, trial: TrialEncode) -> CodedTrial:
+        """The file of a trial encode."""
         coded = self.model.encode_symbols(trial.quantized)
-        (y,), (z,), (side_info,) = *coded["strings"], coded["side_info"]
-        parts = y, z, self.model.fingerprint, side_info, self.offsets(trial.index)
-        data = pack(CodedImage(self.width, self.height, trial.index, *parts))
-        trial.bits = 8.0 * len(data)
-        return data
+        (y,), (z,) = coded["strings"]
+        (side_info,) = coded["side_info"]
+        image = CodedImage(
+            width=self.width, height=self.height, index=trial.index, y=y, z=z,
+            fingerprint=self.model.fingerprint, side_info=side_info, offsets=self.offsets(trial.index),
+        )
+        return CodedTrial(trial.index, pack(image))

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
+from utils.codec.tolerances import CAP_MARGIN
 
 if TYPE_CHECKING:
     from utils.codec.quality_map import QualityMap
-
-CAP_MARGIN = 3e-3  # how far under a cap is aimed, relatively
 
 
 @dataclass(frozen=True)

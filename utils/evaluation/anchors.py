@@ -80,7 +80,7 @@ def available(names: Iterable[str]) -> list[str]:
     return found
 
 
-def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
+def file_of(image: Tensor, codec: Codec, quality: float) -> bytes:
     """The file of a picture, uint8 `[3, H, W]`. ValueError where the codec cannot make one."""
     file = io.BytesIO()
     try:
@@ -92,7 +92,7 @@ def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
 
 def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Result, Tensor]:
     """One picture by one codec at one quality, which takes the index's place in the result; and the decoded picture."""
-    data, encode_seconds = timed(lambda: encode(image, codec, quality), image.device)
+    data, encode_seconds = timed(lambda: file_of(image, codec, quality), image.device)
     decoded, decode_seconds = timed(lambda: to_tensor(read_pixels(data)), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
     return evaluate.result_of(name, image, decoded, 8.0 * len(data), quality, **seconds), decoded

@@ -15,7 +15,7 @@ from models.lambdas import LADDERS
 from utils import cli
 from utils.errors import UserError
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
-from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
+from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite, read_json
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
@@ -224,18 +224,18 @@ def table(summary: dict) -> str:
     def delta(name: str, kind: str):
         return lambda row: row.get(f"bd_{name}", {}).get(kind, {}).get("value")
 
-    lines = Table(
+    lines = TextTable(
         "least λ·D + bpp at λ =", 24,
         *(
-            Column(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
+            TextColumn(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
             for i, lmbda in enumerate(summary["lambdas"])
         ),
-        Column("mean", 6, 3, lambda row: row["mean_loss"]),
-        Column("BD-rate %", 9, 1, delta("psnr", "rate")),
-        Column("BD-PSNR", 7, 2, delta("psnr", "quality")),
-        Column("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
-        Column("encode s", 8, 2, lambda row: row["encode_seconds"]),
-        Column("decode s", 8, 2, lambda row: row["decode_seconds"]),
+        TextColumn("mean", 6, 3, lambda row: row["mean_loss"]),
+        TextColumn("BD-rate %", 9, 1, delta("psnr", "rate")),
+        TextColumn("BD-PSNR", 7, 2, delta("psnr", "quality")),
+        TextColumn("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
+        TextColumn("encode s", 8, 2, lambda row: row["encode_seconds"]),
+        TextColumn("decode s", 8, 2, lambda row: row["decode_seconds"]),
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
     note = f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"
