@@ -25,17 +25,19 @@ from tqdm import tqdm
 
 from models.coding.side_info import DecodingError
 from utils import cli
-from utils.codec.bitstream import extremes, unpack
-from utils.codec.request import (
+from utils.cli.encoding_arguments import (
     add_index_argument,
     add_map_arguments,
     add_refinement_arguments,
     add_target_arguments,
     check_map_arguments,
     make_request,
+    map_of_arguments,
 )
-from utils.device import out_of_memory_as_value_error
+from utils.codec.bitstream import extremes, unpack
+from utils.device import out_of_memory_as_value_error, pick_device
 from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files, is_special
+from utils.messages import print_error, print_note, print_weights
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
@@ -168,18 +170,18 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
         read_bytes(source) if str(source) == "-" else source,
         args.background,
         int(args.max_megapixels * 1e6),
-        note=functools.partial(cli.print_note, source),
+        note=functools.partial(print_note, source),
     )
     model = load()
-    from utils.codec.decode import decode  # here, as bad input is told before PyTorch is imported
+    from utils.codec.decode import decode
     from utils.codec.encode import encode
-    from utils.codec.quality_map import QualityMap, psnr_by_region
+    from utils.codec.quality_map import psnr_by_region
     from utils.images import to_tensor
     from utils.metrics import psnr
 
     image = to_tensor(pixels).to(model.medians.device)
     steps = args.steps
-    request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
+    request = replace(args.request, quality_map=map_of_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
         result = encode(model, image, request, lambda step: bar.update(step.number > 0))
     message = describe(result, request.has_target, pixels.shape[1], pixels.shape[0])
@@ -219,7 +221,7 @@ def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Call
         load()  # first, while what is piped in is being made
     coded = unpack(read_bytes(source), int(args.max_megapixels * 1e6))
     model = load()
-    from utils.codec.decode import decode  # PyTorch takes seconds to import: a damaged file is told before
+    from utils.codec.decode import decode
     from utils.device import timed
     from utils.images import to_pixels
 
@@ -239,7 +241,7 @@ def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
         except BrokenPipeError:  # nobody reads on: no fault of this file
             raise
         except (ImageError, OSError, ValueError) as error:
-            cli.print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
+            print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
             yield False
 
 
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
 
     @functools.cache
     def load() -> "Codec":
-        import torch  # takes seconds: help, info and bad input do without
+        import torch
 
         from models import VariableRate
         from utils.checkpoint import load_model
@@ -268,12 +270,12 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         variable_rate = args.command == "encode" and args.request.needs_variable_rate
         try:
-            model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
+            model = load_model(args.checkpoint, pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
         if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
             raise cli.UserError(f"{args.checkpoint}: a fixed-rate model has no rate index; leave out -l")
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
         model.prepare()
         return model
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils import cli
-from utils.codec.request import (
-    EncodeRequest,
+from utils.cli.encoding_arguments import (
     add_index_argument,
     add_refinement_arguments,
     add_target_arguments,
     make_request,
 )
+from utils.codec.request import EncodeRequest
 from utils.evaluation.results import (
     Result,
     TextColumn,
@@ -39,9 +39,10 @@ from utils.evaluation.results import (
     to_json,
 )
 from utils.files import BUNDLED, atomic_write, check_output_file, check_output_folder, write_json
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+if TYPE_CHECKING:
     from torch import Tensor
 
     from models import VariableRate
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, context.device, variable_rate=True)
     if context.is_main:
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
     model.prepare()
     rows, failed = encode_all(model, paths, requests, args, context)
     context.close()

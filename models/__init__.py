@@ -23,7 +23,6 @@ warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", ca
 
 
 def __getattr__(name: str) -> object:
-    """PyTorch takes seconds to import, and reading a file's header (`codec_vbr.py info`) does without it."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The networks by name, and the presets: a new backbone is a line in each. Reading this needs no PyTorch.
+"""The networks by name, and the presets: a new backbone is a line in each.
 
 A variable-rate codec has the name of its fixed-rate one and _VBR.
 """

@@ -1,11 +1,11 @@
 """Checkpoints that rebuild their model, read without running any code that they may hold."""
 
-import argparse
 import importlib.metadata
 import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +22,7 @@ __all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_mode
 
 FORMAT = "tcm-vbr/1"
 # What training scripts save beside tensors: classes that only hold values.
-_HARMLESS = [argparse.Namespace, np.dtype]
+_HARMLESS = [(SimpleNamespace, "argparse.Namespace"), np.dtype]
 # A scalar's function has another name in NumPy 2 than in NumPy 1, and a file has that of the NumPy that wrote it.
 _HARMLESS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]
 _HARMLESS += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]

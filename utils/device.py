@@ -1,4 +1,4 @@
-"""Time and memory of the machine that computes."""
+"""The machine that computes: its device, time and memory."""
 
 import contextlib
 import ctypes
@@ -9,12 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from utils.errors import UserError
+
 if TYPE_CHECKING:
-    import torch  # imported inside the functions: it takes seconds, and `info` and `--help` do without
+    import torch
 
 T = TypeVar("T")
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: of getrusage's ru_maxrss
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of a name; "auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
+    return torch.device(name)
 
 
 def clock(device: "torch.device") -> float:

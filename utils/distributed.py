@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.large.memory import send
-from utils import cli
+from utils.device import pick_device
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class DistContext:
         Args:
             sharing: whether processes only share pictures. They then meet once, at the end, and wait long for that.
         """
-        found = cli.pick_device(device)
+        found = pick_device(device)
         missing = [name for name in ENVIRONMENT if name not in os.environ]
         if os.environ.get("WORLD_SIZE", "1") == "1" and missing:
             return cls(found)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import STRIDE
-from utils import cli
 from utils.files import atomic_write
+from utils.messages import print_note
 from utils.pictures import ImageError, png_bytes, read_pixels
 
 
@@ -35,7 +35,7 @@ def read_images(paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | ImageErr
     """Each path with its picture, or with the error that reading it gave; prints notes on pictures."""
     for path in paths:
         try:
-            yield path, read_image(path, note=functools.partial(cli.print_note, path))
+            yield path, read_image(path, note=functools.partial(print_note, path))
         except ImageError as error:
             yield path, error
 

@@ -74,7 +74,7 @@ def test_a_picture_in_parts_is_the_same_picture(varied, tall, in_parts, request_
 def test_a_map_in_parts(varied, tall, in_parts):
     mask = np.zeros(tall.shape[1:], np.float32)
     mask[200:500, 60:] = 1
-    request = EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0))
+    request = EncodeRequest(1.0, quality_map=QualityMap.from_region(mask, index=4.0))
     whole, target = encode(varied, tall, request), EncodeRequest(bytes=1800, quality_map=request.quality_map)
     expected, solved = decode(varied, whole.data), encode(varied, tall, target)
     in_parts()
@@ -164,7 +164,7 @@ def test_the_gradient_of_tiles_is_that_of_the_picture(varied, tall, in_tiles, mo
         monkeypatch.setattr(tiles, "SIDE", 384)
     mask = np.zeros(picture.shape[1:], np.float32)
     mask[100:200, 150:260] = 1
-    quality_map = QualityMap.from_mask(mask, index=4.0) if with_map else None
+    quality_map = QualityMap.from_region(mask, index=4.0) if with_map else None
     monkeypatch.setattr(varied, "metric", metric)
     assert len(cut_tiles(*picture.shape[1:])) == (4 if metric == "mse" else 2)
     in_parts = gradients(varied, picture, quality_map)

@@ -29,6 +29,7 @@ from models.state_dict import without_tables
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import CheckpointError, build_model, describe, export_model, load_model, read_checkpoint
+from utils.cli.training_stages import read_teachers
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
@@ -36,7 +37,6 @@ from utils.images import read_image, save_image
 from utils.pictures import ImageError
 from utils.training.objectives import Objective, StaticObjective
 from utils.training.schedule import Progress, Settings, in_last_part, learning_rate
-from utils.training.stages import read_teachers
 from utils.training.trainer import Trainer, compile_networks
 
 ROOT = Path(__file__).resolve().parents[2]

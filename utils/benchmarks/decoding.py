@@ -31,6 +31,7 @@ from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import center_crop, read_image
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 from utils.training.trainer import compile_networks
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of setting a flag back
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)
-    cli.print_weights(args.checkpoint)
+    print_weights(args.checkpoint)
     files = []
     results = {}
     for image in tqdm(images, desc="encoding", unit="image", leave=False, disable=None):

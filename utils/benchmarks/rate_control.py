@@ -14,15 +14,17 @@ from models import VariableRate
 from models.lambdas import MAX_INDEX
 from utils import cli
 from utils.checkpoint import load_model
+from utils.cli.encoding_arguments import add_map_arguments, check_map_arguments, map_of_arguments
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap
 from utils.codec.rate_control import RateController
-from utils.codec.request import EncodeRequest, Target, add_map_arguments, check_map_arguments
-from utils.device import clock, timed
+from utils.codec.request import EncodeRequest, Target
+from utils.device import clock, pick_device, timed
 from utils.evaluation.results import short_names
 from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import read_image
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
 MODES = {"one trial": (1, False), "at most three": (3, False), "not above": (3, True)}  # trials; whether it is a cap
@@ -77,16 +79,16 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output_file(args.json)
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
-    cli.print_weights(args.checkpoint)
+    print_weights(args.checkpoint)
     model.prepare()
     names = short_names(paths)
     rows = []
     for path in tqdm(paths, unit="image", disable=None):
         image = read_image(path).to(device)
-        quality_map = QualityMap.from_arguments(args, *image.shape[1:])
+        quality_map = map_of_arguments(args, *image.shape[1:])
         rows += measure(model, names[path], image, args.targets, quality_map)
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:

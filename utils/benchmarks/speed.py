@@ -20,8 +20,10 @@ from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.benchmarks.decoding import predict
 from utils.checkpoint import load_model
+from utils.device import pick_device
 from utils.errors import UserError
 from utils.images import pad
+from utils.messages import print_weights
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Print the times of the networks, of coding y, and the peak memory."""
     torch.manual_seed(0)
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     if args.checkpoint:
         model = load_model(args.checkpoint, device)
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
     else:
         model = from_preset(args.preset).eval()
         model.update()

@@ -17,7 +17,7 @@ import torch
 from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
-from utils.device import choose_kernels_for_training
+from utils.device import choose_kernels_for_training, pick_device
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.training.objectives import Objective
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     """A trainer of random weights on random photographs."""
-    context = DistContext(cli.pick_device(args.device))
+    context = DistContext(pick_device(args.device))
     objective = Objective(from_preset(args.preset))
     objective.to(context.device, memory_format=torch.channels_last)
     size = (args.patch_size, args.patch_size)

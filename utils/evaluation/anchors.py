@@ -14,12 +14,12 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from utils import cli
 from utils.device import timed
 from utils.distributed import DistContext
 from utils.evaluation import evaluate
 from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
+from utils.messages import print_note
 from utils.pictures import read_pixels
 
 
@@ -76,7 +76,7 @@ def available(names: Iterable[str]) -> list[str]:
             found.append(name)
         else:
             how = "; it needs the package pillow-jxl-plugin" if name == "jpegxl" else ""
-            cli.print_note(codec.title, f"this Pillow cannot write it, left out{how}")
+            print_note(codec.title, f"this Pillow cannot write it, left out{how}")
     return found
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.lambdas import LADDERS
-from utils import cli
 from utils.errors import UserError
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
 from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite, read_json
+from utils.messages import print_note
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
 _OF_A_RUN = ("compared", "summary", "rate_model", "made")  # keys of a file that are not of its first codec
@@ -124,7 +124,7 @@ def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
         number += 1
     codec = codec | {"name": name}
     if codecs and "images" in codec and "images" in codecs[0] and pictures(codec) != pictures(codecs[0]):
-        cli.print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
+        print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
     codecs.append(codec)
 
 

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
-from utils import cli
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode, picture_of
 from utils.codec.encode import encode
@@ -20,6 +19,7 @@ from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import read_images
+from utils.messages import print_error
 from utils.metrics import ms_ssim_value, psnr
 from utils.pictures import ImageError
 
@@ -52,7 +52,7 @@ def for_each(
                     result = work(names[path], image.to(device), job)
             except (ImageError, ValueError) as error:
                 if path not in failed:
-                    cli.print_error(path, error)
+                    print_error(path, error)
                 failed.add(path)
             yield path, job, result
 

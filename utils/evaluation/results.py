@@ -1,4 +1,4 @@
-"""Results, as a table in the terminal, and as JSON in CompressAI's format. Needs no PyTorch, which takes seconds."""
+"""Results, as a table in the terminal, and as JSON in CompressAI's format."""
 
 import math
 from collections import Counter

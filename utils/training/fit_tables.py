@@ -8,9 +8,7 @@ change, which every checkpoint has: networks, latents, decoder and file format s
 (docs/method.md).
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.coding.tables import rounded_gaussians
-from utils import cli
-from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
-from utils.distributed import DistContext
+from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint
+from utils.device import pick_device
 from utils.errors import UserError
 from utils.pictures import find_images, part_of_data_set
 from utils.training.objectives import FixedRateObjective, Objective
@@ -105,28 +102,26 @@ def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor
         yield torch.cat([dataset[position].patches for position in range(start, min(start + BATCH, count))])
 
 
-def refit(args: argparse.Namespace) -> None:
-    """`train_vbr.py --stage tables`: write the model of a checkpoint with tables fitted to photographs.
+def refit(weights: str, folders: list[str], size: tuple[int, int], seed: int, device: str) -> dict:
+    """The checkpoint of a file of weights with tables fitted to photographs: what `train_vbr.py --stage tables` writes.
+
+    Args:
+        size: height and width of the patches.
 
     Raises:
-        UserError: the checkpoint or the photographs cannot be used.
+        UserError: the weights or the photographs cannot be used.
     """
-    cli.print_weights(args.checkpoint)
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = model_to_code_with(checkpoint, args.checkpoint, DistContext.from_environment(args.device).device)
-    paths = find_images(part_of_data_set(args.dataset, "train"))
+    checkpoint = read_checkpoint(weights)
+    model = model_to_code_with(checkpoint, weights, pick_device(device))
+    paths = find_images(part_of_data_set(folders, "train"))
     indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
     try:
-        fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
+        fit_tables(model, first_batches(PatchDataset(paths, size, seed)), indexes)
     except ValueError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from None
+        raise UserError(f"{weights}: {error}") from None
     stored = [value for value in find_state_dict(checkpoint).values() if isinstance(value, Tensor)]
     half = any(value.dtype == torch.float16 for value in stored)
-    weights = {name for name, _ in model.named_parameters()} if half else set()
-    state = {name: (t.half() if name in weights else t).cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {"stage": args.stage, "photographs": len(paths), "patches": PATCHES, "patch_size": args.patch_size}
-    training = [*checkpoint.get("training", []), record]
-    file = Path(args.save_path) / "model.pth.tar"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(file, describe(model) | {"state_dict": state, "training": training})
-    print(f"weights with fitted tables: {file}")
+    halved = {name for name, _ in model.named_parameters()} if half else set()
+    state = {name: (t.half() if name in halved else t).cpu().contiguous() for name, t in model.state_dict().items()}
+    record = {"stage": "tables", "photographs": len(paths), "patches": PATCHES, "patch_size": size}
+    return describe(model) | {"state_dict": state, "training": [*checkpoint.get("training", []), record]}

@@ -1,4 +1,4 @@
-"""Arguments that the training scripts share. Reading them needs no PyTorch, whose import takes seconds."""
+"""Arguments that the training scripts share."""
 
 import argparse
 import math

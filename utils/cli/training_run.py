@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from models import STRIDE, Codec
+from utils.cli.training_arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import center_crop
 from utils.pictures import ImageError, find_images, part_of_data_set
-from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read, read_all, usable
 from utils.training.trainer import Trainer, compile_networks, read_run
