@@ -149,9 +149,9 @@ class Codec(CompressionModel):
         """The latent of `features` as the entropy model sees it, and ln m. A fixed rate leaves it unchanged."""
         return y, y.new_zeros(len(y), 1, 1, 1)
 
-    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        """A quantized latent `[B, M, h, w]` as `g_s` sees it."""
-        return y_hat
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A quantized latent `[B, M, h, w]` as `g_s` sees it, and ln m."""
+        return y_hat, y_hat.new_zeros(len(y_hat), 1, 1, 1)
 
     def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
         """`demodulate` in bands of about this height."""
@@ -169,7 +169,7 @@ class Codec(CompressionModel):
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
-        return self.run_networks([self.g_s], self.demodulate(y_hat, index))
+        return self.run_networks([self.g_s], self.demodulate(y_hat, index)[0])
 
     def run_networks(self, networks: Sequence[nn.Sequential], *parts: Tensor | Recomputed, stride: int = 1) -> Tensor:
         """What a chain of networks makes of tensors, joined along their channels.
@@ -263,16 +263,17 @@ class Codec(CompressionModel):
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`.
+            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `log_m_ga` and
+            `log_m_gs`: ln m of analysis and synthesis.
         """
         index = self._check(x, index)
-        y, _ = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index, quantization)
+        y, log_m = self.analyze(x, index)
+        return self._reconstruct(y, self.h_a(y), index, quantization) | {"log_m_ga": log_m}
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
-        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
+        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them; without `log_m_ga`.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
@@ -283,7 +284,9 @@ class Codec(CompressionModel):
 
     def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
         y_hat, rates = self.estimate_rate(y, z, quantization)
-        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
+        scaled, log_m = self.demodulate(y_hat, index)
+        x_hat = self.run_networks([self.g_s], scaled)
+        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}
 
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
         """What `compress` returns of latents, and the `x_hat` `[B, 3, H, W]` in [0, 1] that `decompress` makes of it.

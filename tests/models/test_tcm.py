@@ -98,7 +98,7 @@ def test_presets_have_their_sizes():
 def test_forward_gives_what_was_published(tiny, image):
     with torch.no_grad():
         out = tiny(image, 2)
-    assert set(out) == {"x_hat", "likelihoods", "lmd_index", "latent"}
+    assert set(out) == {"x_hat", "likelihoods", "lmd_index", "latent", "log_m_ga", "log_m_gs"}
     assert out["x_hat"].shape == image.shape
     assert out["latent"].shape == out["likelihoods"]["y"].shape == (1, 64, 8, 16)
     assert out["likelihoods"]["z"].shape == (1, 32, 2, 4)

@@ -467,8 +467,14 @@ def test_the_state_of_a_run_is_weights_too(photos, checkpoint, tmp_path, capsys)
 
 
 def test_a_run_that_is_stopped_tells_that_its_weights_are_older(photos, checkpoint, tmp_path, monkeypatch, capsys):
-    logged_step = Trainer._logged_step
-    monkeypatch.setattr(Trainer, "_logged_step", lambda self, bar: logged_step(self, bar) or self.progress.step == 2)
+    step = Trainer.step
+
+    def stopped(self):
+        values = step(self)
+        self.all_stop = self.progress.step == 2
+        return values
+
+    monkeypatch.setattr(Trainer, "step", stopped)
     more = ["--checkpoint", checkpoint, "--max-steps", 3, "--validate-minutes", 0]
     train(photos, tmp_path / "run", *more)
     assert "model.pth.tar (of the last validation, so older" in capsys.readouterr().out
