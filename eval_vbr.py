@@ -28,6 +28,7 @@ from utils.cli.encoding_arguments import (
     check_map_arguments,
     map_of_arguments,
 )
+from utils.codec.request import EncodeRequest
 from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
 from utils.files import BUNDLED, check_output_file, check_output_folder, write_json
 from utils.messages import print_weights
@@ -107,7 +108,8 @@ def measure(
     indexes = (args.index or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
-        result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]), args.nearest)
+        request = EncodeRequest(index, quality_map=map_of(*image.shape[1:]), nearest=args.nearest)
+        result, decoded = evaluate(model, name, image, request, real=args.real)
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result

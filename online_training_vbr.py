@@ -76,11 +76,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
 class Row:
     """A picture by one request: its file, what it measures, and the same without refinement."""
 
-    name: str  # of what is written for it, without a suffix
+    name: str  # what its files are called, without a suffix
     encoded: "EncodeResult"
     result: Result
     plain: Result
-    error: float | None  # of the size against the target, in percent
+    error: float | None  # size against target, in percent
 
     @property
     def refine_seconds(self) -> float:
@@ -156,7 +156,7 @@ def encode_all(
     writer = None
     steps = max(1, args.steps)
     mine = context.share(paths)
-    found_rows: list[list[Row | None]] = []  # of each picture, by request
+    found_rows: list[list[Row | None]] = []  # by picture and request
     if args.logdir:
         from torch.utils.tensorboard import SummaryWriter
 

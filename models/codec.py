@@ -100,7 +100,9 @@ class Codec(CompressionModel):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__()
         self.config = c = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
-        self.M, self.num_slices, self.max_support_slices = c.M, c.num_slices, c.max_support_slices
+        self.M = c.M
+        self.num_slices = c.num_slices
+        self.max_support_slices = c.max_support_slices
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
         self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
@@ -124,7 +126,7 @@ class Codec(CompressionModel):
         """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `correct` wants to see again.
 
         Args:
-            hyper: of `hyper_synthesis`.
+            hyper: what `hyper_synthesis` returned.
             supports: the slices before it that it may see, `[B, M/S, h, w]` each.
             corrected: whether `correct` follows; without, the third value is not used.
         """
@@ -237,7 +239,7 @@ class Codec(CompressionModel):
                 coder(mu, sigma)
                 return None
             y_hat = self._in_weight_format(coder(mu, sigma))
-            del mu, sigma  # of a large picture each is hundreds of megabytes, and so is what follows
+            del mu, sigma  # hundreds of megabytes each where the picture is large, and so is what follows
             decoded.append(self.correct(i, context, y_hat))
             del context, y_hat
         del hyper
@@ -383,13 +385,15 @@ class Codec(CompressionModel):
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         crcs = [crc_of(symbols) for symbols in z]
         y_count = self.M * 4 * shape[0] * 4 * shape[1]
-        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, y_count, side_info, crcs)
+        coder = SliceDecoder(
+            self.gaussian_conditional, y_tables, y_strings, count=y_count, side_info=side_info, crcs=crcs
+        )
         with deterministic():
             y_hat = self.run_slices(z_hat, coder)
         if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         if not side_info:
-            found = [z_tables.count_bits(symbols, z_rows) for symbols in z], coder.bits
+            found = ([z_tables.count_bits(symbols, z_rows) for symbols in z], coder.bits)
             for strings, counts in zip((z_strings, y_strings), found, strict=True):
                 for stream, bits in zip(strings, counts, strict=True):
                     if abs(8 * len(stream) - bits) > 0.01 * bits + 8 * CODER_STATE:
@@ -409,16 +413,21 @@ class Codec(CompressionModel):
             choose: makes the symbols of y.
         """
         rounded = torch.round(z - self.medians)
-        parts = (self.gaussian_conditional, self.coding_tables[0])
-        slices = y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1))
-        coder = SliceEncoder(*parts, slices, rounded, self.epsilon if portable else None, choose)
+        coder = SliceEncoder(
+            self.gaussian_conditional, self.coding_tables[0],
+            slices=y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1)),
+            z=rounded, epsilon=self.epsilon if portable else None, choose=choose,
+        )
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder, complete)
         return coder.finish(y_hat)
 
     def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
         """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
-        return choose_symbols(residual, sigma, self.gaussian_conditional, self.coding_tables[0], ERROR_BITS)
+        tables, _ = self.coding_tables
+        return choose_symbols(
+            residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS
+        )
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.
@@ -453,7 +462,7 @@ class Codec(CompressionModel):
 
     def _in_weight_format(self, x: Tensor) -> Tensor:
         """x in the memory format of the weights, so that the same input has the same arithmetic."""
-        # Of a 1×1 or a depth-wise convolution both formats are the same.
+        # The weights of a 1×1 or a depth-wise convolution are the same in both formats.
         weight = next(w for w in self.g_a.parameters() if w.dim() == 4 and w.shape[1] > 1 and w.shape[2] > 1)
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -101,7 +101,7 @@ def is_out_of_memory(error: Exception) -> bool:
     PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells. oneDNN says no more than
     that it could not create a primitive; a shape that it does not support is another text ("primitive descriptor").
     """
-    if isinstance(error, OSError):  # of mmap
+    if isinstance(error, OSError):  # raised by mmap
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or str(error).strip() == "could not create a primitive":
         return True

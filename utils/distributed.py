@@ -69,7 +69,7 @@ class DistContext:
         table = torch.zeros(self.world_size, len(values) + len(numbers), dtype=torch.float64, device=self.device)
         table[self.rank, : len(values)] = values
         table[self.rank, len(values) :] = send(torch.tensor(numbers, dtype=torch.float64), self.device)
-        dist.all_reduce(table)  # of zeros but in one row: what every process knows
+        dist.all_reduce(table)  # zeros but in one row: what every process knows
         means, largest = table.cpu().split((len(values), len(numbers)), dim=1)
         return means.mean(0).tolist(), largest.amax(0).tolist()
 

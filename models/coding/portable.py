@@ -43,7 +43,7 @@ def scale_factors(gaussian: GaussianConditional, shifts: np.ndarray, first: int,
     """The factors on the σ of the positions first … end: float32 `[end − first]`, on the table's device.
 
     Args:
-        shifts: of all blocks, uint8.
+        shifts: those of all blocks, uint8.
     """
     powers = np.exp(-_log_step(gaussian) / SHIFTS_PER_ROW * np.arange(256)).astype(np.float32)
     start = first // BLOCK * BLOCK
@@ -66,8 +66,9 @@ def choose_shifts(
         return np.zeros(count_blocks(len(sigma)), np.uint8)
     if count_blocks(len(sigma)) > BLOCKS_AT_ONCE:
         size = BLOCKS_AT_ONCE * BLOCK
-        parts = zip(symbols.split(size), sigma.split(size), strict=True)
-        return np.concatenate([choose_shifts(gaussian, lengths, *part, epsilon) for part in parts])
+        pairs = zip(symbols.split(size), sigma.split(size), strict=True)
+        parts = (choose_shifts(gaussian, lengths, symbols=s, sigma=part, epsilon=epsilon) for s, part in pairs)
+        return np.concatenate(list(parts))
     # A larger shift makes σ smaller, until it passes a boundary of the table and is coded by the row below. So the bits
     # of a block at each of its 256 shifts are a running sum of the changes at the shifts where one of its σ passes a
     # boundary; and a position is listed at the shift that brings its σ within epsilon of one.
@@ -76,7 +77,7 @@ def choose_shifts(
     row = position.ceil().int().clamp(max=len(levels) - 1)  # without a shift
     block = live // BLOCK * 256
     count = count_blocks(len(sigma)) * 256
-    change, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)  # of each block, at each shift
+    change, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)  # by block and shift
     bits = lengths(symbols[live], row)
     for passed in range(256 // SHIFTS_PER_ROW):  # how many boundaries a σ has passed before the one looked at
         boundary = row - 1 - passed
@@ -117,8 +118,8 @@ class PortableRows:
         Args:
             symbols: int32 `[n]`, on the model's device as sigma `[n]`.
         """
-        shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
-        sigma = sigma * scale_factors(gaussian, shifts, 0, len(sigma))
+        shifts = choose_shifts(gaussian, lengths, symbols=symbols, sigma=sigma, epsilon=epsilon)
+        sigma = sigma * scale_factors(gaussian, shifts, first=0, end=len(sigma))
         below, above = (table_rows(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
         rows = table_rows(gaussian, sigma)
         positions = (below != above).nonzero().flatten()
@@ -130,8 +131,8 @@ class PortableRows:
 
     def pack(self) -> bytes:
         """`SideInfo.scales`."""
-        positions, sides = np.concatenate(self.positions), np.concatenate(self.sides)
-        return np.concatenate(self.shifts).tobytes() + pack_positions(positions, sides)
+        listed = pack_positions(np.concatenate(self.positions), np.concatenate(self.sides))
+        return np.concatenate(self.shifts).tobytes() + listed
 
 
 def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

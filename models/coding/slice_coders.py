@@ -62,7 +62,7 @@ def choose_symbols(
 
     Args:
         residual: y − μ, float32 of any shape.
-        sigma: of the same shape.
+        sigma: in the same shape.
     """
     y = residual.flatten()
     sigma = sigma.flatten()
@@ -103,7 +103,7 @@ class SliceEstimator:
     """Collects the likelihoods of y `[B, M, h, w]`.
 
     Attributes:
-        likelihoods: of each slice, `[B, M/S, h, w]`.
+        likelihoods: one tensor `[B, M/S, h, w]` per slice.
         rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
@@ -147,7 +147,7 @@ class QuantizedLatents:
         y: symbols `[B, M, h, w]`; rows: those of the scale table that code them.
         z: symbols, int32 `[B, C, h/4, w/4]`.
         y_hat: `[B, M, h, w]`, on the model's device; None where it was not asked for.
-        side_info: of each image, for decoding on other machines; None where the rows follow the published rule.
+        side_info: one per image, for decoding on other machines; None where the rows follow the published rule.
     """
 
     y: Tensor
@@ -164,9 +164,9 @@ class SliceEncoder:
     picture's symbols and σ.
 
     Args:
-        slices: of y, `[B, M/S, h, w]` each; consumed, to free memory.
+        slices: y in parts `[B, M/S, h, w]`; consumed, to free memory.
         z: rounded, `[B, C, h/4, w/4]`.
-        epsilon: of the portable rows; None for those of the published rule.
+        epsilon: as in `Codec`, for portable rows; None for those of the published rule.
         choose: makes the symbols.
     """
 
@@ -220,9 +220,10 @@ class SliceEncoder:
         if self.epsilon is None:
             rows = table_rows(self.gaussian, sigma)
         else:
+            add = dict(lengths=self.tables.code_lengths, epsilon=self.epsilon)
             images = zip(self.portable, rounded.int(), sigma, strict=True)
-            parts = self.gaussian, self.tables.code_lengths
-            rows = torch.stack([one.add(*parts, *image, self.epsilon) for one, *image in images])
+            found = [one.add(self.gaussian, symbols=its, sigma=part, **add) for one, its, part in images]
+            rows = torch.stack(found)
             self.crcs = [crc_of(one, crc) for one, crc in zip(symbols, self.crcs, strict=True)]
         self.done.append([smallest_dtype(values.cpu()) for values in (symbols, rows)])
 
@@ -233,7 +234,7 @@ class SliceEncoder:
         if self.epsilon is not None:
             pairs = zip(self.portable, self.crcs, strict=True)
             side_info = [SideInfo(portable.pack(), crc) for portable, crc in pairs]
-        return QuantizedLatents(y, rows, self.z, y_hat, side_info)
+        return QuantizedLatents(y, rows, z=self.z, y_hat=y_hat, side_info=side_info)
 
 
 class SliceDecoder:
@@ -241,7 +242,7 @@ class SliceDecoder:
 
     Args:
         count: elements of y of one image.
-        side_info: of each image; None for streams whose rows follow the published rule.
+        side_info: one per image; None for streams whose rows follow the published rule.
         crcs: CRC-32 of each image's z; that of y is added slice by slice.
     """
 
@@ -257,7 +258,7 @@ class SliceDecoder:
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
         self.shifts = [shifts for shifts, _, _ in unpacked]
         self.listed = [(positions, above) for _, positions, above in unpacked]
-        self.bits = [0.0] * len(streams)  # of the symbols' codes, where there is no checksum
+        self.bits = [0.0] * len(streams)  # lengths of the codes, where there is no checksum
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         flat = sigma.flatten(1)
@@ -266,7 +267,8 @@ class SliceDecoder:
             first = self.position
             self.position = self.position + part.shape[1]
             if self.shifts:
-                factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
+                here = dict(first=first, end=self.position)
+                factors = [scale_factors(self.gaussian, shifts, **here) for shifts in self.shifts]
                 part = part * torch.stack(factors)
             rows = table_rows(self.gaussian, part).cpu()
             self._correct(first, rows, part)

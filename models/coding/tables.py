@@ -13,7 +13,8 @@ from torch import Tensor
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
 SHORTEST_STREAM = 4  # bytes: the coder writes whole words, and its state at the end
-LONGEST_CODE, CODER_STATE = 6, 16  # bytes: of an escaped LARGEST_SYMBOL, 16 bits and eight digits; of a stream's end
+LONGEST_CODE = 6  # bytes of an escaped LARGEST_SYMBOL: 16 bits and eight digits
+CODER_STATE = 16  # bytes at the end of a stream
 PART = 2**22  # symbols that the encoder is handed at once; SliceDecoder asks for no more either
 
 
@@ -30,7 +31,7 @@ class CodingTables:
         self.sizes = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
-        self._lengths: dict[torch.device, Tensor] = {}  # of all symbols within reach and all rows
+        self._lengths: dict[torch.device, Tensor] = {}  # all symbols within reach in all rows
         self._reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def fewest_bits(self, rows: Tensor) -> float:
@@ -59,7 +60,8 @@ class CodingTables:
         return self._lengths[symbols.device][rows * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
 
     def _compute_lengths(self, symbols: Tensor, rows: Tensor) -> Tensor:
-        offsets, sizes = torch.tensor(self.offsets), torch.tensor(self.sizes)
+        offsets = torch.tensor(self.offsets)
+        sizes = torch.tensor(self.sizes)
         table = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
         for row, cdf in enumerate(self.cdfs):
             table[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()

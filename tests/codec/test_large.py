@@ -67,8 +67,8 @@ def test_a_picture_in_parts_is_the_same_picture(varied, tall, in_parts, request_
     assert len(parts.data) == pytest.approx(len(whole.data), abs=8)
     assert parts.index == pytest.approx(whole.index, abs=1e-3)
     assert mse(tall, decode(varied, parts.data)) == pytest.approx(mse(tall, at_once), rel=1e-3)
-    estimated, _ = evaluate(varied, "tall", tall, 2.0, real=False)
-    assert estimated.psnr == pytest.approx(evaluate(varied, "tall", tall, 2.0, real=True)[0].psnr, abs=0.01)
+    estimated, real = (evaluate(varied, "tall", tall, EncodeRequest(2.0), real)[0] for real in (False, True))
+    assert estimated.psnr == pytest.approx(real.psnr, abs=0.01)
 
 
 def test_a_map_in_parts(varied, tall, in_parts):

@@ -118,7 +118,7 @@ def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp
 
     def loss(m):
         pictures = [read_image(path)[:, :128, :128] for path in photos.iterdir()]
-        return np.mean([evaluate(m, "", picture, 3.0, real=False)[0].loss for picture in pictures])
+        return np.mean([evaluate(m, "", picture, EncodeRequest(3.0), real=False)[0].loss for picture in pictures])
 
     assert loss(model) < 0.8 * loss(before)
     events = EventAccumulator(str(tmp_path / "run"))
@@ -139,7 +139,7 @@ def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoin
     image = read_image(sorted(photos.iterdir())[0])[:, :128, :128]
     model = load_model(tmp_path / "run" / "model.pth.tar")
     assert type(model) is TCM
-    result, _ = evaluate(model, "", image, None, real=False)
+    result, _ = evaluate(model, "", image, EncodeRequest(), real=False)
     assert result.bpp > 0 and result.loss is None
 
 
@@ -251,7 +251,7 @@ def test_ms_ssim_has_its_own_ladder(photos, checkpoint, tmp_path):
     saved = read_checkpoint(path)
     assert saved["metric"] == "ms-ssim" and saved["lambdas"] == [3, 5, 8, 16, 36, 64]
     model = load_model(path)
-    result, _ = evaluate(model, "", read_image(sorted(photos.iterdir())[0]), 5.0, real=False)
+    result, _ = evaluate(model, "", read_image(sorted(photos.iterdir())[0]), EncodeRequest(5.0), real=False)
     assert result.loss == pytest.approx(result.bpp + 64 * (1 - result.ms_ssim))
     with pytest.raises(cli.UserError, match="at least 256"):
         train(photos, tmp_path / "other", "--type", "ms-ssim", "--max-steps", 1)

@@ -80,7 +80,7 @@ def count_macs(work: Callable[[], object]) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the process on the CPU, of PyTorch's tensors on a GPU."""
+    """Peak bytes so far that the process has on the CPU, or PyTorch's tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT

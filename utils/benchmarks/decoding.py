@@ -93,7 +93,7 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
     other_mu, other_sigma = predict(other, quantized)
     ours, theirs = (gaussian.lower_bound_scale(values).double() for values in (sigma, other_sigma))
     shifts, _, _ = unpack_scales(quantized.side_info[0].scales, count)
-    shifted = other_sigma * scale_factors(gaussian, shifts, 0, count).view(mu.shape)
+    shifted = other_sigma * scale_factors(gaussian, shifts, first=0, end=count).view(mu.shape)
     differing = int((table_rows(gaussian, shifted) != quantized.rows).sum())
     try:
         decode(other, replace(unpack(data), fingerprint=other.fingerprint))  # float64 weights have another one
@@ -107,7 +107,7 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output_file(args.json)
-    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of setting a flag back
+    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # when a flag is set back
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)
     print_weights(args.checkpoint)

@@ -95,11 +95,11 @@ def measure(args: argparse.Namespace) -> None:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols = (torch.randn(symbols.shape) * drawn).round().int()
         sigma = drawn.to(device)
-    parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
+    coded = dict(symbols=symbols.flatten().to(device), sigma=sigma.flatten(), epsilon=model.epsilon)
 
     def choose_rows() -> torch.Tensor:
         portable = PortableRows()
-        chosen = portable.add(model.gaussian_conditional, *parts, model.epsilon)
+        chosen = portable.add(model.gaussian_conditional, tables.code_lengths, **coded)
         portable.pack()
         return chosen
 

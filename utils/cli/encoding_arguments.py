@@ -116,8 +116,8 @@ def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, inde
         parser.error("-t must be 0 or more, --trials 1 or more")
     if args.step_size is not None and not args.steps:
         parser.error("--step-size needs -t: no steps, no refinement")
-    targets = args.target_bpp, args.target_bytes, args.max_bytes
-    has_target = targets != (None, None, None)
+    targets = dict(bpp=args.target_bpp, bytes=args.target_bytes, max_bytes=args.max_bytes)
+    has_target = any(value is not None for value in targets.values())
     if has_target and index is not None:
         parser.error("-l and a target exclude each other: a target is met by the index that it needs")
     if index is None and not has_target:
@@ -127,4 +127,6 @@ def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, inde
     if index is not None and not 0 <= index <= MAX_INDEX:
         parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     refinement = RefinementSettings(args.steps, args.method, args.step_size)
-    return EncodeRequest(index, *targets, args.trials, refinement, args.keep_rate, nearest=args.nearest)
+    return EncodeRequest(
+        index, **targets, max_trials=args.trials, refinement=refinement, keep_rate=args.keep_rate, nearest=args.nearest
+    )

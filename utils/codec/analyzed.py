@@ -42,14 +42,14 @@ class AnalyzedImage:
     """A picture, uint8 `[3, H, W]` on the model's device, after `g_a`, which is the same at every rate.
 
     Attributes:
-        height, width, pixels: of the original.
+        height, width, pixels: size of the original.
         image: the picture.
-        rate_model: of a variable-rate codec, which also scales the latent; None at a fixed rate.
+        rate_model: the R-λ model, which also scales the latent; None at a fixed rate.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
         choose: makes the symbols.
 
     Args:
-        nearest: of `EncodeRequest`.
+        nearest: as in `EncodeRequest`.
     """
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class AnalyzedImage:
     def quantize(self, index: float | None, last: bool = False, complete: bool = False) -> TrialEncode:
         """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode.
 
-        last, complete: of `latents` and of `Codec.quantize`.
+        last, complete: as in `latents` and in `Codec.quantize`.
         """
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every slice, which goes when its symbols are there

@@ -155,7 +155,7 @@ def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
 
     Args:
         places: index of every place of the latents, `[B, 1, h, w]`.
-        lmbda: of each image, `[B]`.
+        lmbda: λ of each image, `[B]`.
     """
     return enlarge(index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1), PIXELS_PER_LATENT)
 

@@ -28,7 +28,8 @@ GRID = np.linspace(0, MAX_INDEX, 21)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
 _SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
 _REACH = 2.0  # the change of ln m between two indexes is less
-_LOG_STEP, _FINE = 1 / 8, 128  # of ln σ, where H is computed; and in how many parts these steps are cut
+_LOG_STEP = 1 / 8  # between the values of ln σ at which H is computed
+_FINE = 128  # parts that these steps are cut into
 
 
 def entropy(sigma: float) -> float:
@@ -187,8 +188,8 @@ class RateModel:
         """Σ H(σ · m / m(index)) + C, not calibrated.
 
         Args:
-            index: of a trial encode.
-            rows: of the scale table that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
+            index: that of a trial encode.
+            rows: scale-table rows that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
                 be anything below it: its latents are taken as dead.
         """
         points = np.append(GRID, index)

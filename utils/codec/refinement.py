@@ -34,12 +34,13 @@ MAX_CHANGE = 1.0
 MAX_LOG_WEIGHT = 6.0
 # Latents under that control must respond to it: less momentum, and shorter steps that do not end at zero.
 BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
-CONTROLLED_STEP, CONTROLLED_LAST_STEP = 0.6, 0.25  # in units of the learning rate, and of the first step
-PAPER_PIXELS = 768 * 512  # of Kodak's pictures, which the paper's learning rate is for
+CONTROLLED_STEP = 0.6  # in units of the learning rate
+CONTROLLED_LAST_STEP = 0.25  # in units of the first step
+PAPER_PIXELS = 768 * 512  # Kodak's pictures, for which the paper chose its learning rate
 MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
-MAX_MOVES = 5  # of refined latents to another index
+MAX_MOVES = 5  # how often refined latents are moved to another index
 UNITS = 16, 64  # pixels per place of y and of z
 
 Latents = tuple[Tensor, Tensor]  # y `[1, M, h, w]` and z
@@ -189,9 +190,9 @@ def descend(
                     found = _differentiate(image, tile, start.index, (y, z), surrogate, math.exp(log_weight))
                     sums = [total + value for total, value in zip(sums, found, strict=True)]
             coded, mse, distortion = sums
-            overhead = overhead if steps else start.bits - coded  # of the file: header, side information, whole words
+            overhead = overhead if steps else start.bits - coded  # header, side information, whole words
             bpp = (coded + overhead) / image.pixels
-            step = Step(number, bpp, mse, distortion, bpp + lmbda * distortion)
+            step = Step(number, bpp, mse, distortion=distortion, loss=bpp + lmbda * distortion)
             if not math.isfinite(step.loss):
                 if not steps:
                     raise ValueError("the loss of this picture is not finite")

@@ -69,9 +69,9 @@ class EncodeRequest:
         index: rate index; None with a target, and for a fixed-rate model.
         bpp, bytes, max_bytes: the target, in bits per pixel or bytes of the file, header counted.
         max_trials: with a target, indexes to try before the one to encode at.
-        refinement: of the latents (DLM); zero steps for none.
+        refinement: how latents are refined (DLM); zero steps for none.
         keep_rate: refine towards less distortion at the size of the index's file, not towards the least loss.
-        quality_map: where the index differs from that of the file, which a target then solves for.
+        quality_map: where the index differs from that of the file; a target then solves for the latter.
         nearest: round latents to the nearest symbol, as the paper does, not for rate and distortion together.
     """
 

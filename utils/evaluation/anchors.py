@@ -29,7 +29,7 @@ class Codec(NamedTuple):
     Attributes:
         title: for people, with the settings that matter.
         feature: what Pillow must have been built with; "" where it always has the format.
-        options: of Pillow's `save`, for a quality.
+        options: arguments of Pillow's `save`, for a quality.
         qualities: from few bits to many. Those of JPEG 2000 are ratios of compression.
     """
 
@@ -65,7 +65,7 @@ CODECS = {
 
 
 def available(names: Iterable[str]) -> list[str]:
-    """Those of the codecs, each once, that this Pillow can write; the others are named on stderr."""
+    """The codecs, each once, that this Pillow can write; the others are named on stderr."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_jxl")  # registers its format with Pillow
     Image.init()
@@ -95,7 +95,7 @@ def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Res
     data, encode_seconds = timed(lambda: file_of(image, codec, quality), image.device)
     decoded, decode_seconds = timed(lambda: to_tensor(read_pixels(data)), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-    return evaluate.result_of(name, image, decoded, 8.0 * len(data), quality, **seconds), decoded
+    return evaluate.result_of(name, image, decoded, count=8.0 * len(data), index=quality, **seconds), decoded
 
 
 def measure_all(names: list[str], paths: list[Path], context: DistContext) -> list[dict]:

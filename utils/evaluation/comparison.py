@@ -189,10 +189,10 @@ def least_losses(codec: dict, metric: str) -> list[float] | None:
 
 
 def compare(codecs: list[dict], metric: str = "mse") -> dict:
-    """What the tables show, in plain values: of every codec the least losses and seconds, and the first against it.
+    """What the tables show, in plain values: the least losses and seconds of every codec, and the first against it.
 
     Args:
-        metric: of the loss, "mse" or "ms-ssim".
+        metric: the loss is for "mse" or "ms-ssim".
     """
     found = []
     for codec in codecs:
@@ -202,7 +202,8 @@ def compare(codecs: list[dict], metric: str = "mse") -> dict:
         megapixels = mean(row["width"] * row["height"] / 1e6 for row in rows)
         for key in ("encode_seconds", "decode_seconds"):
             seconds = mean(row[key] for row in rows)
-            row[key], row[f"{key}_per_megapixel"] = seconds, None if seconds is None else seconds / megapixels
+            row[key] = seconds
+            row[f"{key}_per_megapixel"] = None if seconds is None else seconds / megapixels
         if codec is not codecs[0]:
             for name in ("psnr", "ms-ssim"):
                 row[f"bd_{name}"] = _deltas(codec, codecs[0], name)

@@ -13,7 +13,7 @@ from models.lambdas import index_to_lambda
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode, picture_of
 from utils.codec.encode import encode
-from utils.codec.quality_map import QualityMap, psnr_by_region
+from utils.codec.quality_map import psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
@@ -23,7 +23,8 @@ from utils.messages import print_error
 from utils.metrics import ms_ssim_value, psnr
 from utils.pictures import ImageError
 
-J, T = TypeVar("J"), TypeVar("T")
+J = TypeVar("J")
+T = TypeVar("T")
 
 
 def for_each(
@@ -67,7 +68,7 @@ def measure_all(
 
     Args:
         work: as that of `for_each`; it must return what can be pickled.
-        title: of the progress bar.
+        title: what the progress bar is called.
 
     Raises:
         UserError: another process has ended.
@@ -83,28 +84,26 @@ def measure_all(
 
 
 def evaluate(
-    model: Codec, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None,
-    nearest: bool = False,
+    model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool
 ) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
+        request: with a map there is no loss, as there is no one λ. An estimate takes its index and `nearest` alone.
         real: encode, decode and count the bytes, instead of summing up code lengths.
-        quality_map: of a region with another index; real files only. There is no loss then, as there is no one λ.
-        nearest: of `EncodeRequest`.
 
     Raises:
         ValueError: it cannot be coded, or has no room in memory.
     """
     if real:
-        encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map, nearest=nearest))
+        encoded = encode(model, image, request)
         result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
-        if quality_map:
+        if request.quality_map:
             result.loss = None
-            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
+            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, request.quality_map.region)
         return result, decoded
-    count, decoded = estimate(model, image, index, nearest)
-    return _result(model, name, image, index, count, decoded), decoded
+    count, decoded = estimate(model, image, request.index, request.nearest)
+    return _of_model(model, result_of(name, image, decoded, count=count, index=request.index)), decoded
 
 
 def evaluate_file(
@@ -113,7 +112,8 @@ def evaluate_file(
     """As `evaluate`, for a file that exists already."""
     decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-    return _result(model, name, image, index, 8.0 * len(data), decoded, **seconds), decoded
+    result = result_of(name, image, decoded, count=8.0 * len(data), index=index, **seconds)
+    return _of_model(model, result), decoded
 
 
 @out_of_memory_as_value_error()
@@ -122,7 +122,8 @@ def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = F
     """Bits of a file by its code lengths, some bytes off (`CODER_BITS`), and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
     trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
-    return trial.bits, picture_of(model, trial.quantized.y_hat, index, *image.shape[1:])
+    height, width = image.shape[1:]
+    return trial.bits, picture_of(model, trial.quantized.y_hat, index, height=height, width=width)
 
 
 def result_of(
@@ -132,18 +133,22 @@ def result_of(
     height, width = image.shape[1:]
     quality = ms_ssim_value(image, decoded)
     return Result(
-        name, width, height, index, count / (height * width), psnr(image, decoded),
+        image=name,
+        width=width,
+        height=height,
+        index=index,
+        bpp=count / (height * width),
+        psnr=psnr(image, decoded),
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
         **seconds,
     )
 
 
-def _result(
-    model: Codec, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
-) -> Result:
-    result = result_of(name, image, decoded, count, index if isinstance(model, VariableRate) else None, **seconds)
-    distortion = result.distortion(model.metric)
-    if index is not None and distortion is not None:
-        result.loss = result.bpp + index_to_lambda(index, model.metric) * distortion
+def _of_model(model: Codec, result: Result) -> Result:
+    """A result with its loss; at a fixed rate without an index."""
+    if not isinstance(model, VariableRate):
+        result.index = None
+    elif (distortion := result.distortion(model.metric)) is not None:
+        result.loss = result.bpp + index_to_lambda(result.index, model.metric) * distortion
     return result

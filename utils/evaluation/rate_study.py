@@ -51,7 +51,8 @@ class Study:
 
     def local_slopes(self, name: str) -> np.ndarray:
         """Bits measured per bit predicted between whole indexes, `[5]`."""
-        rise, run = np.diff(self.bits[::4]), np.diff(self.models[name][::4])
+        rise = np.diff(self.bits[::4])
+        run = np.diff(self.models[name][::4])
         return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
 
 

@@ -54,7 +54,7 @@ def make_viewers(
     Args:
         whole: the JSON, whose first codec is the model.
         paths: all pictures, by which their short names were made.
-        codecs: of anchors.CODECS, those that were measured.
+        codecs: those of anchors.CODECS that were measured.
         map_of: the map of a picture of a height and width.
     """
     names = short_names(paths)
@@ -69,7 +69,7 @@ def make_viewers(
         image = read_image(path).to(model.medians.device)
         quality_map = map_of(*image.shape[1:])
         middle = _middle(image, quality_map)
-        result, decoded = evaluate(model, name, image, index, True, quality_map)
+        result, decoded = evaluate(model, name, image, EncodeRequest(index, quality_map=quality_map), real=True)
         title = f"{whole['name']}, with a region" if quality_map else whole["name"]
         versions = [Version("original", "8 bits a sample", _crop(image, middle))]
         versions.append(_version(title, result, decoded, middle))

@@ -19,7 +19,7 @@ class Result:
         ms_ssim, ms_ssim_db: None for pictures that are too small.
         loss: bpp + λ · D, with D = MSE on the 0–255 scale or 1 − MS-SSIM; None without an index.
         encode_seconds, decode_seconds: None for estimates.
-        psnr_inside, psnr_outside: of a region with an index of its own; None without one.
+        psnr_inside, psnr_outside: PSNR in and around a region with an index of its own; None without one.
     """
 
     image: str
@@ -78,7 +78,7 @@ class TextTable:
     """Lines of a name and columns of numbers; a line of several items has their means.
 
     Args:
-        title, width: of the first column, which has the names.
+        title, width: the first column, which has the names.
     """
 
     def __init__(self, title: str, width: int, *columns: TextColumn) -> None:

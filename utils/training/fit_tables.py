@@ -23,7 +23,7 @@ from utils.pictures import find_images, part_of_data_set
 from utils.training.objectives import FixedRateObjective, Objective
 from utils.training.patches import PatchDataset
 
-PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
+PATCHES = 32  # at 256×256 and six rates they have nine million symbols with preset small
 BATCH = 8  # patches at once
 PRIOR = 100.0  # symbols' worth of trust in the level's own Gaussian, which a level that never occurs keeps
 SPREAD = 0.05  # first weight of the other components against that of the level itself
@@ -64,9 +64,10 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
         scale_table: σ of the levels, which are those of the components.
     """
     gaussians = rounded_gaussians(scale_table, counts.shape[1] // 2)
-    counts, folded = _fold(counts), _fold(gaussians)
+    counts = _fold(counts)
+    folded = _fold(gaussians)
     own = torch.eye(len(scale_table), dtype=torch.float64)
-    weights = own + SPREAD  # of each component (columns) in each mixture
+    weights = own + SPREAD  # each mixture a row, each component a column
     weights /= weights.sum(1, keepdim=True)
     for _ in range(ITERATIONS):
         expected = counts / (weights @ folded).clamp(min=1e-300)
@@ -76,7 +77,7 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
 
 
 def _fold(values: Tensor) -> Tensor:
-    """Of the symbols 0 … K, each with its negative: the Gaussians are symmetric."""
+    """Sums over each symbol 0 … K and its negative: the Gaussians are symmetric."""
     middle = values.shape[1] // 2
     folded = values[:, middle:].clone()
     folded[:, 1:] += values[:, :middle].flip(1)

@@ -67,7 +67,7 @@ class Objective(nn.Module):
         with self.autocasting(x):
             out = self.model(x, places, Quantization(noise))
         losses = rate_distortion(out, x, lmbda, self.metric, weights)
-        aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
+        aux = self.model.aux_loss()  # for the quantiles, on which no other term depends
         return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
 
     def begin_last_part(self) -> None:

@@ -39,7 +39,7 @@ from utils.training.patches import Batch, Photographs, StoppedWaiting, batches
 from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
-SECONDS_PER_LINE = 60  # of progress, where there is no terminal for a bar
+SECONDS_PER_LINE = 60  # between lines of progress, where there is no terminal for a bar
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
 
 
@@ -102,7 +102,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=settings.amp == "fp16")
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.prefetched: Batch | None = None
-        self.data_seconds = self.next_line = 0.0
+        self.data_seconds = 0.0
+        self.next_line = 0.0  # when the next line of progress is due
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
         self.unusable = {told for told in self.dataset.cache.values() if isinstance(told, str)}
         self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
