@@ -179,6 +179,16 @@ def test_the_smallest_file_is_looked_for_where_rates_are_not_monotone():
         RateController(FormulaImage(bits)).meet(Target(8 * 80, cap=True))
 
 
+def test_a_dip_between_the_ends_is_found_where_all_files_are_nearly_alike():
+    """What was tried rises with the index; but an end that hardly differs from the rest need not be the smallest."""
+    image = FormulaImage(lambda index: 8 * (950 if abs(index - 1.25) < 0.1 else 1000 + 2 * index))
+    assert len(RateController(image).meet(Target(8 * 960, cap=True)).data) == 950
+
+
+def test_under_a_cap_a_little_less_is_aimed_at():
+    assert 990 < Target(1000.0, cap=True).aim < 1000 == Target(1000.0).aim
+
+
 def test_a_search_everywhere_is_spared_where_rates_lie_far_apart():
     controller = RateController(FormulaImage(lambda index: 8000 * 1.4**index))
     with pytest.raises(UnreachableError):

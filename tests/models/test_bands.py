@@ -114,6 +114,7 @@ def test_rows_of_a_band(monkeypatch):
     assert band_height(6016, 4096, 64, cpu) == 256 and band_height(2048, 1408, 64, cpu) == 512
     assert band_height(65536, 4096, 64, cpu) == 128 and band_height(128, 65536, 64, cpu) == 8192
     assert all(latent_height(width) % 8 == 0 for width in (1, 8, 1000, 4096))
+    assert latent_height(768 // 16) >= 512 // 16 and latent_height(6000 // 16) < 4000 // 16  # Kodak's whole, 24 MP not
     gpu, gib = torch.device("cuda"), 2**30
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
