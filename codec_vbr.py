@@ -26,10 +26,8 @@ from tqdm import tqdm
 from models.coding.side_info import DecodingError
 from utils import cli
 from utils.cli.encoding_arguments import (
-    add_index_argument,
     add_map_arguments,
-    add_refinement_arguments,
-    add_target_arguments,
+    add_request_arguments,
     check_map_arguments,
     make_request,
     map_of_arguments,
@@ -62,9 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     encoder = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
     add = encoder.add_argument
-    add_index_argument(encoder, several=False, default="2.5 without a target")
-    add_target_arguments(encoder)
-    add_refinement_arguments(encoder, steps=0)
+    add_request_arguments(encoder, several=False, steps=0)
     add_map_arguments(encoder)
     add("--background", default="white", metavar="COLOR", help="color under transparent pixels, by name or as #rrggbb")
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
@@ -96,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The files to read, each with its folder relative to the folder among the inputs that it was found in."""
+    """The files to read, each with its folder below the input that holds it."""
     for path in args.inputs:
         if path == "-":
             found = [Path("-")]

@@ -20,12 +20,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils import cli
-from utils.cli.encoding_arguments import (
-    add_index_argument,
-    add_refinement_arguments,
-    add_target_arguments,
-    make_request,
-)
+from utils.cli.encoding_arguments import add_request_arguments, make_request
 from utils.codec.request import EncodeRequest
 from utils.evaluation.results import (
     Result,
@@ -55,9 +50,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
-    add_index_argument(parser, several=True, default="2.5 without a target")
-    add_target_arguments(parser)
-    add_refinement_arguments(parser, steps=20)
+    add_request_arguments(parser, several=True, steps=20)
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--out", metavar="DIR", help="write the files, for codec_vbr.py decode, over older ones")
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
@@ -82,17 +75,9 @@ class Row:
     plain: Result
     error: float | None  # size against target, in percent
 
-    @property
-    def refine_seconds(self) -> float:
-        return self.encoded.refinement.seconds if self.encoded.refinement else 0.0
-
-    @property
-    def gain(self) -> float:
-        return self.encoded.refinement.gain if self.encoded.refinement else 0.0
-
-    @property
-    def loss_change(self) -> float:
-        return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
+    def refined(self, name: str) -> float:
+        """An attribute of the `Refinement`; 0 without one."""
+        return getattr(self.encoded.refinement, name, 0.0)
 
 
 TABLE = TextTable(
@@ -102,12 +87,12 @@ TABLE = TextTable(
     TextColumn("PSNR dB", 8, 2, lambda row: row.result.psnr),
     TextColumn("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
     TextColumn("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-    TextColumn("ΔPSNR", 6, 3, lambda row: row.gain),
-    TextColumn("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
+    TextColumn("ΔPSNR", 6, 3, lambda row: row.refined("gain")),
+    TextColumn("Δloss %", 7, 2, lambda row: 100 * row.refined("loss_change")),
     TextColumn("error %", 8, 3, lambda row: row.error),
     TextColumn("trials", 6, 1, lambda row: row.encoded.trials),
     TextColumn("encode s", 8, 2, lambda row: row.encoded.seconds),
-    TextColumn("refine s", 8, 2, lambda row: row.refine_seconds),
+    TextColumn("refine s", 8, 2, lambda row: row.refined("seconds")),
 )
 
 
@@ -120,12 +105,12 @@ def code(model: "VariableRate", image_name: str, image: "Tensor", request: Encod
     encoded = encode(model, image, request, watch(bar, writer, name))
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
-    result, decoded = evaluate_file(model, image_name, image, encoded.index, encoded.data, seconds)
+    result, decoded = evaluate_file(model, image_name, image, file=encoded, encode_seconds=seconds)
     plain = result
     if refinement and refinement.chosen:
-        before = refinement.before
-        plain, _ = evaluate_file(model, image_name, image, before.index, before.data, encoded.seconds)
-    return Row(name, encoded, result, plain, None if encoded.error is None else 100 * encoded.error), decoded
+        plain, _ = evaluate_file(model, image_name, image, file=refinement.before, encode_seconds=encoded.seconds)
+    error = None if encoded.error is None else 100 * encoded.error
+    return Row(name, encoded, result, plain=plain, error=error), decoded
 
 
 def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
@@ -209,7 +194,7 @@ def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
 
 
 def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
-    """BD-rate of the curve of mean rates and qualities with refinement against that without."""
+    """BD-rate of refinement: the curve of mean rates and qualities with it against the one without it."""
     from utils.evaluation.bd_rate import MIN_POINTS, rising, summary
 
     def curve(kind: str) -> list[tuple[float, float]]:
@@ -230,11 +215,10 @@ def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded = row.encoded
-        refinement = row.encoded.refinement
         image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
-        image |= {"chosen_step": refinement.chosen if refinement else 0, "loss_change": row.loss_change}
-        image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}
-        image["steps"] = [[step.bpp, step.mse, step.loss] for step in (refinement.steps if refinement else ())]
+        image |= {"chosen_step": row.refined("chosen") or 0, "loss_change": row.refined("loss_change")}
+        image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refined("seconds")}
+        image["steps"] = [[step.bpp, step.mse, step.loss] for step in row.refined("steps") or ()]
     if args.steps:
         whole["unrefined"] = to_json(results_of(rows, "plain"), f"{name}, unrefined", "real files")
     return whole

@@ -1,4 +1,4 @@
-"""The networks: `from models import TCM_VBR, DepthConv_VBR, LAE`. They are imported when they are first asked for."""
+"""The networks: `from models import TCM_VBR, DepthConv_VBR, LAE`. They are imported at their first use."""
 
 import importlib
 import warnings

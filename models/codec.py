@@ -86,7 +86,7 @@ class Codec(CompressionModel):
 
     Attributes:
         config: the architecture.
-        metric: "mse" or "ms-ssim", the distortion that the weights were trained for.
+        metric: "mse" or "ms-ssim", the distortion in the loss that the weights minimize.
         epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
         checkpointing: compute gradients by running every layer twice, in a fraction of the memory.
 
@@ -119,7 +119,7 @@ class Codec(CompressionModel):
     # What a backbone defines -----------------------------------------------------------------
 
     def hyper_synthesis(self, z_hat: Tensor) -> Any:
-        """What the slices read of ẑ `[B, C, h/4, w/4]`; made by `synthesize_hyper`."""
+        """Features of ẑ `[B, C, h/4, w/4]` for the slices; made by `synthesize_hyper`."""
         raise NotImplementedError
 
     def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
@@ -174,7 +174,7 @@ class Codec(CompressionModel):
         return self.run_networks([self.g_s], self.demodulate(y_hat, index)[0])
 
     def run_networks(self, networks: Sequence[nn.Sequential], *parts: Tensor | Recomputed, stride: int = 1) -> Tensor:
-        """What a chain of networks makes of tensors, joined along their channels.
+        """The output of a chain of networks for tensors joined along their channels.
 
         With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
         `bands.LATENTS` go through in bands.
@@ -246,7 +246,7 @@ class Codec(CompressionModel):
         return torch.cat(decoded, 1)
 
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
-        """What a network makes of ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
+        """The output of a network for ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
         height, width = z_hat.shape[2:]
         band = self._band_height_within(height, width, stride=4)
         if band and 16 * height * width > KEPT:
@@ -291,7 +291,7 @@ class Codec(CompressionModel):
         return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}
 
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
-        """What `compress` returns of latents, and the `x_hat` `[B, 3, H, W]` in [0, 1] that `decompress` makes of it.
+        """The dict of `compress` for latents, with the `x_hat` `[B, 3, H, W]` in [0, 1] of `decompress`.
 
         The published online script calls it by this name. Arguments as `forward_fromlatent`.
         """
@@ -515,7 +515,7 @@ class Codec(CompressionModel):
         return self._fingerprint[1]
 
     def train(self, mode: bool = True) -> "Codec":
-        """As of every module. Forgets what is kept of the weights, as training may change them without a trace."""
+        """As in every module; forgets tables and fingerprint, as training may change weights without a trace."""
         if mode:
             self._tables = self._fingerprint = None
         return super().train(mode)
@@ -559,5 +559,5 @@ class Codec(CompressionModel):
 
 
 def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    """What changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
+    """A value that changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
     return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

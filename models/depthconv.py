@@ -69,7 +69,7 @@ class DepthConvConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "DepthConvConfig":
-        """Sizes of the DepthConv or DepthConv_VBR that a (normalized) state dict belongs to.
+        """Sizes of the DepthConv or DepthConv_VBR in a (normalized) state dict.
 
         Raises:
             ValueError: names that every DepthConv has are missing.

@@ -43,7 +43,7 @@ class HyperpriorConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "HyperpriorConfig":
-        """Sizes of the model that a (normalized) state dict belongs to.
+        """Sizes of the model in a (normalized) state dict.
 
         Raises:
             ValueError: it is of another kind; autoregressive models and those without a hyperprior are named.

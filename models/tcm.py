@@ -85,7 +85,7 @@ class TCMConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "TCMConfig":
-        """Architecture of the TCM or TCM_VBR that a (normalized) state dict belongs to.
+        """Architecture of the TCM or TCM_VBR in a (normalized) state dict.
 
         Two values leave no trace in the weights and get their defaults: the drop-path rate, and the head width of a
         stage without blocks. max_support_slices = num_slices is found as num_slices − 1, which is the same network.

@@ -33,7 +33,7 @@ class CheckpointError(UserError):
 
 
 def describe(model: Codec) -> dict:
-    """What a checkpoint stores of a model besides its weights."""
+    """The entries of a checkpoint about its model, besides the weights."""
     return {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -182,7 +182,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", variable_ra
 
 
 def model_to_code_with(checkpoint: dict, path: str | Path, device: torch.device | str) -> Codec:
-    """As `load_model`, of a checkpoint that was read already."""
+    """`load_model` for a checkpoint that was read already."""
     model = build_model(checkpoint, path)
     model.update()
     return model.to(device, memory_format=torch.channels_last)

@@ -96,7 +96,7 @@ def out_of_memory_as_value_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that there was no memory, by whatever it was asked for.
+    """Whether an error means that there was no memory, whoever wanted it.
 
     PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells. oneDNN says no more than
     that it could not create a primitive; a shape that it does not support is another text ("primitive descriptor").

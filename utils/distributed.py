@@ -85,7 +85,7 @@ class DistContext:
         return items[self.rank :: self.world_size]
 
     def join(self, found: list[T]) -> list[T]:
-        """What the processes made of the items of their shares, one of each, in the order of all items.
+        """The results of all processes for their shares, one per item, in the order of all items.
 
         Raises:
             UserError: another process has ended.

@@ -146,7 +146,7 @@ class QuantizedLatents:
     Attributes:
         y: symbols `[B, M, h, w]`; rows: those of the scale table that code them.
         z: symbols, int32 `[B, C, h/4, w/4]`.
-        y_hat: `[B, M, h, w]`, on the model's device; None where it was not asked for.
+        y_hat: `[B, M, h, w]`, on the model's device; None unless requested.
         side_info: one per image, for decoding on other machines; None where the rows follow the published rule.
     """
 

@@ -28,7 +28,7 @@ TENSORS = 12  # a layer takes about as much memory as so many tensors of the siz
 
 
 class Footprint(NamedTuple):
-    """The rows that a layer looks at.
+    """The rows of its input that a layer needs.
 
     Attributes:
         halo: context rows on either side, a multiple of align.
@@ -149,7 +149,7 @@ def bands_of(parts: Sequence[Tensor | Recomputed], height: int) -> Iterator[Tens
 
 
 def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
-    """What a chain of layers makes of a tensor `[B, C, height, w]` that comes in bands, in bands of its own.
+    """The output, in bands, of a chain of layers for a tensor `[B, C, height, w]` that comes in bands.
 
     Containers in `layers` are taken apart. A single band of all rows goes through the layers as they are.
     """

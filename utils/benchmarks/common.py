@@ -54,7 +54,7 @@ def convolutions_use_tf32(device: torch.device) -> bool:
 def matrix_product(
     device: torch.device, dtype: torch.dtype = torch.float32, tf32: bool = False
 ) -> Callable[[], Tensor]:
-    """A product of two square matrices, whose rate is the one that networks of the same precision are compared with.
+    """A product of two square matrices, whose rate is the yardstick for networks of the same precision.
 
     Make it after the peak memory has been read: on a GPU its matrices take 0.8 GB.
     """

@@ -31,17 +31,15 @@ def rate_index(text: str) -> float:
     return value
 
 
-def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --target-bpp, --target-bytes, --max-bytes, of which one may be given, and --trials."""
+def add_request_arguments(parser: argparse.ArgumentParser, several: bool, steps: int) -> None:
+    """Add what `make_request` reads: an index or several, or a target, and a refinement of so many steps."""
+    add_index_argument(parser, several, default="2.5 without a target")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
     group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
     group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
     parser.add_argument("--trials", type=int, default=3, metavar="N", help="with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass")
 
-
-def add_refinement_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """Add -t, --method, --keep-rate and --step-size, and --nearest."""
     add = parser.add_argument
     methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())
     add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")

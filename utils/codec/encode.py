@@ -71,7 +71,7 @@ class EncodeResult:
         error: relative distance of the size from the target, or with `keep_rate` from the size before refinement; None
             without either, and for a cap above every file.
         note: why the target was not met; empty where it was.
-        refinement: None where none was asked for.
+        refinement: None unless requested.
         seconds: analysis, rate control and coding, without refinement.
     """
 

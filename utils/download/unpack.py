@@ -1,4 +1,4 @@
-"""Pictures out of a zip file that nobody vouches for."""
+"""Pictures out of an untrusted zip file."""
 
 import os
 import stat

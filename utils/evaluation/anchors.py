@@ -1,4 +1,4 @@
-"""What common codecs make of the same pictures: JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by pillow-jxl-plugin.
+"""Common codecs on the same pictures: JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by pillow-jxl-plugin.
 
 Sizes are those of whole files; quality is that of the 8-bit pixels that decoding gives.
 """

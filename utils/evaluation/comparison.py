@@ -162,7 +162,7 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
 
 
 def pictures(codec: dict) -> set[str]:
-    """Names of the pictures that a codec was measured on."""
+    """Names of the pictures in the results of a codec."""
     return {row["image"] for row in codec["images"]}
 
 

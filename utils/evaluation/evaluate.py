@@ -12,7 +12,7 @@ from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode, picture_of
-from utils.codec.encode import encode
+from utils.codec.encode import EncodeResult, MeasuredFile, encode
 from utils.codec.quality_map import psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
@@ -62,7 +62,7 @@ def measure_all(
     paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
     work: Callable[[str, Tensor, J], T], title: str,
 ) -> tuple[list[T], int]:
-    """What `work` returns of every picture by every job, in this order, and how many pictures failed.
+    """The values of `work` for every picture by every job, in this order, and how many pictures failed.
 
     Processes share the pictures; all of them get what all have found.
 
@@ -97,7 +97,7 @@ def evaluate(
     """
     if real:
         encoded = encode(model, image, request)
-        result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
+        result, decoded = evaluate_file(model, name, image, file=encoded, encode_seconds=encoded.seconds)
         if request.quality_map:
             result.loss = None
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, request.quality_map.region)
@@ -107,12 +107,12 @@ def evaluate(
 
 
 def evaluate_file(
-    model: Codec, name: str, image: Tensor, index: float | None, data: bytes, encode_seconds: float
+    model: Codec, name: str, image: Tensor, file: EncodeResult | MeasuredFile, encode_seconds: float
 ) -> tuple[Result, Tensor]:
     """As `evaluate`, for a file that exists already."""
-    decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
+    decoded, decode_seconds = timed(lambda: decode(model, file.data), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-    result = result_of(name, image, decoded, count=8.0 * len(data), index=index, **seconds)
+    result = result_of(name, image, decoded, count=8.0 * len(file.data), index=file.index, **seconds)
     return _of_model(model, result), decoded
 
 
@@ -129,7 +129,7 @@ def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = F
 def result_of(
     name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float
 ) -> Result:
-    """What `count` bits made of a picture, both uint8 `[3, H, W]` on one device."""
+    """The result of a picture and of what `count` bits decode to, both uint8 `[3, H, W]` on one device."""
     height, width = image.shape[1:]
     quality = ms_ssim_value(image, decoded)
     return Result(

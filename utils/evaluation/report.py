@@ -76,7 +76,7 @@ def make_viewers(
         if quality_map:
             size = round(result.bpp * image.shape[1] * image.shape[2] / 8)
             plain = encode(model, image, EncodeRequest(bytes=size))
-            result, decoded = evaluate_file(model, name, image, plain.index, plain.data, plain.seconds)
+            result, decoded = evaluate_file(model, name, image, file=plain, encode_seconds=plain.seconds)
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
             versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle))
         for codec in (anchors.CODECS[key] for key in codecs):
@@ -167,7 +167,7 @@ _PICTURES_TEXT = (
 
 
 def facts(whole: dict) -> list[tuple[str, str]]:
-    """What is told of a run, from its JSON."""
+    """Names and values at the end of the page, from the JSON of a run."""
     made = whole.get("made", {})
     found = [(name, str(made[name])) for name in ("command", "date", "machine") if name in made]
     versions = made.get("versions", {}).items()

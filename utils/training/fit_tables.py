@@ -97,7 +97,7 @@ def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tenso
 
 
 def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor]:
-    """The first patches of a run, at most PATCHES and, after a short run, those that it was trained on."""
+    """The first patches of a run, at most PATCHES; after a short run no more than it has used."""
     count = min(PATCHES, trained_on or PATCHES)
     for start in range(0, count, BATCH):
         yield torch.cat([dataset[position].patches for position in range(start, min(start + BATCH, count))])

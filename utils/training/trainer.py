@@ -177,7 +177,7 @@ class Trainer:
 
     @functools.cached_property
     def batches(self) -> Generator[Batch, None, None]:
-        """The batches of this process, from the position of the run on when they are first asked for."""
+        """The batches of this process, from the position that the run has at their first use."""
         batch = self.batch_size // self.context.world_size
         return batches(self.dataset, batch, self.progress.patches, self.workers, self.context, lambda: self.stop)
 
