@@ -155,6 +155,13 @@ def disturbed(monkeypatch, size: float) -> None:
     monkeypatch.setattr(SliceDecoder, "__call__", noisy)
 
 
+def test_a_shift_of_128_is_a_row_of_the_table(tiny):
+    """As files have it (docs/bitstream.md), whatever the encoder chooses."""
+    levels = tiny.gaussian_conditional.scale_table
+    factor = portable.scale_factors(tiny.gaussian_conditional, np.full(1, 128, np.uint8), 0, 1)
+    assert torch.allclose(levels[1:] * factor, levels[:-1], rtol=1e-4)
+
+
 def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     """Against all 256, tried one after the other."""
     monkeypatch.setattr(portable, "BLOCK", 1000)
