@@ -25,17 +25,17 @@ from tqdm import tqdm
 
 from models.coding.side_info import DecodingError
 from utils import cli
-from utils.codec.bitstream import extremes, unpack
-from utils.codec.request import (
-    add_index_argument,
+from utils.cli.encoding_arguments import (
     add_map_arguments,
-    add_refinement_arguments,
-    add_target_arguments,
+    add_request_arguments,
     check_map_arguments,
     make_request,
+    map_of_arguments,
 )
-from utils.device import out_of_memory_as_value_error
+from utils.codec.bitstream import extremes, unpack
+from utils.device import out_of_memory_as_value_error, pick_device
 from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files, is_special
+from utils.messages import print_error, print_note, print_weights
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     encoder = command("encode", "Encode pictures.", "pictures, folders of them (searched recursively), or - for standard input")
     add = encoder.add_argument
-    add_index_argument(encoder, several=False, default="2.5 without a target")
-    add_target_arguments(encoder)
-    add_refinement_arguments(encoder, steps=0)
+    add_request_arguments(encoder, several=False, steps=0)
     add_map_arguments(encoder)
     add("--background", default="white", metavar="COLOR", help="color under transparent pixels, by name or as #rrggbb")
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
@@ -94,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The files to read, each with its folder relative to the folder among the inputs that it was found in."""
+    """The files to read, each with its folder below the input that holds it."""
     for path in args.inputs:
         if path == "-":
             found = [Path("-")]
@@ -162,28 +160,29 @@ def info(source: Path) -> str:
     )
 
 
-def encode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
+def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Encode one picture; returns a line about its file. ImageError and ValueError where it cannot be."""
     pixels = read_pixels(  # which `image` below shares
         read_bytes(source) if str(source) == "-" else source,
         args.background,
         int(args.max_megapixels * 1e6),
-        note=functools.partial(cli.print_note, source),
+        note=functools.partial(print_note, source),
     )
     model = load()
-    from utils.codec import decode, encode  # PyTorch takes seconds to import: bad input is told before
-    from utils.codec.quality_map import QualityMap, psnr_by_region
+    from utils.codec.decode import decode
+    from utils.codec.encode import encode
+    from utils.codec.quality_map import psnr_by_region
     from utils.images import to_tensor
     from utils.metrics import psnr
 
     image = to_tensor(pixels).to(model.medians.device)
     steps = args.steps
-    request = replace(args.request, quality_map=QualityMap.from_arguments(args, *pixels.shape[:2]))
+    request = replace(args.request, quality_map=map_of_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-        result = encode.encode(model, image, request, lambda step: bar.update(step.number > 0))
+        result = encode(model, image, request, lambda step: bar.update(step.number > 0))
     message = describe(result, request.has_target, pixels.shape[1], pixels.shape[0])
     if args.verify:
-        decoded = decode.decode(model, result.data)
+        decoded = decode(model, result.data)
         message += f", verified: {psnr(image, decoded):.2f} dB"
         if request.quality_map:
             regions = psnr_by_region(image, decoded, request.quality_map.region)
@@ -212,13 +211,13 @@ def describe(result: "EncodeResult", has_target: bool, width: int, height: int) 
     return ", ".join(parts)
 
 
-def decode(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
+def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
     """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
     if str(source) == "-":
         load()  # first, while what is piped in is being made
     coded = unpack(read_bytes(source), int(args.max_megapixels * 1e6))
     model = load()
-    from utils.codec.decode import decode  # PyTorch takes seconds to import: a damaged file is told before
+    from utils.codec.decode import decode
     from utils.device import timed
     from utils.images import to_pixels
 
@@ -238,7 +237,7 @@ def attempts(jobs: list[tuple[Path, Callable[[], str]]], file: TextIO) -> Iterat
         except BrokenPipeError:  # nobody reads on: no fault of this file
             raise
         except (ImageError, OSError, ValueError) as error:
-            cli.print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
+            print_error(source, f"{error} ({HINT})" if isinstance(error, DecodingError) else error)
             yield False
 
 
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "info":
         jobs = [(source, functools.partial(info, source)) for source, _ in find(args)]
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
-    code, suffix = (encode, SUFFIX) if args.command == "encode" else (decode, ".png")
+    code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
     done = {target for _, target in work if target.exists() and str(target) != "-" and not args.force}
     if done and not to_folder:
@@ -258,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
     @functools.cache
     def load() -> "Codec":
-        import torch  # takes seconds: help, info and bad input do without
+        import torch
 
         from models import VariableRate
         from utils.checkpoint import load_model
@@ -267,12 +266,12 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         variable_rate = args.command == "encode" and args.request.needs_variable_rate
         try:
-            model = load_model(args.checkpoint, cli.pick_device(args.device), variable_rate)
+            model = load_model(args.checkpoint, pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
             raise cli.UserError(f"{args.checkpoint}: {error}") from None
         if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
             raise cli.UserError(f"{args.checkpoint}: a fixed-rate model has no rate index; leave out -l")
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
         model.prepare()
         return model
 

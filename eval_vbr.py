@@ -21,12 +21,20 @@ from typing import TYPE_CHECKING
 
 from models.lambdas import LADDER, MAX_INDEX
 from utils import cli
-from utils.codec.request import add_index_argument, add_map_arguments, add_nearest_argument, check_map_arguments
+from utils.cli.encoding_arguments import (
+    add_index_argument,
+    add_map_arguments,
+    add_nearest_argument,
+    check_map_arguments,
+    map_of_arguments,
+)
+from utils.codec.request import EncodeRequest
 from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
 from utils.files import BUNDLED, check_output_file, check_output_folder, write_json
+from utils.messages import print_weights
 from utils.pictures import find_images, find_images_or_samples
 
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+if TYPE_CHECKING:
     from torch import Tensor
 
     from models import Codec
@@ -59,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for index in args.index or ():
         if not 0 <= index <= MAX_INDEX:
             parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
-    region = args.mask or args.roi
+    region = args.region or args.roi
     several = len(args.checkpoint or ()) > 1
     others = (args.index, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
     if args.rate_model and (any(others) or several):
@@ -100,7 +108,8 @@ def measure(
     indexes = (args.index or [float(i) for i in range(len(LADDER))]) if variable else [None]
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
-        result, decoded = evaluate(model, name, image, index, args.real, map_of(*image.shape[1:]), args.nearest)
+        request = EncodeRequest(index, quality_map=map_of(*image.shape[1:]), nearest=args.nearest)
+        result, decoded = evaluate(model, name, image, request, real=args.real)
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
@@ -110,7 +119,7 @@ def measure(
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
     if context.is_main:
-        table = results_table(bool(args.mask or args.roi))
+        table = results_table(bool(args.region or args.roi))
         print(table.header)
         if args.per_image:
             print(*(table.row(result.image, [result]) for result in results), table.rule, sep="\n")
@@ -127,7 +136,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from models import VariableRate
     from utils.checkpoint import load_model
-    from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
     from utils.evaluation import anchors, comparison, rate_study, report
     from utils.evaluation.provenance import provenance
@@ -148,14 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         variable = isinstance(model, VariableRate)
         if args.index and not variable:
             raise cli.UserError(f"{file}: a fixed-rate model has no rate index; leave out -l")
-        if (args.mask or args.roi) and not variable:
+        if (args.region or args.roi) and not variable:
             raise cli.UserError(f"{file}: a fixed-rate model knows no regions; leave out --mask and --roi")
         if context.is_main:
-            cli.print_weights(file)
+            print_weights(file)
         model.prepare()
     if args.rate_model:
         return rate_study.run(models[0], paths, Path(args.rate_model), args.json)
-    map_of = functools.cache(functools.partial(QualityMap.from_arguments, args))  # a mask is read once a size
+    map_of = functools.cache(functools.partial(map_of_arguments, args))  # a mask is read once a size
     codecs = []
     failed = 0
     for file, model in zip(files, models, strict=True):

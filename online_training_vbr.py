@@ -20,17 +20,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils import cli
-from utils.codec.request import (
-    EncodeRequest,
-    add_index_argument,
-    add_refinement_arguments,
-    add_target_arguments,
-    make_request,
-)
+from utils.cli.encoding_arguments import add_request_arguments, make_request
+from utils.codec.request import EncodeRequest
 from utils.evaluation.results import (
-    Column,
     Result,
-    Table,
+    TextColumn,
+    TextTable,
     checkpoint_name,
     decibels,
     file_stem,
@@ -39,9 +34,10 @@ from utils.evaluation.results import (
     to_json,
 )
 from utils.files import BUNDLED, atomic_write, check_output_file, check_output_folder, write_json
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
-if TYPE_CHECKING:  # PyTorch takes seconds to import: --help does without, so the functions below import what needs it
+if TYPE_CHECKING:
     from torch import Tensor
 
     from models import VariableRate
@@ -54,9 +50,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders (searched recursively) or pictures (default: scikit-image's photographs)")
-    add_index_argument(parser, several=True, default="2.5 without a target")
-    add_target_arguments(parser)
-    add_refinement_arguments(parser, steps=20)
+    add_request_arguments(parser, several=True, steps=20)
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--out", metavar="DIR", help="write the files, for codec_vbr.py decode, over older ones")
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
@@ -75,56 +69,48 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
 class Row:
     """A picture by one request: its file, what it measures, and the same without refinement."""
 
-    name: str  # of what is written for it, without a suffix
+    name: str  # what its files are called, without a suffix
     encoded: "EncodeResult"
     result: Result
     plain: Result
-    error: float | None  # of the size against the target, in percent
+    error: float | None  # size against target, in percent
 
-    @property
-    def refine_seconds(self) -> float:
-        return self.encoded.refinement.seconds if self.encoded.refinement else 0.0
-
-    @property
-    def gain(self) -> float:
-        return self.encoded.refinement.gain if self.encoded.refinement else 0.0
-
-    @property
-    def loss_change(self) -> float:
-        return self.encoded.refinement.loss_change if self.encoded.refinement else 0.0
+    def refined(self, name: str) -> float:
+        """An attribute of the `Refinement`; 0 without one."""
+        return getattr(self.encoded.refinement, name, 0.0)
 
 
-TABLE = Table(
+TABLE = TextTable(
     "image", 22,
-    Column("index", 5, 2, lambda row: row.result.index),
-    Column("bpp", 7, 4, lambda row: row.result.bpp),
-    Column("PSNR dB", 8, 2, lambda row: row.result.psnr),
-    Column("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
-    Column("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-    Column("ΔPSNR", 6, 3, lambda row: row.gain),
-    Column("Δloss %", 7, 2, lambda row: 100 * row.loss_change),
-    Column("error %", 8, 3, lambda row: row.error),
-    Column("trials", 6, 1, lambda row: row.encoded.trials),
-    Column("encode s", 8, 2, lambda row: row.encoded.seconds),
-    Column("refine s", 8, 2, lambda row: row.refine_seconds),
+    TextColumn("index", 5, 2, lambda row: row.result.index),
+    TextColumn("bpp", 7, 4, lambda row: row.result.bpp),
+    TextColumn("PSNR dB", 8, 2, lambda row: row.result.psnr),
+    TextColumn("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
+    TextColumn("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
+    TextColumn("ΔPSNR", 6, 3, lambda row: row.refined("gain")),
+    TextColumn("Δloss %", 7, 2, lambda row: 100 * row.refined("loss_change")),
+    TextColumn("error %", 8, 3, lambda row: row.error),
+    TextColumn("trials", 6, 1, lambda row: row.encoded.trials),
+    TextColumn("encode s", 8, 2, lambda row: row.encoded.seconds),
+    TextColumn("refine s", 8, 2, lambda row: row.refined("seconds")),
 )
 
 
-def encode(model: "VariableRate", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
+def code(model: "VariableRate", image_name: str, image: "Tensor", request: EncodeRequest, bar: tqdm, writer) -> tuple[Row, "Tensor"]:
     """Encode one picture, uint8 `[3, H, W]`, measure its file, and return the decoded picture too."""
-    from utils.codec import encode
+    from utils.codec.encode import encode
     from utils.evaluation.evaluate import evaluate_file
 
     name = file_stem(image_name, request.index)
-    encoded = encode.encode(model, image, request, watch(bar, writer, name))
+    encoded = encode(model, image, request, watch(bar, writer, name))
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
-    result, decoded = evaluate_file(model, image_name, image, encoded.index, encoded.data, seconds)
+    result, decoded = evaluate_file(model, image_name, image, file=encoded, encode_seconds=seconds)
     plain = result
     if refinement and refinement.chosen:
-        before = refinement.before
-        plain, _ = evaluate_file(model, image_name, image, before.index, before.data, encoded.seconds)
-    return Row(name, encoded, result, plain, None if encoded.error is None else 100 * encoded.error), decoded
+        plain, _ = evaluate_file(model, image_name, image, file=refinement.before, encode_seconds=encoded.seconds)
+    error = None if encoded.error is None else 100 * encoded.error
+    return Row(name, encoded, result, plain=plain, error=error), decoded
 
 
 def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
@@ -155,7 +141,7 @@ def encode_all(
     writer = None
     steps = max(1, args.steps)
     mine = context.share(paths)
-    found_rows: list[list[Row | None]] = []  # of each picture, by request
+    found_rows: list[list[Row | None]] = []  # by picture and request
     if args.logdir:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -165,7 +151,7 @@ def encode_all(
     bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
 
     def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
-        return encode(model, name, image, requests[number], bar, writer)
+        return code(model, name, image, requests[number], bar, writer)
 
     tell(context, TABLE.header)
     jobs = for_each(mine, range(len(requests)), model.medians.device, work, short_names(paths))
@@ -208,7 +194,7 @@ def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
 
 
 def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
-    """BD-rate of the curve of mean rates and qualities with refinement against that without."""
+    """BD-rate of refinement: the curve of mean rates and qualities with it against the one without it."""
     from utils.evaluation.bd_rate import MIN_POINTS, rising, summary
 
     def curve(kind: str) -> list[tuple[float, float]]:
@@ -229,11 +215,10 @@ def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded = row.encoded
-        refinement = row.encoded.refinement
         image |= {"error": encoded.error, "trials": encoded.trials, "note": encoded.note}
-        image |= {"chosen_step": refinement.chosen if refinement else 0, "loss_change": row.loss_change}
-        image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refine_seconds}
-        image["steps"] = [[step.bpp, step.mse, step.loss] for step in (refinement.steps if refinement else ())]
+        image |= {"chosen_step": row.refined("chosen") or 0, "loss_change": row.refined("loss_change")}
+        image |= {"control_seconds": encoded.seconds, "refine_seconds": row.refined("seconds")}
+        image["steps"] = [[step.bpp, step.mse, step.loss] for step in row.refined("steps") or ()]
     if args.steps:
         whole["unrefined"] = to_json(results_of(rows, "plain"), f"{name}, unrefined", "real files")
     return whole
@@ -270,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, context.device, variable_rate=True)
     if context.is_main:
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
     model.prepare()
     rows, failed = encode_all(model, paths, requests, args, context)
     context.close()

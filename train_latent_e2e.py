@@ -11,9 +11,14 @@ map around its entropy model. The weights can be measured with eval_vbr.py, as t
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
 from utils import cli
-from utils.training.arguments import add_run_arguments, check_run_arguments
+from utils.cli.training_arguments import add_run_arguments, check_run_arguments
+
+if TYPE_CHECKING:
+    from utils.training.latent_objective import LatentMapObjective
+    from utils.training.schedule import Settings
 
 MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # epochs 50, 100 and 200 of 300
 
@@ -39,10 +44,13 @@ def main(argv: list[str] | None = None) -> None:
         raise cli.UserError("--lambda is a λ, a positive number")
     if args.transform_factor != 1 or args.balance or args.last_share:
         raise cli.UserError("--transform-lr-factor, --balance and --last-part are for the codec's weights and rates; only the map learns here")
-    from utils.training.latent_objective import make_objective  # these import PyTorch, which takes seconds
-    from utils.training.run import train
+    from utils.cli.training_run import train
+    from utils.training.latent_objective import make_objective
 
-    train(args, make_objective, result="high-rate codec with the map, for eval_vbr.py")
+    def make(args: argparse.Namespace, settings: "Settings", *_) -> tuple["LatentMapObjective", list]:
+        return make_objective(args.high, args.low, args.map == "contextual", lmbda=args.lmbda, settings=settings), []
+
+    train(args, make, result="high-rate codec with the map, for eval_vbr.py")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ identity), or from a TCM_VBR. The learning rate ends with the budget, so choose 
 import argparse
 import math
 import os
+from pathlib import Path
 
 from models.lambdas import LADDERS
 from models.registry import PRESETS
 from utils import cli
-from utils.training.arguments import add_run_arguments, check_run_arguments
+from utils.cli.training_arguments import add_run_arguments, check_run_arguments
+from utils.messages import print_weights
 
 KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
 MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
@@ -92,13 +94,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     if args.stage == "tables":
+        from utils.checkpoint import write_checkpoint
         from utils.training.fit_tables import refit
 
-        refit(args)
+        print_weights(args.checkpoint)
+        fitted = refit(args.checkpoint, args.dataset, args.patch_size, seed=args.seed, device=args.device)
+        file = Path(args.save_path) / "model.pth.tar"
+        write_checkpoint(file, fitted)
+        print(f"weights with fitted tables: {file}")
         return
-    from utils.training.klt_start import klt_start, sample_patches  # these import PyTorch, which takes seconds
-    from utils.training.run import train
-    from utils.training.stages import make_objective
+    from utils.cli.training_run import train
+    from utils.cli.training_stages import make_objective
+    from utils.training.klt_start import klt_start, sample_patches
 
     closed_form = not args.checkpoint and args.init != "random"
     start = (lambda model, dataset: klt_start(model, sample_patches(dataset), args.lmbda)) if closed_form else None

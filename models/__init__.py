@@ -1,4 +1,4 @@
-"""The networks: `from models import TCM_VBR, DepthConv_VBR, LAE`. They are imported when they are first asked for."""
+"""The networks: `from models import TCM_VBR, DepthConv_VBR, LAE`. They are imported at their first use."""
 
 import importlib
 import warnings
@@ -23,7 +23,6 @@ warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", ca
 
 
 def __getattr__(name: str) -> object:
-    """PyTorch takes seconds to import, and reading a file's header (`codec_vbr.py info`) does without it."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,7 @@ from models.coding.slice_coders import (
 )
 from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
-from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.large.bands import KEPT, Recomputed, band_height, bands_of, gather, in_bands, latent_height, scaled_height
 from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
@@ -86,7 +86,7 @@ class Codec(CompressionModel):
 
     Attributes:
         config: the architecture.
-        metric: "mse" or "ms-ssim", the distortion that the weights were trained for.
+        metric: "mse" or "ms-ssim", the distortion in the loss that the weights minimize.
         epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
         checkpointing: compute gradients by running every layer twice, in a fraction of the memory.
 
@@ -100,7 +100,9 @@ class Codec(CompressionModel):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__()
         self.config = c = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
-        self.M, self.num_slices, self.max_support_slices = c.M, c.num_slices, c.max_support_slices
+        self.M = c.M
+        self.num_slices = c.num_slices
+        self.max_support_slices = c.max_support_slices
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
         self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
@@ -117,14 +119,14 @@ class Codec(CompressionModel):
     # What a backbone defines -----------------------------------------------------------------
 
     def hyper_synthesis(self, z_hat: Tensor) -> Any:
-        """What the slices read of ẑ `[B, C, h/4, w/4]`; made by `synthesize_hyper`."""
+        """Features of ẑ `[B, C, h/4, w/4]` for the slices; made by `synthesize_hyper`."""
         raise NotImplementedError
 
     def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
         """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `correct` wants to see again.
 
         Args:
-            hyper: of `hyper_synthesis`.
+            hyper: what `hyper_synthesis` returned.
             supports: the slices before it that it may see, `[B, M/S, h, w]` each.
             corrected: whether `correct` follows; without, the third value is not used.
         """
@@ -149,13 +151,13 @@ class Codec(CompressionModel):
         """The latent of `features` as the entropy model sees it, and ln m. A fixed rate leaves it unchanged."""
         return y, y.new_zeros(len(y), 1, 1, 1)
 
-    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        """A quantized latent `[B, M, h, w]` as `g_s` sees it."""
-        return y_hat
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A quantized latent `[B, M, h, w]` as `g_s` sees it, and ln m."""
+        return y_hat, y_hat.new_zeros(len(y_hat), 1, 1, 1)
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        """`demodulate` in bands of about so many rows."""
-        return rows_of([y_hat], rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        """`demodulate` in bands of about this height."""
+        return bands_of([y_hat], height)
 
     # Transforms ------------------------------------------------------------------------------
 
@@ -169,20 +171,20 @@ class Codec(CompressionModel):
 
     def synthesize(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
         """Quantized latent `[B, M, h, w]` to image `[B, 3, 16h, 16w]`, not clamped."""
-        return self.run_networks([self.g_s], self.demodulate(y_hat, index))
+        return self.run_networks([self.g_s], self.demodulate(y_hat, index)[0])
 
     def run_networks(self, networks: Sequence[nn.Sequential], *parts: Tensor | Recomputed, stride: int = 1) -> Tensor:
-        """What a chain of networks makes of tensors, joined along their channels.
+        """The output of a chain of networks for tensors joined along their channels.
 
         With checkpointing each layer keeps only its input for the gradients. Without gradients latents beyond
         `bands.LATENTS` go through in bands.
 
         Args:
-            stride: rows of the latent y for each of their rows.
+            stride: places of y for each of theirs, down and across.
         """
         height, width = parts[0].shape[2:]
-        if rows := self._rows_of_bands(height, width, stride):
-            return gather(in_bands(networks, rows_of(parts, rows), height), scaled_height(networks, height))
+        if band := self._band_height_within(height, width, stride):
+            return gather(in_bands(networks, bands_of(parts, band), height), scaled_height(networks, height))
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         for network in networks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -193,26 +195,26 @@ class Codec(CompressionModel):
         return x
 
     @staticmethod
-    def _rows_of_bands(height: int, width: int, stride: int) -> int | None:
-        """Rows of the bands in which `run_networks` computes; None where it computes all at once, as with gradients."""
-        rows = latent_rows(stride * width) // stride
-        return rows if rows < height and not torch.is_grad_enabled() else None
+    def _band_height_within(height: int, width: int, stride: int) -> int | None:
+        """Height of the bands in which `run_networks` computes; None where all comes at once, as with gradients."""
+        band = latent_height(stride * width) // stride
+        return band if band < height and not torch.is_grad_enabled() else None
 
-    # Large pictures, in bands of rows --------------------------------------------------------
+    # Large pictures, in bands ----------------------------------------------------------------
 
-    def band_rows(self, width: int, height: int) -> int:
-        """Rows of the bands in which a picture of this size is best computed: all of them up to two megapixels."""
-        return band_rows(width, height, self.bytes_per_pixel, self.medians.device)
+    def band_height(self, width: int, height: int) -> int:
+        """Height of the bands in which a picture of this size is best computed: its own up to two megapixels."""
+        return band_height(width, height, self.bytes_per_pixel, self.medians.device)
 
     @torch.no_grad()
     def features_of_bands(self, bands: Iterable[Tensor], height: int) -> Tensor:
-        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, rows, W]`."""
+        """`features` of an image of this height, a multiple of 128, that comes in bands `[B, 3, h, W]`."""
         return gather(in_bands(self.g_a, map(self._in_weight_format, bands), height), height // 16)
 
     @torch.no_grad()
-    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        """`synthesize` in bands, computed from bands of so many rows of the image, a multiple of 128."""
-        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, rows // 16), y_hat.shape[2])
+    def synthesize_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        """`synthesize` in bands of about this height in pixels, a multiple of 128."""
+        yield from in_bands(self.g_s, self.demodulate_bands(y_hat, index, height // 16), y_hat.shape[2])
 
     # The slice loop --------------------------------------------------------------------------
 
@@ -237,18 +239,18 @@ class Codec(CompressionModel):
                 coder(mu, sigma)
                 return None
             y_hat = self._in_weight_format(coder(mu, sigma))
-            del mu, sigma  # of a large picture each is hundreds of megabytes, and so is what follows
+            del mu, sigma  # hundreds of megabytes each where the picture is large, and so is what follows
             decoded.append(self.correct(i, context, y_hat))
             del context, y_hat
         del hyper
         return torch.cat(decoded, 1)
 
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
-        """What a network makes of ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
+        """The output of a network for ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
         height, width = z_hat.shape[2:]
-        rows = self._rows_of_bands(height, width, stride=4)
-        if rows and 16 * height * width > KEPT:
-            return Recomputed(network, z_hat, rows)
+        band = self._band_height_within(height, width, stride=4)
+        if band and 16 * height * width > KEPT:
+            return Recomputed(network, z_hat, band)
         return self.run_networks([network], z_hat, stride=4)
 
     # Estimation ------------------------------------------------------------------------------
@@ -263,16 +265,17 @@ class Codec(CompressionModel):
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`.
+            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `log_m_ga` and
+            `log_m_gs`: ln m of analysis and synthesis.
         """
         index = self._check(x, index)
-        y, _ = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index, quantization)
+        y, log_m = self.analyze(x, index)
+        return self._reconstruct(y, self.h_a(y), index, quantization) | {"log_m_ga": log_m}
 
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
-        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them.
+        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them; without `log_m_ga`.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
@@ -283,10 +286,12 @@ class Codec(CompressionModel):
 
     def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
         y_hat, rates = self.estimate_rate(y, z, quantization)
-        return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
+        scaled, log_m = self.demodulate(y_hat, index)
+        x_hat = self.run_networks([self.g_s], scaled)
+        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}
 
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
-        """What `compress` returns of latents, and the `x_hat` `[B, 3, H, W]` in [0, 1] that `decompress` makes of it.
+        """The dict of `compress` for latents, with the `x_hat` `[B, 3, H, W]` in [0, 1] of `decompress`.
 
         The published online script calls it by this name. Arguments as `forward_fromlatent`.
         """
@@ -371,22 +376,24 @@ class Codec(CompressionModel):
         """ŷ `[B, M, h, w]` of what `compress` returned; arguments and errors are those of `decompress`."""
         y_strings, z_strings = strings
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(shape)
-        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_indexes) - 64:
+        z_rows = self._rows_of_z(shape)
+        if 8 * min(map(len, z_strings)) < 0.99 * z_tables.fewest_bits(z_rows) - 64:
             raise DecodingError("the streams are too short for a picture of this size")
         if not side_info and min(map(len, (*y_strings, *z_strings))) < SHORTEST_STREAM:
             raise DecodingError("a stream is empty or cut off")
-        z = torch.stack([z_tables.decode(open_stream(s, z_indexes.numel()), z_indexes) for s in z_strings])
+        z = torch.stack([z_tables.from_stream(open_stream(s, z_rows.numel()), z_rows) for s in z_strings])
         z_hat = z.to(self.medians.device).type_as(self.medians) + self.medians
         crcs = [crc_of(symbols) for symbols in z]
         y_count = self.M * 4 * shape[0] * 4 * shape[1]
-        coder = SliceDecoder(self.gaussian_conditional, y_tables, y_strings, y_count, side_info, crcs)
+        coder = SliceDecoder(
+            self.gaussian_conditional, y_tables, y_strings, count=y_count, side_info=side_info, crcs=crcs
+        )
         with deterministic():
             y_hat = self.run_slices(z_hat, coder)
         if side_info and [info.crc for info in side_info] != coder.crcs:
             raise DecodingError("decoding went wrong: these are not the symbols that were encoded")
         if not side_info:
-            found = [z_tables.count_bits(symbols, z_indexes) for symbols in z], coder.bits
+            found = ([z_tables.count_bits(symbols, z_rows) for symbols in z], coder.bits)
             for strings, counts in zip((z_strings, y_strings), found, strict=True):
                 for stream, bits in zip(strings, counts, strict=True):
                     if abs(8 * len(stream) - bits) > 0.01 * bits + 8 * CODER_STATE:
@@ -398,7 +405,7 @@ class Codec(CompressionModel):
         self, y: Tensor | list[Tensor], z: Tensor, portable: bool = True, complete: bool = False,
         choose: Choice = nearest_symbols,
     ) -> QuantizedLatents:
-        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table indexes that code them.
+        """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table rows that code them.
 
         Args:
             y: or the list of its slices in float32, `[B, M/S, h, w]` each, which is used up slice by slice.
@@ -406,16 +413,21 @@ class Codec(CompressionModel):
             choose: makes the symbols of y.
         """
         rounded = torch.round(z - self.medians)
-        parts = (self.gaussian_conditional, self.coding_tables[0])
-        slices = y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1))
-        coder = SliceEncoder(*parts, slices, rounded, self.epsilon if portable else None, choose)
+        coder = SliceEncoder(
+            self.gaussian_conditional, self.coding_tables[0],
+            slices=y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1)),
+            z=rounded, epsilon=self.epsilon if portable else None, choose=choose,
+        )
         with deterministic():
             y_hat = self.run_slices(rounded + self.medians, coder, complete)
         return coder.finish(y_hat)
 
     def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
         """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
-        return choose_symbols(residual, sigma, self.gaussian_conditional, self.coding_tables[0], ERROR_BITS)
+        tables, _ = self.coding_tables
+        return choose_symbols(
+            residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS
+        )
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.
@@ -424,33 +436,33 @@ class Codec(CompressionModel):
         16 bytes more.
         """
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(quantized.z.shape[-2:])
-        counts = [z_tables.count_bits(symbols, z_indexes) for symbols in quantized.z]
-        for i, (symbols, indexes) in enumerate(zip(quantized.y, quantized.indexes, strict=True)):
+        z_rows = self._rows_of_z(quantized.z.shape[-2:])
+        counts = [z_tables.count_bits(symbols, z_rows) for symbols in quantized.z]
+        for i, (symbols, rows) in enumerate(zip(quantized.y, quantized.rows, strict=True)):
             counts[i] += 8 * len(quantized.side_info[i].scales) if quantized.side_info else 0
-            counts[i] += y_tables.count_bits(symbols, indexes)
+            counts[i] += y_tables.count_bits(symbols, rows)
         return counts
 
     def encode_symbols(self, quantized: QuantizedLatents) -> dict:
         """`strings`, `shape` and `side_info` as `compress` returns them."""
         y_tables, z_tables = self.coding_tables
-        z_indexes = self._z_indexes(quantized.z.shape[-2:])
-        pairs = zip(quantized.y, quantized.indexes, strict=True)
-        y_strings = [y_tables.encode(symbols, indexes) for symbols, indexes in pairs]
+        z_rows = self._rows_of_z(quantized.z.shape[-2:])
+        pairs = zip(quantized.y, quantized.rows, strict=True)
+        y_strings = [y_tables.to_stream(symbols, rows) for symbols, rows in pairs]
         return {
-            "strings": [y_strings, [z_tables.encode(symbols, z_indexes) for symbols in quantized.z]],
+            "strings": [y_strings, [z_tables.to_stream(symbols, z_rows) for symbols in quantized.z]],
             "shape": tuple(quantized.z.shape[-2:]),
             "side_info": quantized.side_info,
         }
 
-    def _z_indexes(self, shape: Sequence[int]) -> Tensor:
-        """Table index of every element of z, which is its channel: int32 `[C, *shape]`."""
+    def _rows_of_z(self, shape: Sequence[int]) -> Tensor:
+        """Table row of every element of z, which is its channel: int32 `[C, *shape]`."""
         channels = self.config.hyper_channels
         return torch.arange(channels, dtype=torch.int32).view(-1, 1, 1).expand(-1, *shape)
 
     def _in_weight_format(self, x: Tensor) -> Tensor:
         """x in the memory format of the weights, so that the same input has the same arithmetic."""
-        # Of a 1×1 or a depth-wise convolution both formats are the same.
+        # The weights of a 1×1 or a depth-wise convolution are the same in both formats.
         weight = next(w for w in self.g_a.parameters() if w.dim() == 4 and w.shape[1] > 1 and w.shape[2] > 1)
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -503,7 +515,7 @@ class Codec(CompressionModel):
         return self._fingerprint[1]
 
     def train(self, mode: bool = True) -> "Codec":
-        """As of every module. Forgets what is kept of the weights, as training may change them without a trace."""
+        """As in every module; forgets tables and fingerprint, as training may change weights without a trace."""
         if mode:
             self._tables = self._fingerprint = None
         return super().train(mode)
@@ -547,5 +559,5 @@ class Codec(CompressionModel):
 
 
 def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    """What changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
+    """A value that changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
     return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -4,7 +4,7 @@ Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 and 1/16 of the reso
 Such blocks are those of DCVC-FM (https://arxiv.org/abs/2402.17414) and DCVC-RT (https://arxiv.org/abs/2502.20762). The
 entropy model is TCM's: a hyperprior and channel-wise slices with latent residuals (CVPR 2023), without attention, and
 with one network for μ and σ together. No stage is narrow, so that the start in closed form loses little
-(utils/training/klt_start/). docs/depthconv.md has what its sizes were chosen by.
+(utils/training/klt_start/). docs/depthconv.md says how its sizes were chosen.
 """
 
 import re
@@ -24,7 +24,7 @@ from models.layers import Float32Conv
 __all__ = ["DepthConv", "DepthConvBlock", "DepthConvConfig", "DepthConv_VBR"]
 
 CELL = 8  # pixels of a side that one place of the transforms stands for
-EXPANSION = 2  # of the hidden channels of a block
+EXPANSION = 2  # hidden channels of a block, in units of its own
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DepthConvConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "DepthConvConfig":
-        """Sizes of the DepthConv or DepthConv_VBR that a (normalized) state dict belongs to.
+        """Sizes of the DepthConv or DepthConv_VBR in a (normalized) state dict.
 
         Raises:
             ValueError: names that every DepthConv has are missing.
@@ -175,11 +175,11 @@ class DepthConv(Codec):
 
     @property
     def bytes_per_pixel(self) -> float:
-        """Of the hidden channels of a block in float32, one place for 8×8 pixels."""
+        """The hidden channels of a block in float32, one place for 8×8 pixels."""
         return 4 * EXPANSION * self.config.width / CELL**2
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of g_a and g_s that the start in closed form writes. The blocks learn as fast as everything else."""
+        """What the start in closed form writes into g_a and g_s. The blocks learn as fast as everything else."""
         for network in (self.g_a, self.g_s):
             for layer in network:
                 if not isinstance(layer, DepthConvBlock):

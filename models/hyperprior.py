@@ -43,7 +43,7 @@ class HyperpriorConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "HyperpriorConfig":
-        """Sizes of the model that a (normalized) state dict belongs to.
+        """Sizes of the model in a (normalized) state dict.
 
         Raises:
             ValueError: it is of another kind; autoregressive models and those without a hyperprior are named.
@@ -87,7 +87,9 @@ class Hyperprior(Codec):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        N, M, means = self.config.N, self.config.M, self.config.means
+        N = self.config.N
+        M = self.config.M
+        means = self.config.means
         self.g_a = nn.Sequential(
             _down(3, N), GDN(N), _down(N, N), GDN(N), _down(N, N), GDN(N), _down(N, M, Float32Conv)
         )
@@ -105,7 +107,7 @@ class Hyperprior(Codec):
         self.entropy_bottleneck = EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(None)
 
-    bytes_per_pixel = property(lambda self: float(self.config.N), doc="Of N channels, at a quarter of the pixels.")
+    bytes_per_pixel = property(lambda self: float(self.config.N), doc="N channels at a quarter of the pixels.")
 
     def hyper_synthesis(self, z_hat: Tensor) -> Tensor | Recomputed:
         return self.synthesize_hyper(self.h_s, z_hat)

@@ -103,12 +103,12 @@ class VariableRate:
         """y · m and ln m, `[B, M, H/16, W/16]` both."""
         return self.modnet_ga(y, index)
 
-    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        """ŷ scaled back, `[B, M, h, w]`."""
-        return self.modnet_gs(y_hat, index)[0]
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ŷ scaled back, and ln m, `[B, M, h, w]` both."""
+        return self.modnet_gs(y_hat, index)
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        return scaled_bands(self.modnet_gs, y_hat, index, rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        return scaled_bands(self.modnet_gs, y_hat, index, height)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
         """As the fixed-rate codec, whose weights are taken too."""

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor  # imported inside the functions: the file format needs MAX_INDEX and no PyTorch
+    from torch import Tensor
 
 LADDERS = {
     "mse": (0.0025, 0.0035, 0.0067, 0.0130, 0.0250, 0.05),

@@ -61,9 +61,9 @@ class TCM_Mapped(TCM):
         """y mapped, and the logarithm of the gain."""
         return self.map.g_a(y)
 
-    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> Tensor:
-        """ŷ mapped back."""
-        return self.map.g_s(y_hat)[0]
+    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ŷ mapped back, and the logarithm of the gain."""
+        return self.map.g_s(y_hat)
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, rows: int) -> Iterator[Tensor]:
-        return super().demodulate_bands(self.demodulate(y_hat), index, rows)
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+        return super().demodulate_bands(self.demodulate(y_hat)[0], index, height)

@@ -19,7 +19,7 @@ from models.large.bands import Footprint, footprint, multiple
 # Elements that are computed at once, without gradients. On a CPU 1 MiB of input and 4 MiB of a transformer's hidden
 # layer stay in the cache; on a GPU the limit bounds the memory of large pictures.
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
-MAX_WINDOWS = 2**16 - 1  # of one call: CUDA's attention kernels have as many blocks in one dimension of their grid
+MAX_WINDOWS = 2**16 - 1  # in one call: CUDA's attention kernels have as many blocks in one dimension of their grid
 
 __all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "SWAtten", "SubsampledConv", "SwinBlock"]
 
@@ -102,7 +102,8 @@ class WMSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        p, s = self.window_size, self.shift
+        p = self.window_size
+        s = self.shift
         rows = H // p
         cols = W // p
         if s:
@@ -204,7 +205,7 @@ class SwinBlock(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """That of CompressAI's AttentionBlock, which is local to a function there, so that no pickle can hold one."""
+    """The unit of CompressAI's AttentionBlock; theirs is local to a function, so that no pickle can hold one."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv(x)

@@ -26,7 +26,7 @@ LATER: dict[str, dict[str, str]] = {
 
 
 def get_entropy_coder() -> str:
-    """As CompressAI's, until that is run: the coder that it begins with."""
+    """As CompressAI's, until that is run: its first coder."""
     return "ans"
 
 

@@ -1,4 +1,4 @@
-"""The networks by name, and the presets: a new backbone is a line in each. Reading this needs no PyTorch.
+"""The networks by name, and the presets: a new backbone is a line in each.
 
 A variable-rate codec has the name of its fixed-rate one and _VBR.
 """
@@ -19,7 +19,7 @@ MODULES["TCM_Mapped"] = "models.latent_map"
 PRESETS: dict[str, tuple[str, dict]] = {  # a fixed-rate class and the arguments that are not its defaults
     "depthconv": ("DepthConv", {}),
     "full": ("TCM", {}),  # the published models with N = 64
-    "hyperprior": ("Hyperprior", {}),  # of CompressAI's zoo: mbt2018-mean, qualities 1 to 4
+    "hyperprior": ("Hyperprior", {}),  # CompressAI's mbt2018-mean, qualities 1 to 4
     "small": (
         "TCM",
         dict(

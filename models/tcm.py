@@ -55,9 +55,14 @@ class TCMConfig(CodecConfig):
         for name in ("config", "head_dim", "slice_widths"):
             object.__setattr__(self, name, list(getattr(self, name)))
         object.__setattr__(self, "drop_path_rate", float(self.drop_path_rate))
-        N, M, S, supports = self.N, self.M, self.num_slices, self.max_support_slices
+        N = self.N
+        M = self.M
+        S = self.num_slices
+        supports = self.max_support_slices
         _need(len(self.config) == 6 and min(self.config) >= 0, f"config must be six counts >= 0, not {self.config}")
-        heads, widths, inter = self.head_dim, self.slice_widths, self.inter_dim
+        heads = self.head_dim
+        widths = self.slice_widths
+        inter = self.inter_dim
         _need(len(heads) == 6 and min(heads) > 0, f"head_dim must be six widths > 0, not {heads}")
         _need(0 <= self.drop_path_rate < 1, f"drop_path_rate must lie in [0, 1), not {self.drop_path_rate}")
         _need(N > 0 and N % 32 == 0, f"N must be a positive multiple of 32, not {N}")
@@ -80,7 +85,7 @@ class TCMConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict: dict[str, Tensor]) -> "TCMConfig":
-        """Architecture of the TCM or TCM_VBR that a (normalized) state dict belongs to.
+        """Architecture of the TCM or TCM_VBR in a (normalized) state dict.
 
         Two values leave no trace in the weights and get their defaults: the drop-path rate, and the head width of a
         stage without blocks. max_support_slices = num_slices is found as num_slices − 1, which is the same network.
@@ -155,13 +160,13 @@ class TCM(Codec):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         c = self.config
-        config, head_dim, N, M, num_slices = c.config, c.head_dim, c.N, c.M, c.num_slices
-        self.N = N
-        rates = torch.linspace(0, c.drop_path_rate, sum(config)).tolist()
-        drops = [[rates.pop(0) for _ in range(count)] for count in config]
+        M = c.M
+        self.N = N = c.N
+        rates = torch.linspace(0, c.drop_path_rate, sum(c.config)).tolist()
+        drops = [[rates.pop(0) for _ in range(count)] for count in c.config]
 
         def stage(i: int, hyper: bool = False) -> list[nn.Module]:
-            d, p, drop = (32, 4, [0.0] * config[i]) if hyper else (head_dim[i], 8, drops[i])
+            d, p, drop = (32, 4, [0.0] * c.config[i]) if hyper else (c.head_dim[i], 8, drops[i])
             return [ConvTransBlock(N, N, d, p, rate, ("W", "SW")[n % 2]) for n, rate in enumerate(drop)]
 
         def hyper_synthesis() -> nn.Sequential:
@@ -186,8 +191,8 @@ class TCM(Codec):
         )
         self.h_mean_s, self.h_scale_s = hyper_synthesis(), hyper_synthesis()
 
-        step = M // num_slices
-        widths = [M + step * min(i, c.max_support_slices) for i in range(num_slices)]
+        step = M // c.num_slices
+        widths = [M + step * min(i, c.max_support_slices) for i in range(c.num_slices)]
 
         def attention() -> nn.ModuleList:
             return nn.ModuleList(nn.Sequential(SWAtten(w, w, 16, 8, 0, c.inter_dim)) for w in widths)
@@ -201,10 +206,10 @@ class TCM(Codec):
         self.entropy_bottleneck = EntropyBottleneck(c.hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
 
-    bytes_per_pixel = property(lambda self: 2 * self.N, doc="Of 2N channels in float32, at a quarter of the pixels.")
+    bytes_per_pixel = property(lambda self: 2 * self.N, doc="2N channels in float32, at a quarter of the pixels.")
 
     def hyper_synthesis(self, z_hat: Tensor) -> tuple[Tensor | Recomputed, ...]:
-        """What predicts means, and what predicts scales, `[B, M, h, w]` both."""
+        """Features for the means and features for the scales, `[B, M, h, w]` both."""
         return tuple(self.synthesize_hyper(network, z_hat) for network in (self.h_mean_s, self.h_scale_s))
 
     def predict(self, i: int, hyper: tuple, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def test_bands_are_the_picture(varied_checkpoint, device):
         assert torch.allclose(model.features_of_bands(x.split(128, 2), 640), y, atol=1e-3 * float(y.abs().max()))
         x_hat = torch.cat(list(model.synthesize_bands(y, index, 128)), 2)
         assert torch.allclose(x_hat, model.synthesize(y, index), atol=1e-3)
-    assert model.band_rows(6016, 4096) % 128 == 0
+    assert model.band_height(6016, 4096) % 128 == 0
 
 
 def test_ms_ssim_is_that_of_the_cpu(photos, device):

@@ -10,8 +10,8 @@ import train_vbr
 from models import TCM_VBR
 from models.registry import from_preset
 from utils.checkpoint import read_checkpoint
+from utils.cli.training_arguments import check_run_arguments
 from utils.images import save_image
-from utils.training.arguments import check_run_arguments
 
 
 def test_what_compress_returns_is_what_decompress_takes(tiny, image):

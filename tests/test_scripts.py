@@ -19,6 +19,7 @@ from models.lambdas import LADDER
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import export_model
+from utils.codec.request import EncodeRequest
 from utils.evaluation import comparison
 from utils.evaluation.evaluate import estimate, evaluate
 from utils.evaluation.results import checkpoint_name
@@ -55,8 +56,8 @@ def test_eval_measures_real_files(checkpoint, photos, tmp_path, capsys):
 
 def test_real_and_estimated_agree(tiny, photos):
     image = read_image(photos / "p0.png")
-    real, decoded = evaluate(tiny, "p0", image, 2.5, real=True)
-    estimated, expected = evaluate(tiny, "p0", image, 2.5, real=False)
+    real, decoded = evaluate(tiny, "p0", image, EncodeRequest(2.5), real=True)
+    estimated, expected = evaluate(tiny, "p0", image, EncodeRequest(2.5), real=False)
     assert torch.equal(decoded, expected)
     assert real.bpp == pytest.approx(estimated.bpp, abs=16 * 8 / image[0].numel())  # the coder writes whole words
     assert real.psnr == estimated.psnr
@@ -65,7 +66,7 @@ def test_real_and_estimated_agree(tiny, photos):
 @pytest.mark.parametrize("size", [(1, 1), (3, 130), (128, 128)])
 def test_small_pictures_are_coded(tiny, size):
     image = torch.randint(0, 255, (3, *size), dtype=torch.uint8)
-    result, decoded = evaluate(tiny, "small", image, 0.5, real=True)
+    result, decoded = evaluate(tiny, "small", image, EncodeRequest(0.5), real=True)
     assert decoded.shape == image.shape
     assert result.ms_ssim is None
     assert torch.equal(decoded, estimate(tiny, image, 0.5)[1])

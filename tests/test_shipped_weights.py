@@ -8,6 +8,7 @@ from models import TCM_VBR
 from models.lambdas import LADDER
 from models.registry import from_preset
 from utils.checkpoint import load_model, read_checkpoint
+from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.files import BUNDLED
 from utils.images import read_image
@@ -37,13 +38,13 @@ def test_the_file(bundled):
 
 
 def test_more_bits_at_every_higher_index(bundled, photo):
-    bpp = [evaluate(bundled, "cat", photo, float(index), real=False)[0].bpp for index in range(6)]
+    bpp = [evaluate(bundled, "cat", photo, EncodeRequest(float(index)), real=False)[0].bpp for index in range(6)]
     assert all(lower < higher for lower, higher in zip(bpp, bpp[1:], strict=False)), bpp
 
 
 def test_real_files_cost_what_was_estimated(bundled, photo):
-    real, decoded = evaluate(bundled, "cat", photo, 2.5, real=True)
-    estimated, expected = evaluate(bundled, "cat", photo, 2.5, real=False)
+    real, decoded = evaluate(bundled, "cat", photo, EncodeRequest(2.5), real=True)
+    estimated, expected = evaluate(bundled, "cat", photo, EncodeRequest(2.5), real=False)
     assert torch.equal(decoded, expected)
     assert real.bpp == pytest.approx(estimated.bpp, abs=16 * 8 / photo[0].numel())  # the coder writes whole words
     assert real.psnr > 30

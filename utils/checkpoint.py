@@ -1,11 +1,11 @@
 """Checkpoints that rebuild their model, read without running any code that they may hold."""
 
-import argparse
 import importlib.metadata
 import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +22,7 @@ __all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_mode
 
 FORMAT = "tcm-vbr/1"
 # What training scripts save beside tensors: classes that only hold values.
-_HARMLESS = [argparse.Namespace, np.dtype]
+_HARMLESS = [(SimpleNamespace, "argparse.Namespace"), np.dtype]
 # A scalar's function has another name in NumPy 2 than in NumPy 1, and a file has that of the NumPy that wrote it.
 _HARMLESS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]
 _HARMLESS += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
@@ -33,7 +33,7 @@ class CheckpointError(UserError):
 
 
 def describe(model: Codec) -> dict:
-    """What a checkpoint stores of a model besides its weights."""
+    """The entries of a checkpoint about its model, besides the weights."""
     return {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -182,7 +182,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", variable_ra
 
 
 def model_to_code_with(checkpoint: dict, path: str | Path, device: torch.device | str) -> Codec:
-    """As `load_model`, of a checkpoint that was read already."""
+    """`load_model` for a checkpoint that was read already."""
     model = build_model(checkpoint, path)
     model.update()
     return model.to(device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Time and memory of the machine that computes."""
+"""The machine that computes: its device, time and memory."""
 
 import contextlib
 import ctypes
@@ -9,12 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from utils.errors import UserError
+
 if TYPE_CHECKING:
-    import torch  # imported inside the functions: it takes seconds, and `info` and `--help` do without
+    import torch
 
 T = TypeVar("T")
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: of getrusage's ru_maxrss
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of a name; "auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
+    return torch.device(name)
 
 
 def clock(device: "torch.device") -> float:
@@ -83,12 +96,12 @@ def out_of_memory_as_value_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that there was no memory, by whatever it was asked for.
+    """Whether an error means that there was no memory, whoever wanted it.
 
     PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells. oneDNN says no more than
     that it could not create a primitive; a shape that it does not support is another text ("primitive descriptor").
     """
-    if isinstance(error, OSError):  # of mmap
+    if isinstance(error, OSError):  # raised by mmap
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or str(error).strip() == "could not create a primitive":
         return True

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.large.memory import send
-from utils import cli
+from utils.device import pick_device
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class DistContext:
         Args:
             sharing: whether processes only share pictures. They then meet once, at the end, and wait long for that.
         """
-        found = cli.pick_device(device)
+        found = pick_device(device)
         missing = [name for name in ENVIRONMENT if name not in os.environ]
         if os.environ.get("WORLD_SIZE", "1") == "1" and missing:
             return cls(found)
@@ -69,7 +69,7 @@ class DistContext:
         table = torch.zeros(self.world_size, len(values) + len(numbers), dtype=torch.float64, device=self.device)
         table[self.rank, : len(values)] = values
         table[self.rank, len(values) :] = send(torch.tensor(numbers, dtype=torch.float64), self.device)
-        dist.all_reduce(table)  # of zeros but in one row: what every process knows
+        dist.all_reduce(table)  # zeros but in one row: what every process knows
         means, largest = table.cpu().split((len(values), len(numbers)), dim=1)
         return means.mean(0).tolist(), largest.amax(0).tolist()
 
@@ -85,7 +85,7 @@ class DistContext:
         return items[self.rank :: self.world_size]
 
     def join(self, found: list[T]) -> list[T]:
-        """What the processes made of the items of their shares, one of each, in the order of all items.
+        """The results of all processes for their shares, one per item, in the order of all items.
 
         Raises:
             UserError: another process has ended.

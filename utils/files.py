@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils import cli
+from utils.messages import print_note
 
 MAX_SIDE = 2**16 - 1  # pixels: the file format has 16 bits for each side
 MAX_PIXELS = 2**28  # pictures and files of more pixels are refused, as they may be an attack, unless a user allows more
@@ -39,7 +39,7 @@ def find_files(
             if others:
                 kinds = Counter(other.suffix.lower() or "without suffix" for other in others).most_common(3)
                 told = ", ".join(f"{count} {kind}" for kind, count in kinds)
-                cli.print_note(path, f"{len(others)} files that are no {what} are passed over ({told})")
+                print_note(path, f"{len(others)} files that are no {what} are passed over ({told})")
             if not inside:
                 raise error(f"{path}: no {what} in this folder")
             found += sorted(inside, key=lambda p: (str(p).lower(), str(p)))
@@ -62,7 +62,7 @@ def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[P
             if name.startswith(".") or real in visited:
                 folders.remove(name)
                 if real in visited:
-                    cli.print_note(Path(place) / name, "a link to a folder that is searched already")
+                    print_note(Path(place) / name, "a link to a folder that is searched already")
             visited.add(real)
         for path in (Path(place) / name for name in names if not name.startswith(".")):
             if path.is_file() or path.is_symlink():

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import STRIDE
-from utils import cli
 from utils.files import atomic_write
+from utils.messages import print_note
 from utils.pictures import ImageError, png_bytes, read_pixels
 
 
@@ -35,7 +35,7 @@ def read_images(paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | ImageErr
     """Each path with its picture, or with the error that reading it gave; prints notes on pictures."""
     for path in paths:
         try:
-            yield path, read_image(path, note=functools.partial(cli.print_note, path))
+            yield path, read_image(path, note=functools.partial(print_note, path))
         except ImageError as error:
             yield path, error
 
@@ -92,14 +92,14 @@ def margins(height: int, width: int) -> tuple[int, int, int, int]:
     return padding
 
 
-def padded_bands(image: Tensor, rows: int) -> Iterator[Tensor]:
-    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of so many rows."""
-    height = image.shape[1]
+def padded_bands(image: Tensor, height: int) -> Iterator[Tensor]:
+    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of this height."""
+    whole = image.shape[1]
     left, right, top, bottom = margins(*image.shape[1:])
-    for start in range(-top, height + bottom, rows):
-        end = min(start + rows, height + bottom)
-        inside = to_float(image[:, max(0, start) : min(end, height)])
-        yield F.pad(inside, (left, right, max(0, -start), max(0, end - height)))
+    for start in range(-top, whole + bottom, height):
+        end = min(start + height, whole + bottom)
+        inside = to_float(image[:, max(0, start) : min(end, whole)])
+        yield F.pad(inside, (left, right, max(0, -start), max(0, end - whole)))
 
 
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:

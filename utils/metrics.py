@@ -29,7 +29,7 @@ def rate_distortion(
         x: images `[B, 3, H, W]` in [0, 1].
         lmbda: λ of each sample, `[B]`.
         metric: D is 255² · MSE for "mse", 1 − MS-SSIM for "ms-ssim" (sides above 160 then).
-        weights: of the squared errors in D, `[1 or B, 1, H, W]`. MS-SSIM has no errors of pixels, and no weights.
+        weights: factors on the squared errors in D, `[1 or B, 1, H, W]`. MS-SSIM has none.
 
     Returns:
         `loss` (scalar, for the optimizer), and per sample `[B]`: `bpp`, `bpp_z` (the part of it that z

@@ -1,1 +1,1 @@
-"""Symbols to streams and back: coders of slices, tables, table indexes that other machines select too, arithmetic."""
+"""Symbols to streams and back: coders of slices, tables, table rows that other machines select too, arithmetic."""

@@ -1,7 +1,7 @@
-"""Scale-table indexes that stay equal across machines whose σ differ a little.
+"""Scale-table rows that stay equal across machines whose σ differ a little.
 
-Only these indexes steer the entropy decoder. Floating point differs in its last bits between processors, thread
-counts and kernels, and one wrong index turns all that follows into garbage. So a file
+Only these rows steer the entropy decoder. Floating point differs in its last bits between processors, thread
+counts and kernels, and one wrong row turns all that follows into garbage. So a file
 
 - divides the σ of each block of positions, before the search, by a factor that keeps them off the boundaries of the
   table: its shift, in 128ths of the distance between two rows. Among those that do, the encoder takes the one that
@@ -30,7 +30,7 @@ BLOCKS_AT_ONCE = 64  # blocks whose shifts are chosen together, which bounds the
 _BITS_PER_LISTED = 16  # what a listed position costs, about
 BELOW = 0.95  # a listed σ × BELOW falls in the row under its boundary; boundaries are 13 % apart
 
-# Bits of int32 symbols `[n]` with int32 indexes `[n]`.
+# Bits of int32 symbols `[n]` with int32 rows `[n]`.
 CodeLengths = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -43,7 +43,7 @@ def scale_factors(gaussian: GaussianConditional, shifts: np.ndarray, first: int,
     """The factors on the σ of the positions first … end: float32 `[end − first]`, on the table's device.
 
     Args:
-        shifts: of all blocks, uint8.
+        shifts: those of all blocks, uint8.
     """
     powers = np.exp(-_log_step(gaussian) / SHIFTS_PER_ROW * np.arange(256)).astype(np.float32)
     start = first // BLOCK * BLOCK
@@ -66,8 +66,9 @@ def choose_shifts(
         return np.zeros(count_blocks(len(sigma)), np.uint8)
     if count_blocks(len(sigma)) > BLOCKS_AT_ONCE:
         size = BLOCKS_AT_ONCE * BLOCK
-        parts = zip(symbols.split(size), sigma.split(size), strict=True)
-        return np.concatenate([choose_shifts(gaussian, lengths, *part, epsilon) for part in parts])
+        pairs = zip(symbols.split(size), sigma.split(size), strict=True)
+        parts = (choose_shifts(gaussian, lengths, symbols=s, sigma=part, epsilon=epsilon) for s, part in pairs)
+        return np.concatenate(list(parts))
     # A larger shift makes σ smaller, until it passes a boundary of the table and is coded by the row below. So the bits
     # of a block at each of its 256 shifts are a running sum of the changes at the shifts where one of its σ passes a
     # boundary; and a position is listed at the shift that brings its σ within epsilon of one.
@@ -76,7 +77,7 @@ def choose_shifts(
     row = position.ceil().int().clamp(max=len(levels) - 1)  # without a shift
     block = live // BLOCK * 256
     count = count_blocks(len(sigma)) * 256
-    change, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)  # of each block, at each shift
+    change, listed = torch.zeros(2, count, dtype=torch.float64, device=sigma.device)  # by block and shift
     bits = lengths(symbols[live], row)
     for passed in range(256 // SHIFTS_PER_ROW):  # how many boundaries a σ has passed before the one looked at
         boundary = row - 1 - passed
@@ -100,8 +101,8 @@ def _log_step(gaussian: GaussianConditional) -> float:
     return float((levels[-1] / levels[0]).log()) / max(1, len(levels) - 1)
 
 
-class PortableIndexes:
-    """The indexes of one picture's positions, and what its file says of them: shifts and list."""
+class PortableRows:
+    """The rows of one picture's positions, and what its file says of them: shifts and list."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -112,26 +113,26 @@ class PortableIndexes:
     def add(
         self, gaussian: GaussianConditional, lengths: CodeLengths, symbols: Tensor, sigma: Tensor, epsilon: float
     ) -> Tensor:
-        """The indexes of the positions that follow, int32 `[n]`, where n is a multiple of BLOCK until the last ones.
+        """The rows of the positions that follow, int32 `[n]`, where n is a multiple of BLOCK until the last ones.
 
         Args:
             symbols: int32 `[n]`, on the model's device as sigma `[n]`.
         """
-        shifts = choose_shifts(gaussian, lengths, symbols, sigma, epsilon)
-        sigma = sigma * scale_factors(gaussian, shifts, 0, len(sigma))
-        below, above = (table_index(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
-        indexes = table_index(gaussian, sigma)
+        shifts = choose_shifts(gaussian, lengths, symbols=symbols, sigma=sigma, epsilon=epsilon)
+        sigma = sigma * scale_factors(gaussian, shifts, first=0, end=len(sigma))
+        below, above = (table_rows(gaussian, sigma * factor) for factor in (1 - epsilon, 1 + epsilon))
+        rows = table_rows(gaussian, sigma)
         positions = (below != above).nonzero().flatten()
-        self.sides.append((indexes[positions] != below[positions]).cpu().numpy())
+        self.sides.append((rows[positions] != below[positions]).cpu().numpy())
         self.positions.append(self.count + positions.cpu().numpy())
         self.shifts.append(shifts)
         self.count += len(sigma)
-        return indexes
+        return rows
 
     def pack(self) -> bytes:
         """`SideInfo.scales`."""
-        positions, sides = np.concatenate(self.positions), np.concatenate(self.sides)
-        return np.concatenate(self.shifts).tobytes() + pack_positions(positions, sides)
+        listed = pack_positions(np.concatenate(self.positions), np.concatenate(self.sides))
+        return np.concatenate(self.shifts).tobytes() + listed
 
 
 def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,8 +143,8 @@ def unpack_scales(scales: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np
     return np.frombuffer(scales[:length], np.uint8), *unpack_positions(scales[length:], count)
 
 
-def table_index(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
-    """Index into the scale table of every σ, int32: CompressAI's build_indexes in one search instead of 63 passes."""
+def table_rows(gaussian: GaussianConditional, sigma: Tensor) -> Tensor:
+    """The row of the scale table for every σ, int32: CompressAI's build_indexes in one search instead of 63 passes."""
     bounded = gaussian.lower_bound_scale(sigma).contiguous()  # in the order in which symbols are coded
     return torch.bucketize(bounded, gaussian.scale_table[:-1], out_int32=True)
 

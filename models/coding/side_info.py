@@ -1,4 +1,4 @@
-"""What a file carries so that it decodes on other machines too. Plain data: reading a header needs no PyTorch."""
+"""What a file carries so that it decodes on other machines too. Plain data."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
-from models.coding.portable import BELOW, BLOCK, PortableIndexes, crc_of, scale_factors, table_index, unpack_scales
+from models.coding.portable import BELOW, BLOCK, PortableRows, crc_of, scale_factors, table_rows, unpack_scales
 from models.coding.side_info import SideInfo
 from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
 
@@ -25,7 +25,7 @@ Choice = Callable[[Tensor, Tensor], Tensor]
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
 # shipped weights, 40 was the best of 20, 40 and 60 (docs/method.md).
 ERROR_BITS = 40.0
-AT_ONCE = 2**22  # positions whose symbols and indexes are made at once, a multiple of portable.BLOCK
+AT_ONCE = 2**22  # positions whose symbols and rows are made at once, a multiple of portable.BLOCK
 
 
 def ste_round(x: Tensor) -> Tensor:
@@ -62,17 +62,17 @@ def choose_symbols(
 
     Args:
         residual: y − μ, float32 of any shape.
-        sigma: of the same shape.
+        sigma: in the same shape.
     """
     y = residual.flatten()
     sigma = sigma.flatten()
     chosen = torch.empty_like(y)
     for part, scale, out in zip(y.split(AT_ONCE), sigma.split(AT_ONCE), chosen.split(AT_ONCE), strict=True):
         nearest = torch.round(part)
-        index = table_index(gaussian, scale)
+        row = table_rows(gaussian, scale)
         next_one = nearest - nearest.sign()
         symbols = (values.clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).int() for values in (nearest, next_one))
-        bits, bits_of_next = (tables.code_lengths_within_reach(values, index) for values in symbols)
+        bits, bits_of_next = (tables.code_lengths_within_reach(values, row) for values in symbols)
         added_error = (part - next_one).square_() - (part - nearest).square_()
         out.copy_(torch.where(bits - bits_of_next > error_bits * added_error, next_one, nearest))
     return chosen.view(residual.shape)
@@ -103,7 +103,7 @@ class SliceEstimator:
     """Collects the likelihoods of y `[B, M, h, w]`.
 
     Attributes:
-        likelihoods: of each slice, `[B, M/S, h, w]`.
+        likelihoods: one tensor `[B, M/S, h, w]` per slice.
         rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
@@ -122,7 +122,7 @@ class SliceEstimator:
         y = self.slices[number]
         surrogate = self.quantization.surrogate
         if self.quantization.use_scale_table:  # the gradient is that of σ
-            level = self.gaussian.scale_table[table_index(self.gaussian, sigma.detach()).long()]
+            level = self.gaussian.scale_table[table_rows(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
         residual = y - mu
         symbols = self.quantization.choose(residual.detach(), sigma.detach())
@@ -144,29 +144,29 @@ class QuantizedLatents:
     """All that is coded of a batch of images, before it is coded. Integers have as few bytes as hold them.
 
     Attributes:
-        y: symbols `[B, M, h, w]`; indexes: the rows of the scale table that code them.
+        y: symbols `[B, M, h, w]`; rows: those of the scale table that code them.
         z: symbols, int32 `[B, C, h/4, w/4]`.
-        y_hat: `[B, M, h, w]`, on the model's device; None where it was not asked for.
-        side_info: of each image, for decoding on other machines; None where the indexes follow the published rule.
+        y_hat: `[B, M, h, w]`, on the model's device; None unless requested.
+        side_info: one per image, for decoding on other machines; None where the rows follow the published rule.
     """
 
     y: Tensor
-    indexes: Tensor
+    rows: Tensor
     z: Tensor
     y_hat: Tensor | None
     side_info: list[SideInfo] | None
 
 
 class SliceEncoder:
-    """Collects of y `[B, M, h, w]`, slice by slice, the symbols and the indexes that code them.
+    """Collects of y `[B, M, h, w]`, slice by slice, the symbols and the rows that code them.
 
     They are made AT_ONCE positions at a time, to avoid waiting for a GPU in every slice, and to keep little of a large
     picture's symbols and σ.
 
     Args:
-        slices: of y, `[B, M/S, h, w]` each; consumed, to free memory.
+        slices: y in parts `[B, M/S, h, w]`; consumed, to free memory.
         z: rounded, `[B, C, h/4, w/4]`.
-        epsilon: of the portable indexes; None for those of the published rule.
+        epsilon: as in `Codec`, for portable rows; None for those of the published rule.
         choose: makes the symbols.
     """
 
@@ -185,8 +185,8 @@ class SliceEncoder:
         self.z = None
         self.crcs = []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
-        self.done: list[list[Tensor]] = []  # symbols and indexes, `[B, n]`
-        self.portable = [PortableIndexes() for _ in range(batch)]
+        self.done: list[list[Tensor]] = []  # symbols and rows, `[B, n]`
+        self.portable = [PortableRows() for _ in range(batch)]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         # Contiguous, so that to flatten them in the order of coding copies nothing.
@@ -196,11 +196,11 @@ class SliceEncoder:
         del residual
         self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
         if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
-            self._index()
+            self._add()
         return symbols + mu
 
-    def _index(self) -> None:
-        """Index buffered symbols; before the last slice whole blocks only."""
+    def _add(self) -> None:
+        """Choose the rows of buffered symbols; before the last slice whole blocks only."""
         rounded, sigma = self.waiting.pop()
         if self.waiting:
             rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, (rounded, sigma), strict=True))
@@ -213,27 +213,28 @@ class SliceEncoder:
             self.z = to_symbols(self.rounded_z)
             self.crcs = [crc_of(symbols) for symbols in self.z]
         for parts in zip(rounded.split(AT_ONCE, 1), sigma.split(AT_ONCE, 1), strict=True):
-            self._index_part(*parts)
+            self._add_part(*parts)
 
-    def _index_part(self, rounded: Tensor, sigma: Tensor) -> None:
+    def _add_part(self, rounded: Tensor, sigma: Tensor) -> None:
         symbols = to_symbols(rounded)
         if self.epsilon is None:
-            indexes = table_index(self.gaussian, sigma)
+            rows = table_rows(self.gaussian, sigma)
         else:
+            add = dict(lengths=self.tables.code_lengths, epsilon=self.epsilon)
             images = zip(self.portable, rounded.int(), sigma, strict=True)
-            parts = self.gaussian, self.tables.code_lengths
-            indexes = torch.stack([one.add(*parts, *image, self.epsilon) for one, *image in images])
+            found = [one.add(self.gaussian, symbols=its, sigma=part, **add) for one, its, part in images]
+            rows = torch.stack(found)
             self.crcs = [crc_of(one, crc) for one, crc in zip(symbols, self.crcs, strict=True)]
-        self.done.append([smallest_dtype(values.cpu()) for values in (symbols, indexes)])
+        self.done.append([smallest_dtype(values.cpu()) for values in (symbols, rows)])
 
     def finish(self, y_hat: Tensor | None) -> QuantizedLatents:
         """All that was collected, and ŷ."""
-        y, indexes = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
+        y, rows = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
         side_info = None
         if self.epsilon is not None:
             pairs = zip(self.portable, self.crcs, strict=True)
             side_info = [SideInfo(portable.pack(), crc) for portable, crc in pairs]
-        return QuantizedLatents(y, indexes, self.z, y_hat, side_info)
+        return QuantizedLatents(y, rows, z=self.z, y_hat=y_hat, side_info=side_info)
 
 
 class SliceDecoder:
@@ -241,7 +242,7 @@ class SliceDecoder:
 
     Args:
         count: elements of y of one image.
-        side_info: of each image; None for streams whose indexes follow the published rule.
+        side_info: one per image; None for streams whose rows follow the published rule.
         crcs: CRC-32 of each image's z; that of y is added slice by slice.
     """
 
@@ -257,7 +258,7 @@ class SliceDecoder:
         unpacked = [unpack_scales(info.scales, count) for info in side_info or ()]
         self.shifts = [shifts for shifts, _, _ in unpacked]
         self.listed = [(positions, above) for _, positions, above in unpacked]
-        self.bits = [0.0] * len(streams)  # of the symbols' codes, where there is no checksum
+        self.bits = [0.0] * len(streams)  # lengths of the codes, where there is no checksum
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         flat = sigma.flatten(1)
@@ -266,25 +267,26 @@ class SliceDecoder:
             first = self.position
             self.position = self.position + part.shape[1]
             if self.shifts:
-                factors = [scale_factors(self.gaussian, shifts, first, self.position) for shifts in self.shifts]
+                here = dict(first=first, end=self.position)
+                factors = [scale_factors(self.gaussian, shifts, **here) for shifts in self.shifts]
                 part = part * torch.stack(factors)
-            indexes = table_index(self.gaussian, part).cpu()
-            self._correct(first, indexes, part)
+            rows = table_rows(self.gaussian, part).cpu()
+            self._correct(first, rows, part)
             for number, decoder in enumerate(self.decoders):
-                out[number] = self.tables.decode(decoder, indexes[number])
+                out[number] = self.tables.from_stream(decoder, rows[number])
                 self.crcs[number] = crc_of(out[number], self.crcs[number])
                 if not self.listed:
-                    self.bits[number] += self.tables.count_bits(out[number], indexes[number])
+                    self.bits[number] += self.tables.count_bits(out[number], rows[number])
         return symbols.view(sigma.shape).to(mu.device).type_as(mu) + mu
 
-    def _correct(self, first: int, indexes: Tensor, sigma: Tensor) -> None:
-        """Set the encoder's indexes `[B, n]` at the listed positions of this slice, in place."""
+    def _correct(self, first: int, rows: Tensor, sigma: Tensor) -> None:
+        """Set the encoder's rows `[B, n]` at the listed positions of this slice, in place."""
         for number, (positions, above) in enumerate(self.listed):
             start, end = np.searchsorted(positions, (first, self.position))
             if start == end:
                 continue
             here = torch.from_numpy(positions[start:end] - first)
-            below = table_index(self.gaussian, sigma[number, here.to(sigma.device)] * BELOW).cpu()
+            below = table_rows(self.gaussian, sigma[number, here.to(sigma.device)] * BELOW).cpu()
             corrected = below + torch.from_numpy(above[start:end]).int()
             # A malicious file may name a row beyond the table, and CompressAI's coder does not check.
-            indexes[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)
+            rows[number, here] = corrected.clamp(max=len(self.tables.cdfs) - 1)

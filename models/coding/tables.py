@@ -13,7 +13,8 @@ from torch import Tensor
 # Beyond this CompressAI's escape coding shifts by the width of its integers and never ends.
 LARGEST_SYMBOL = 2**24
 SHORTEST_STREAM = 4  # bytes: the coder writes whole words, and its state at the end
-LONGEST_CODE, CODER_STATE = 6, 16  # bytes: of an escaped LARGEST_SYMBOL, 16 bits and eight digits; of a stream's end
+LONGEST_CODE = 6  # bytes of an escaped LARGEST_SYMBOL: 16 bits and eight digits
+CODER_STATE = 16  # bytes at the end of a stream
 PART = 2**22  # symbols that the encoder is handed at once; SliceDecoder asks for no more either
 
 
@@ -21,7 +22,7 @@ class CodingTables:
     """The quantized CDFs of an entropy model as the lists that the rANS coder takes, made once.
 
     Each row is cut to its length: the Gaussian table is mostly padding, and the coder's interface copies every
-    entry on every call. `indexes` below are rows of the table, one per symbol, as CompressAI calls them.
+    entry on every call. `rows` below are those of the table, one per symbol; CompressAI calls them indexes.
     """
 
     def __init__(self, model: EntropyModel) -> None:
@@ -30,66 +31,67 @@ class CodingTables:
         self.sizes = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:size] for row, size in zip(model.quantized_cdf.tolist(), self.sizes, strict=True)]
-        self._lengths: dict[torch.device, Tensor] = {}  # of all symbols within reach and all rows
+        self._lengths: dict[torch.device, Tensor] = {}  # all symbols within reach in all rows
         self._reach = max(max(-offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
 
-    def fewest_bits(self, indexes: Tensor) -> float:
+    def fewest_bits(self, rows: Tensor) -> float:
         """A lower bound on the length of a stream: every symbol is the likeliest of its row."""
         likeliest = [max(np.diff(row).tolist()) / 2**16 for row in self.cdfs]
-        counts = np.bincount(indexes.flatten().numpy(), minlength=len(likeliest))
+        counts = np.bincount(rows.flatten().numpy(), minlength=len(likeliest))
         return float(-(counts * np.log2(likeliest)).sum())
 
-    def code_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
-        """Bits of each int32 symbol `[n]` with int32 indexes `[n]`, on any device: float32 `[n]`."""
-        bits = self.code_lengths_within_reach(symbols, indexes)
+    def code_lengths(self, symbols: Tensor, rows: Tensor) -> Tensor:
+        """Bits of each int32 symbol `[n]` with int32 rows `[n]`, on any device: float32 `[n]`."""
+        bits = self.code_lengths_within_reach(symbols, rows)
         far = symbols.abs() > self._reach
         if far.any():
-            bits[far] = self._compute_lengths(symbols[far].cpu(), indexes[far].cpu()).to(bits.device)
+            bits[far] = self._compute_lengths(symbols[far].cpu(), rows[far].cpu()).to(bits.device)
         return bits
 
-    def code_lengths_within_reach(self, symbols: Tensor, indexes: Tensor) -> Tensor:
+    def code_lengths_within_reach(self, symbols: Tensor, rows: Tensor) -> Tensor:
         """As `code_lengths`, with symbols far beyond the tables clamped: without a wait for a GPU."""
         reach = self._reach
         if not self._lengths:
             every = torch.arange(-reach, reach + 1, dtype=torch.int32).repeat(len(self.cdfs))
-            rows = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
-            self._lengths[rows.device] = self._compute_lengths(every, rows)
+            every_row = torch.arange(len(self.cdfs), dtype=torch.int32).repeat_interleave(2 * reach + 1)
+            self._lengths[every.device] = self._compute_lengths(every, every_row)
         if symbols.device not in self._lengths:
             self._lengths[symbols.device] = next(iter(self._lengths.values())).to(symbols.device)
-        return self._lengths[symbols.device][indexes * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
+        return self._lengths[symbols.device][rows * (2 * reach + 1) + reach + symbols.clamp(-reach, reach)]
 
-    def _compute_lengths(self, symbols: Tensor, indexes: Tensor) -> Tensor:
-        offsets, sizes = torch.tensor(self.offsets), torch.tensor(self.sizes)
+    def _compute_lengths(self, symbols: Tensor, rows: Tensor) -> Tensor:
+        offsets = torch.tensor(self.offsets)
+        sizes = torch.tensor(self.sizes)
         table = torch.full((len(self.cdfs), max(self.sizes)), math.inf)
         for row, cdf in enumerate(self.cdfs):
             table[row, : len(cdf) - 1] = 16 - torch.tensor(cdf).diff().log2()
-        values = symbols - offsets[indexes]
-        escape = sizes[indexes] - 2  # the last entry codes all values outside
+        values = symbols - offsets[rows]
+        escape = sizes[rows] - 2  # the last entry codes all values outside
         outside = (values < 0) | (values >= escape)
-        bits = table[indexes, torch.where(outside, escape, values)]
+        bits = table[rows, torch.where(outside, escape, values)]
         # CompressAI's escape code then writes, four bits each, how many digits (in fifteens) and the digits.
         beyond = torch.where(values < 0, -2 * values - 1, 2 * (values - escape))
         digits = (beyond.clamp(min=0).double() + 1).log2().div(4).ceil()
         return bits + torch.where(outside, 4 * (1 + (digits / 15).floor() + digits), 0.0).float()
 
-    def count_bits(self, symbols: Tensor, indexes: Tensor) -> float:
-        """Bits of the stream that `encode` would write, without the coder's final state."""
-        parts = zip(_parts(symbols), _parts(indexes), strict=True)
+    def count_bits(self, symbols: Tensor, rows: Tensor) -> float:
+        """Bits of the stream that `to_stream` would write, without the coder's final state."""
+        parts = zip(_parts(symbols), _parts(rows), strict=True)
         return sum(float(self.code_lengths(some.int(), theirs.int()).double().sum()) for some, theirs in parts)
 
-    def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
-        """One stream of integers and their indexes, of equal shapes."""
+    def to_stream(self, symbols: Tensor, rows: Tensor) -> bytes:
+        """One stream of integers and their rows, of equal shapes."""
         encoder = BufferedRansEncoder()
-        for some, theirs in zip(_parts(symbols), _parts(indexes), strict=True):
+        for some, theirs in zip(_parts(symbols), _parts(rows), strict=True):
             encoder.encode_with_indexes(_ints(some), _ints(theirs), self.cdfs, self.sizes, self.offsets)
         return encoder.flush()
 
-    def decode(self, decoder: RansDecoder, indexes: Tensor) -> Tensor:
-        """The next symbols of a stream, int32, in the shape of their indexes."""
-        symbols = decoder.decode_stream(_ints(indexes), self.cdfs, self.sizes, self.offsets)
+    def from_stream(self, decoder: RansDecoder, rows: Tensor) -> Tensor:
+        """The next symbols of a stream, int32, in the shape of their rows."""
+        symbols = decoder.decode_stream(_ints(rows), self.cdfs, self.sizes, self.offsets)
         # A list of half a million ints: torch.tensor takes 125 ms for what this does in 12.
         packed = bytearray(struct.pack(f"{len(symbols)}i", *symbols))
-        return torch.frombuffer(packed, dtype=torch.int32).view(indexes.shape)
+        return torch.frombuffer(packed, dtype=torch.int32).view(rows.shape)
 
 
 def rounded_gaussians(scales: Tensor, reach: int) -> Tensor:

@@ -18,17 +18,17 @@ from models import STRIDE
 from models.large.memory import LARGE, give_back_freed_memory, large_empty
 
 # Pixels of pictures. Up to WHOLE are computed at once. Larger pictures come in bands of about BAND pixels. Neighboring
-# bands overlap by what the layers see, and the fewer rows they have, the more of the work is done twice: so they have
-# MIN_ROWS or more, unless that makes them larger than MAX_BAND.
+# bands overlap by what the layers see, and the lower they are, the more of the work is done twice: so they are
+# MIN_HEIGHT rows high or more, unless that makes them larger than MAX_BAND.
 WHOLE, BAND, MAX_BAND = 2**21, 2**20, 2**22
-MIN_ROWS = 256
+MIN_HEIGHT = 256
 LATENTS = 2**16  # latent positions per band
 KEPT = 2**18  # latent positions up to which the output of the hyper-synthesis is kept for all slices
 TENSORS = 12  # a layer takes about as much memory as so many tensors of the size of its widest input
 
 
 class Footprint(NamedTuple):
-    """The rows that a layer looks at.
+    """The rows of its input that a layer needs.
 
     Attributes:
         halo: context rows on either side, a multiple of align.
@@ -90,33 +90,33 @@ def _(layer: nn.Module) -> Footprint:
     return Footprint(0, 1)
 
 
-def multiple(rows: int, of: int) -> int:
+def multiple(count: int, of: int) -> int:
     """The least multiple that is not less."""
-    return -(-rows // of) * of
+    return -(-count // of) * of
 
 
-def band_rows(width: int, height: int, bytes_per_pixel: float, device: torch.device) -> int:
-    """Rows of a band of a picture of width × height pixels, after padding: all of them up to WHOLE pixels.
+def band_height(width: int, height: int, bytes_per_pixel: float, device: torch.device) -> int:
+    """Height of a band of a picture of width × height pixels, after padding: that of the picture up to WHOLE pixels.
 
-    On a GPU a band may be as large as half of the free memory allows. Its rows are rounded to 128 · 2ᵏ, so that free
+    On a GPU a band may be as large as half of the free memory allows. Its height is rounded to 128 · 2ᵏ, so that free
     memory rarely changes the result.
 
     Args:
-        bytes_per_pixel: of the widest tensor between two layers.
+        bytes_per_pixel: size of the widest tensor between two layers.
     """
     if width * height <= WHOLE:
         return height
-    rows = min(max(BAND // width, MIN_ROWS), MAX_BAND // width)
+    found = min(max(BAND // width, MIN_HEIGHT), MAX_BAND // width)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        rows = int(free // 2 / (TENSORS * bytes_per_pixel * width))
-        rows = STRIDE << max(0, (rows // STRIDE).bit_length() - 1)
-    return min(height, max(STRIDE, rows // STRIDE * STRIDE))
+        found = int(free // 2 / (TENSORS * bytes_per_pixel * width))
+        found = STRIDE << max(0, (found // STRIDE).bit_length() - 1)
+    return min(height, max(STRIDE, found // STRIDE * STRIDE))
 
 
-def latent_rows(width: int) -> int:
-    """Rows of a band of a latent of this width, a multiple of the window of its attention."""
+def latent_height(width: int) -> int:
+    """Height of a band of a latent of this width, a multiple of the window of its attention."""
     return max(8, LATENTS // width // 8 * 8)
 
 
@@ -127,29 +127,29 @@ class Recomputed:
         shape: output shape; channels None.
     """
 
-    def __init__(self, layers: nn.Sequential, x: Tensor, rows: int) -> None:
+    def __init__(self, layers: nn.Sequential, x: Tensor, height: int) -> None:
         self.layers = layers
         self.x = x
-        self.rows = rows
+        self.height = height  # of a band of x
         batch, _, *sides = x.shape
         self.shape = (batch, None, *(scaled_height(layers, side) for side in sides))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return in_bands(self.layers, rows_of([self.x], self.rows), self.x.shape[2])
+        return in_bands(self.layers, bands_of([self.x], self.height), self.x.shape[2])
 
 
-def rows_of(parts: Sequence[Tensor | Recomputed], rows: int) -> Iterator[Tensor]:
-    """The bands of tensors `[B, C, h, w]` of one height and width, joined along their channels.
+def bands_of(parts: Sequence[Tensor | Recomputed], height: int) -> Iterator[Tensor]:
+    """Bands of this height of tensors `[B, C, h, w]` of one size, joined along their channels.
 
     Only the first may be a `Recomputed`; the bands are then its own.
     """
     first, *others = parts
-    for here, band in with_rows(first if isinstance(first, Recomputed) else first.split(rows, 2)):
+    for here, band in located(first if isinstance(first, Recomputed) else first.split(height, 2)):
         yield torch.cat((band, *(other[:, :, here] for other in others)), 1) if others else band
 
 
 def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
-    """What a chain of layers makes of a tensor `[B, C, height, w]` that comes in bands, in bands of its own.
+    """The output, in bands, of a chain of layers for a tensor `[B, C, height, w]` that comes in bands.
 
     Containers in `layers` are taken apart. A single band of all rows goes through the layers as they are.
     """
@@ -164,7 +164,7 @@ def in_bands(layers: Sequence[nn.Module] | nn.Sequential, bands: Iterable[Tensor
 
 
 def scaled_height(layers: Sequence[nn.Module] | nn.Sequential, height: int) -> int:
-    """The rows that a chain of layers makes of a height."""
+    """The height that a chain of layers makes of another."""
     for layer in layers:
         inner = isinstance(layer, nn.Sequential)
         height = scaled_height(layer, height) if inner else int(height * footprint(layer).scale)
@@ -198,9 +198,9 @@ def _layer_in_bands(layer: nn.Module, bands: Iterable[Tensor], height: int) -> I
             yield result.pop()  # so that nothing here holds it while the layers that follow work
 
 
-def content_bands(mask: nn.Module, y: Tensor, rows: int) -> Iterator[Tensor]:
-    """`mask.content` of a latent `[B, M, h, w]`, in bands of about so many rows (models/lae.py)."""
-    return (mask.alpha * band for band in in_bands([mask.latent_attn], rows_of([y], rows), y.shape[2]))
+def content_bands(mask: nn.Module, y: Tensor, height: int) -> Iterator[Tensor]:
+    """`mask.content` of a latent `[B, M, h, w]`, in bands of about this height (models/lae.py)."""
+    return (mask.alpha * band for band in in_bands([mask.latent_attn], bands_of([y], height), y.shape[2]))
 
 
 def log_m_of_band(mask: nn.Module, index: Tensor, here: slice, content: Tensor) -> Tensor:
@@ -208,16 +208,16 @@ def log_m_of_band(mask: nn.Module, index: Tensor, here: slice, content: Tensor) 
     return mask.log_m(mask.rate(index[:, :, here] if index.dim() == 4 else index), content)
 
 
-def scaled_bands(lae: nn.Module, y: Tensor, index: Tensor, rows: int) -> Iterator[Tensor]:
-    """y · m of an LAE, in bands of about so many rows."""
-    for here, content in with_rows(content_bands(lae.mask, y, rows)):
+def scaled_bands(lae: nn.Module, y: Tensor, index: Tensor, height: int) -> Iterator[Tensor]:
+    """y · m of an LAE, in bands of about this height."""
+    for here, content in located(content_bands(lae.mask, y, height)):
         yield y[:, :, here] * log_m_of_band(lae.mask, index, here, content).exp()
 
 
 def gather(bands: Iterable[Tensor], height: int) -> Tensor:
     """The tensor `[B, C, height, w]` that comes in bands."""
     out = None
-    for here, band in with_rows(bands):
+    for here, band in located(bands):
         if band.shape[2] == height:
             return band
         if out is None:
@@ -232,8 +232,8 @@ def gather(bands: Iterable[Tensor], height: int) -> Tensor:
     return out
 
 
-def with_rows(bands: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Bands, each with the rows that it is of."""
+def located(bands: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Bands, each with its place: the slice of rows of the whole."""
     at = 0
     for band in bands:
         at += band.shape[2]

@@ -155,6 +155,13 @@ def disturbed(monkeypatch, size: float) -> None:
     monkeypatch.setattr(SliceDecoder, "__call__", noisy)
 
 
+def test_a_shift_of_128_is_a_row_of_the_table(tiny):
+    """As files have it (docs/bitstream.md), whatever the encoder chooses."""
+    levels = tiny.gaussian_conditional.scale_table
+    factor = portable.scale_factors(tiny.gaussian_conditional, np.full(1, 128, np.uint8), 0, 1)
+    assert torch.allclose(levels[1:] * factor, levels[:-1], rtol=1e-4)
+
+
 def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     """Against all 256, tried one after the other."""
     monkeypatch.setattr(portable, "BLOCK", 1000)
@@ -168,8 +175,8 @@ def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     costs = torch.zeros(256, 3)
     for shift in range(256):
         moved = sigma * portable.scale_factors(gaussian, np.full(3, shift, np.uint8), 0, 2500)
-        below, above = (portable.table_index(gaussian, moved * factor) for factor in (1 - epsilon, 1 + epsilon))
-        bits = lengths(symbols, portable.table_index(gaussian, moved)) + 16 * (below != above)
+        below, above = (portable.table_rows(gaussian, moved * factor) for factor in (1 - epsilon, 1 + epsilon))
+        bits = lengths(symbols, portable.table_rows(gaussian, moved)) + 16 * (below != above)
         costs[shift] = torch.stack([part.sum() for part in bits.split(1000)])
     for block, shift in enumerate(chosen):
         assert costs[shift, block] <= costs[:, block].min() + 1e-2
@@ -221,7 +228,7 @@ bottleneck = EntropyBottleneck(1)
 bottleneck.update()
 tables = CodingTables(bottleneck)
 try:
-    tables.decode(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
+    tables.from_stream(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
     print("decoded")
 except ValueError as error:
     print(error)
@@ -250,13 +257,13 @@ def test_a_gpu_is_not_read_between_slices(tiny, picture, monkeypatch):
 
 
 def test_rows_below_are_looked_up_where_positions_are_listed(tiny, picture, monkeypatch):
-    looked_up, table_index = [], slice_coders.table_index
+    looked_up, table_rows = [], slice_coders.table_rows
 
     def counted(gaussian, sigma):
         looked_up.append(sigma.numel())
-        return table_index(gaussian, sigma)
+        return table_rows(gaussian, sigma)
 
-    monkeypatch.setattr(slice_coders, "table_index", counted)
+    monkeypatch.setattr(slice_coders, "table_rows", counted)
     tiny.epsilon = 1e-3
     data = encode(tiny, picture, 2.0)
     looked_up.clear()

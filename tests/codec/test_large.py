@@ -36,8 +36,8 @@ def in_parts(monkeypatch):
 
     def move() -> None:
         for module, name, value in (
-            (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_ROWS", 128), (bands, "LATENTS", 256),
-            (codec, "KEPT", 256), (tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
+            (bands, "WHOLE", 256 * 256), (bands, "BAND", 128 * 256), (bands, "MIN_HEIGHT", 128),
+            (bands, "LATENTS", 256), (codec, "KEPT", 256), (tables, "PART", 1000), (slice_coders, "AT_ONCE", 2**14),
             (metrics, "AT_ONCE", 10000),
         ):
             monkeypatch.setattr(module, name, value)
@@ -61,20 +61,20 @@ def test_a_picture_in_parts_is_the_same_picture(varied, tall, in_parts, request_
     whole = encode(varied, tall, request_)
     at_once = decode(varied, whole.data)
     in_parts()
-    assert len(list(padded_bands(tall, varied.band_rows(256, 768)))) == 6
+    assert len(list(padded_bands(tall, varied.band_height(256, 768)))) == 6
     assert ((decode(varied, whole.data).int() - at_once.int()).abs() <= 1).all()  # x̂ to a rounding
     parts = encode(varied, tall, request_)
     assert len(parts.data) == pytest.approx(len(whole.data), abs=8)
     assert parts.index == pytest.approx(whole.index, abs=1e-3)
     assert mse(tall, decode(varied, parts.data)) == pytest.approx(mse(tall, at_once), rel=1e-3)
-    estimated, _ = evaluate(varied, "tall", tall, 2.0, real=False)
-    assert estimated.psnr == pytest.approx(evaluate(varied, "tall", tall, 2.0, real=True)[0].psnr, abs=0.01)
+    estimated, real = (evaluate(varied, "tall", tall, EncodeRequest(2.0), real)[0] for real in (False, True))
+    assert estimated.psnr == pytest.approx(real.psnr, abs=0.01)
 
 
 def test_a_map_in_parts(varied, tall, in_parts):
     mask = np.zeros(tall.shape[1:], np.float32)
     mask[200:500, 60:] = 1
-    request = EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0))
+    request = EncodeRequest(1.0, quality_map=QualityMap.from_region(mask, index=4.0))
     whole, target = encode(varied, tall, request), EncodeRequest(bytes=1800, quality_map=request.quality_map)
     expected, solved = decode(varied, whole.data), encode(varied, tall, target)
     in_parts()
@@ -86,14 +86,14 @@ def test_symbols_in_parts_make_the_same_file(tiny, tall, monkeypatch):
     """Networks at once, symbols in parts: to the byte."""
     analyzed = AnalyzedImage(tiny, tall)
     whole = analyzed.quantize(2.0)
-    data, bits = analyzed.write(whole), whole.bits
+    data = analyzed.write(whole).data
     expected = decode(tiny, data)
     monkeypatch.setattr(tables, "PART", 777)
     monkeypatch.setattr(slice_coders, "AT_ONCE", 2**14)
     assert whole.quantized.y[0].numel() > 2**14 and whole.quantized.y.dtype.itemsize < 4
     parts = analyzed.quantize(2.0)
-    assert analyzed.write(parts) == data and parts.bits == bits
-    assert torch.equal(parts.quantized.indexes, whole.quantized.indexes)
+    assert analyzed.write(parts).data == data and parts.bits == whole.bits
+    assert torch.equal(parts.quantized.rows, whole.quantized.rows)
     assert torch.equal(decode(tiny, data), expected)
 
 
@@ -164,7 +164,7 @@ def test_the_gradient_of_tiles_is_that_of_the_picture(varied, tall, in_tiles, mo
         monkeypatch.setattr(tiles, "SIDE", 384)
     mask = np.zeros(picture.shape[1:], np.float32)
     mask[100:200, 150:260] = 1
-    quality_map = QualityMap.from_mask(mask, index=4.0) if with_map else None
+    quality_map = QualityMap.from_region(mask, index=4.0) if with_map else None
     monkeypatch.setattr(varied, "metric", metric)
     assert len(cut_tiles(*picture.shape[1:])) == (4 if metric == "mse" else 2)
     in_parts = gradients(varied, picture, quality_map)

@@ -15,11 +15,12 @@ import eval_vbr
 from models.coding.side_info import SideInfo
 from models.lambdas import index_to_lambda
 from utils.checkpoint import load_model
+from utils.cli.encoding_arguments import map_of_arguments
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
-from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region, read_mask
+from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region, read_region
 from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import crop, to_uint8
@@ -44,7 +45,7 @@ def mask() -> np.ndarray:
 
 def test_cells_have_the_index_of_the_largest_share_of_their_pixels(mask):
     mask[299, 399] = 0.5  # gray: half way between, in the last cell that the picture reaches
-    found = QualityMap.from_mask(mask, index=4.0)
+    found = QualityMap.from_region(mask, index=4.0)
     offsets = np.frombuffer(found.cell_offsets(1.0), np.int8).reshape(6, 8)
     expected = np.zeros((6, 8))
     expected[1:3, 1:3], expected[5, 7] = 48, 24
@@ -56,7 +57,7 @@ def test_cells_have_the_index_of_the_largest_share_of_their_pixels(mask):
 
 @pytest.mark.parametrize("rate", [{"index": 5.0}, {"index": 0.0}, {"above": 4.0}, {"above": -3.0}])
 def test_no_index_leaves_its_range(mask, rate):
-    found = QualityMap.from_mask(mask, **rate)
+    found = QualityMap.from_region(mask, **rate)
     for base in np.linspace(0, 5, 301):
         indexes = np.float64(np.float32(base)) + found.offsets(base) / 16
         assert (indexes >= 0).all() and (indexes <= 5).all()
@@ -66,35 +67,35 @@ def test_no_index_leaves_its_range(mask, rate):
 
 def test_a_mask_of_255_is_not_taken_for_one_of_1(mask):
     with pytest.raises(ValueError, match=r"in \[0, 1\], not 0 to 255"):
-        QualityMap.from_mask(255 * mask, index=3.0)
+        QualityMap.from_region(255 * mask, index=3.0)
 
 
 def test_a_gray_mask_has_a_region_too(mask):
-    found = QualityMap.from_mask(0.4 * mask, index=5.0)
+    found = QualityMap.from_region(0.4 * mask, index=5.0)
     assert (found.region == (mask > 0)).all() and found.indexes(0.0).tolist() == [0, 2]
 
 
 def test_a_map_belongs_to_one_size_and_has_one_index(varied, picture, mask):
     with pytest.raises(ValueError, match="another size"):
-        encode(varied, picture[:, :200], EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0)))
+        encode(varied, picture[:, :200], EncodeRequest(1.0, quality_map=QualityMap.from_region(mask, index=4.0)))
     for rate in ({}, {"index": 4.0, "above": 1.0}):
         with pytest.raises(ValueError, match="exactly one of them"):
-            QualityMap.from_mask(mask, **rate)
+            QualityMap.from_region(mask, **rate)
 
 
 def test_a_mask_may_be_as_large_as_its_picture(mask, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.codec.quality_map.MAX_PIXELS", 100)
     Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "mask.png")
-    args = argparse.Namespace(mask=tmp_path / "mask.png", roi=None, mask_index=4.0, mask_weight=None)
-    assert QualityMap.from_arguments(args, HEIGHT, WIDTH).region.shape == (HEIGHT, WIDTH)
+    args = argparse.Namespace(region=tmp_path / "mask.png", roi=None, region_index=4.0, region_weight=None)
+    assert map_of_arguments(args, HEIGHT, WIDTH).region.shape == (HEIGHT, WIDTH)
     with pytest.raises(ImageError, match="is more than"):
-        QualityMap.from_arguments(args, 10, 10)
+        map_of_arguments(args, 10, 10)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.4])
 def test_a_mask_of_one_value_tells_nothing_apart(value):
     with pytest.raises(ValueError, match=r"the mask (is empty|has one value)"):
-        QualityMap.from_mask(np.full((HEIGHT, WIDTH), value), index=4.0)
+        QualityMap.from_region(np.full((HEIGHT, WIDTH), value), index=4.0)
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "I"])
@@ -106,9 +107,9 @@ def test_labels_are_stretched_and_said(mode, tmp_path, capsys):
     Image.fromarray(labels).save(file)
     if mode == "I":  # integers of 32 bits have no known range
         with pytest.raises(ImageError, match="range is not known"):
-            read_mask(file)
+            read_region(file, 64, 96)
         return
-    assert np.array_equal(read_mask(file), labels.astype(np.float32))
+    assert np.array_equal(read_region(file, 64, 96), labels.astype(np.float32))
     assert "brightest value is 1, a label rather than white" in capsys.readouterr().err
 
 
@@ -116,12 +117,12 @@ def test_masks_that_may_mean_something_else_are_noted(tmp_path, capsys):
     pixels = np.zeros((64, 96, 4), np.uint8)
     pixels[10:30, 20:50] = 200, 100, 0, 255
     Image.fromarray(pixels).save(tmp_path / "cutout.png")
-    mask = read_mask(str(tmp_path / "cutout.png"))
+    mask = read_region(str(tmp_path / "cutout.png"), 64, 96)
     assert mask.max() == pytest.approx(100 / 255) and mask[0, 0] == 0
     told = capsys.readouterr().err
     assert "has colors" in told and "transparent pixels are put on black" in told and "100 of 255" in told
     Image.fromarray(pixels[..., 3]).save(tmp_path / "plain.png")
-    assert read_mask(str(tmp_path / "plain.png")).max() == 1 and not capsys.readouterr().err
+    assert read_region(str(tmp_path / "plain.png"), 64, 96).max() == 1 and not capsys.readouterr().err
 
 
 def test_a_map_of_one_index_is_that_index(varied, picture):
@@ -155,7 +156,7 @@ def test_wrong_maps_are_refused_by_the_model(varied, index):
 
 def test_a_file_with_a_map_decodes_to_what_the_encoder_saw(varied, picture, mask):
     """And a picture without one costs no byte."""
-    request = EncodeRequest(1.0, quality_map=QualityMap.from_mask(mask, index=4.0))
+    request = EncodeRequest(1.0, quality_map=QualityMap.from_region(mask, index=4.0))
     result = encode(varied, picture, request)
     analyzed = AnalyzedImage(varied, picture, request.quality_map)
     with torch.no_grad():
@@ -208,29 +209,29 @@ def test_damaged_maps_are_refused_whatever_their_bytes():
 
 @pytest.mark.parametrize("rate", [{"index": 4.5}, {"above": 2.0}])
 def test_targets_are_met_with_a_map(varied, picture, mask, rate):
-    analyzed = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, **rate))
-    low, high = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, 5.0))
+    analyzed = AnalyzedImage(varied, picture, QualityMap.from_region(mask, **rate))
+    low, high = (analyzed.write(analyzed.quantize(index)).bits for index in (0.0, 5.0))
     for share in (0.2, 0.5, 0.8):
         target = Target(low + share * (high - low))
-        trial, data = RateController(analyzed).encode(target)
-        assert 8 * len(data) == pytest.approx(target.bits, rel=0.01)
-        region = trial.index + analyzed.quality_map.offsets(trial.index)[-1] / 16
-        assert region == pytest.approx(rate.get("index", min(5, trial.index + 2)), abs=1 / 16)
+        found = RateController(analyzed).meet(target)
+        assert found.bits == pytest.approx(target.bits, rel=0.01)
+        region = found.index + analyzed.quality_map.offsets(found.index)[-1] / 16
+        assert region == pytest.approx(rate.get("index", min(5, found.index + 2)), abs=1 / 16)
 
 
 def test_the_rate_model_follows_a_map(varied, picture, mask):
     """Its shape is the sum of the entropies at all places, as without a map where both regions have one index."""
-    same = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, above=1e-9)).rate_model
+    same = AnalyzedImage(varied, picture, QualityMap.from_region(mask, above=1e-9)).rate_model
     plain = AnalyzedImage(varied, picture).rate_model
     rows = torch.randint(40, plain.y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert np.allclose(same.curve(2.0, rows).shape, plain.curve(2.0, rows).shape, rtol=1e-4)
-    kept = AnalyzedImage(varied, picture, QualityMap.from_mask(mask, index=2.5)).rate_model
+    kept = AnalyzedImage(varied, picture, QualityMap.from_region(mask, index=2.5)).rate_model
     rise, less = (np.ptp(model.curve(2.0, rows).shape) for model in (plain, kept))
     assert 0.8 * rise < less < 0.97 * rise  # of 48 cells four are kept
 
 
 def test_refinement_weighs_errors_by_the_map(varied, picture, mask):
-    quality_map = QualityMap.from_mask(mask, index=4.0)
+    quality_map = QualityMap.from_region(mask, index=4.0)
     analyzed = AnalyzedImage(varied, picture, quality_map)
     weights = analyzed.distortion_weights(1.0)
     assert weights.shape == (1, 1, HEIGHT, WIDTH)
@@ -319,7 +320,7 @@ def test_evaluation_tells_the_quality_of_the_region(varied_checkpoint, picture, 
     (row,) = json.loads((tmp_path / "r.json").read_text())["images"]
     mask = np.zeros((HEIGHT, WIDTH), np.float32)
     mask[22:150, 8:136] = 1
-    quality_map = QualityMap.from_mask(mask, index=4.0)
+    quality_map = QualityMap.from_region(mask, index=4.0)
     model = load_model(varied_checkpoint)
     decoded = decode(model, encode(model, picture, EncodeRequest(1.0, quality_map=quality_map)).data)
     expected = psnr_by_region(picture, decoded, quality_map.region)

@@ -34,6 +34,15 @@ def test_two_measurements_find_a_slope_that_is_not_one(slope):
     assert curve.solve(truth[3]) == pytest.approx(0.75)
 
 
+def test_beyond_the_measurements_slopes_are_bounded_and_of_near_ones_not_believed():
+    steep = curve_of(100 * GRID, (2.0, 1000.0), (3.0, 3000.0))  # twenty times as steep as the shape
+    assert 3000 + 200 < steep.predict(5.0)[0] < 3000 + 1000
+    level = curve_of(100 * GRID, (2.0, 1000.0), (3.0, 1001.0))
+    assert 1000 - 150 < level.predict(0.0)[0] < 1000 - 20
+    near = curve_of(100 * GRID, (2.0, 1000.0), (2.05, 1100.0))
+    assert near.predict([0.0, 5.0]).tolist() == pytest.approx([1000 - 200, 1100 + 295])
+
+
 def test_measurements_are_met_whatever_the_shape():
     truth = 1000 + 40 * GRID**3
     curve = curve_of(100 * GRID, *((i, float(np.interp(i, GRID, truth))) for i in (0.0, 2.5, 3.7, 5.0)))

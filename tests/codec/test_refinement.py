@@ -10,12 +10,12 @@ from codec_vbr import describe
 from models.coding.slice_coders import Quantization
 from models.lambdas import index_to_lambda
 from utils.codec import encode as encode_module
-from utils.codec.analyzed import AnalyzedImage
+from utils.codec.analyzed import AnalyzedImage, CodedTrial
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeResult, encode
 from utils.codec.rate_control import UnreachableError
 from utils.codec.refinement import SURROGATES, RateConstraint, Step, gumbel_round, refine
-from utils.codec.request import EncodeRequest, RefinementSettings
+from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import to_uint8
 from utils.metrics import bits, mse
 
@@ -222,6 +222,33 @@ def test_what_a_constraint_prefers():
     assert RateConstraint(0.9, limit=1.0, controlled=False).correction(rising) == 0
 
 
+def test_refined_latents_stay_below_a_cap_and_are_not_held_at_one_that_every_file_is_far_below():
+    cap = Target(1000.0, cap=True)
+    near, far = (RateConstraint.of_target(cap, CodedTrial(5.0, bytes(size)), 100) for size in (124, 100))
+    assert 0.99 < near.bpp / near.limit < 1 and near.limit == 10
+    assert near.controlled and not far.controlled
+
+
+def test_one_step_changes_the_weight_of_the_rate_by_little():
+    assert 0 < RateConstraint(1.0).correction([Step(0, 30.0, 1.0, 1.0, 1.0)]) < 5
+
+
+def test_the_papers_learning_rate_is_for_pictures_of_kodaks_size(varied, picture, monkeypatch):
+    """The loss is a mean over pixels, so the gradient of a latent is that much larger in a smaller picture."""
+    rates = []
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda latents, rate: rates.append(rate) or sgd(latents, rate))
+    encode(varied, picture, request_of(3.0, 1, method="sgd", learning_rate=1.0))
+    assert rates == pytest.approx([100 * 120 / (768 * 512)])
+
+
+def test_annealing_cools(varied, picture, monkeypatch):
+    seen = []
+    monkeypatch.setitem(SURROGATES, "sga", lambda x, temperature: seen.append(temperature) or x)
+    encode(varied, picture, request_of(3.0, 2, method="sga"))
+    assert seen == sorted(seen, reverse=True) and seen[0] > 2 * seen[-1] > 0
+
+
 def test_one_pixel_is_refined(varied):
     image = torch.full((3, 1, 1), 90, dtype=torch.uint8)
     result = encode(varied, image, request_of(0.5, 2))
@@ -233,6 +260,6 @@ def test_only_the_original_pixels_count(varied, picture):
     whole = AnalyzedImage(varied, picture)
     trial, seen = whole.quantize(2.0), []
     refine(whole, trial, RefinementSettings(1), on_step=seen.append)
-    decoded = decode(varied, whole.write(trial))
+    decoded = decode(varied, whole.write(trial).data)
     assert seen[0].mse == pytest.approx(mse(picture, decoded), rel=0.02)
     assert seen[0].bpp == pytest.approx(trial.bits / (100 * 120), rel=1e-3)

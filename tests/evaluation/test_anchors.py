@@ -52,14 +52,14 @@ def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(pic
     (codec,) = anchors.measure_all(["jpeg"], [picture, tmp_path / "long.png"], ALONE)
     assert {row["image"] for row in codec["images"]} == {"picture.png"}
     assert "long.png: JPEG 4:2:0: " in capsys.readouterr().err
-    real = anchors.encode
+    real = anchors.file_of
 
     def fails(image, codec, quality):
         if quality == 10:
             raise ValueError("no room")
         return real(image, codec, quality)
 
-    monkeypatch.setattr(anchors, "encode", fails)
+    monkeypatch.setattr(anchors, "file_of", fails)
     (codec,) = anchors.measure_all(["jpeg"], [picture], ALONE)
     rates = codec["results"]["bpp"]
     assert len(rates) == len(anchors.CODECS["jpeg"].qualities) - 1 and None not in rates

@@ -14,7 +14,16 @@ from torch import nn
 from models import codec
 from models.coding.portable import EPSILON
 from models.large import bands
-from models.large.bands import Footprint, band_rows, footprint, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.large.bands import (
+    Footprint,
+    band_height,
+    bands_of,
+    footprint,
+    gather,
+    in_bands,
+    latent_height,
+    scaled_height,
+)
 
 HEIGHT = 640
 
@@ -51,7 +60,7 @@ def noise(channels: int, height: int) -> torch.Tensor:
 def test_bands_are_exact(exact, name, rows):
     layers, channels, height = chains(exact)[name]
     x = noise(channels, height)
-    whole, found = layers(x), list(in_bands(layers, rows_of([x], rows), height))
+    whole, found = layers(x), list(in_bands(layers, bands_of([x], rows), height))
     assert len(found) >= 2 and whole.shape[2] == scaled_height(layers, height)
     assert torch.allclose(gather(found, whole.shape[2]), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
     assert max(band.shape[2] for band in found) <= 2 * scaled_height(layers, 48)  # none is much larger than the others
@@ -70,7 +79,7 @@ def test_every_layer_needs_its_halo(exact, name, monkeypatch):
             return Footprint(0, found.align, found.scale) if isinstance(layer, kind) else found
 
         monkeypatch.setattr(bands, "footprint", without)
-        found = gather(in_bands(layers, rows_of([x], 16), height), whole.shape[2])
+        found = gather(in_bands(layers, bands_of([x], 16), height), whole.shape[2])
         assert not torch.allclose(found, whole, rtol=0, atol=1e-6)
 
 
@@ -101,16 +110,17 @@ def test_no_layer_keeps_what_the_next_ones_have(exact):
 
 def test_rows_of_a_band(monkeypatch):
     cpu = torch.device("cpu")
-    assert band_rows(2048, 1024, 64, cpu) == 1024  # up to two megapixels at once
-    assert band_rows(6016, 4096, 64, cpu) == 256 and band_rows(2048, 1408, 64, cpu) == 512
-    assert band_rows(65536, 4096, 64, cpu) == 128 and band_rows(128, 65536, 64, cpu) == 8192
-    assert all(latent_rows(width) % 8 == 0 for width in (1, 8, 1000, 4096))
+    assert band_height(2048, 1024, 64, cpu) == 1024  # up to two megapixels at once
+    assert band_height(6016, 4096, 64, cpu) == 256 and band_height(2048, 1408, 64, cpu) == 512
+    assert band_height(65536, 4096, 64, cpu) == 128 and band_height(128, 65536, 64, cpu) == 8192
+    assert all(latent_height(width) % 8 == 0 for width in (1, 8, 1000, 4096))
+    assert latent_height(768 // 16) >= 512 // 16 and latent_height(6000 // 16) < 4000 // 16  # Kodak's whole, 24 MP not
     gpu, gib = torch.device("cuda"), 2**30
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
     for free, rows in ((60, 4096), (6, 512), (0.1, 128)):  # there is room for all, for some, and for little
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free * gib), 80 * gib))
-        assert band_rows(6016, 4096, 64, gpu) == rows
+        assert band_height(6016, 4096, 64, gpu) == rows
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -122,7 +132,7 @@ def test_slices_in_bands_steer_the_same_decoder(tiny, monkeypatch, recomputed):
     seen = sigma_of(tiny, whole)
     monkeypatch.setattr(bands, "LATENTS", 16 * 16)
     monkeypatch.setattr(codec, "KEPT", 16 * 16 if recomputed else 2**18)
-    assert latent_rows(16) == 16
+    assert latent_height(16) == 16
     assert isinstance(tiny.synthesize_hyper(tiny.h_mean_s, z), bands.Recomputed) == recomputed
     parts = tiny.quantize(y, z, complete=True)
     for one, other in zip(sigma_of(tiny, whole), seen, strict=True):
@@ -154,7 +164,7 @@ def test_a_large_tensor_is_whole_and_leaves_nothing_behind(memory_format):
 
 LEAVES_NOTHING = """
 import os, sys, torch
-from models.large.bands import gather, rows_of
+from models.large.bands import gather, bands_of
 from models.large.memory import LARGE, give_back_freed_memory
 from utils.device import keep_freed_memory
 
@@ -166,7 +176,7 @@ memory_format = getattr(torch, sys.argv[1])
 x = torch.rand(1, LARGE * 2 // (64 * 128 * 4), 64, 128).contiguous(memory_format=memory_format)
 give_back_freed_memory()  # as `gather` does at its end
 before = resident()
-found = gather(rows_of([x], 16), 64)
+found = gather(bands_of([x], 16), 64)
 assert torch.equal(found, x) and found.stride() == x.stride()
 assert resident() > before + 1.9 * LARGE
 part = found[:, :1]

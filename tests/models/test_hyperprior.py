@@ -17,7 +17,7 @@ from torch import nn
 import train_vbr
 from models import Hyperprior, Hyperprior_VBR
 from models.lambdas import index_to_lambda
-from models.large.bands import gather, in_bands, rows_of
+from models.large.bands import bands_of, gather, in_bands
 from tests.training.test_klt_start import hierarchical_projection, patches  # noqa: F401
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.codec.decode import decode
@@ -89,7 +89,7 @@ def test_layers_in_bands_are_exact(cls):
     model.g_a[-1].__class__ = nn.Conv2d  # which stays in float64
     for layers, channels, height in ((model.g_a, 3, 512), (model.g_s, 64, 32), (model.h_s, 64, 8)):
         x = torch.randn(1, channels, height, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        whole, found = layers(x), list(in_bands(layers, rows_of([x], max(2, height // 8)), height))
+        whole, found = layers(x), list(in_bands(layers, bands_of([x], max(2, height // 8)), height))
         assert len(found) >= 3
         assert torch.allclose(gather(found, whole.shape[2]), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from models import codec
-from models.coding.portable import table_index
+from models.coding.portable import table_rows
 from models.coding.slice_coders import ERROR_BITS, choose_symbols
 from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode
+from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.files import BUNDLED
 from utils.images import read_image
@@ -26,7 +27,7 @@ def test_each_symbol_is_the_cheaper_of_two(tiny, format):
     for y, s, symbol in zip(residual.flatten(), sigma.flatten(), chosen.flatten(), strict=True):
         nearest = round(float(y))
         candidates = [nearest, nearest - (nearest > 0) + (nearest < 0)]
-        index = table_index(gaussian, s.view(1)).expand(2).contiguous()
+        index = table_rows(gaussian, s.view(1)).expand(2).contiguous()
         bits = tables.code_lengths(torch.tensor(candidates, dtype=torch.int32), index)
         costs = [float(b) + ERROR_BITS * (float(y) - n) ** 2 for n, b in zip(candidates, bits, strict=True)]
         assert costs[candidates.index(int(symbol))] <= min(costs) + 1e-3
@@ -48,7 +49,7 @@ def test_the_strength_of_the_choice_is_the_best_of_its_half_and_four_times_it(mo
 
     def loss(strength: float) -> float:
         monkeypatch.setattr(codec, "ERROR_BITS", strength)
-        return sum(evaluate(model, "", photo, 2.0, real=False)[0].loss for photo in photos)
+        return sum(evaluate(model, "", photo, EncodeRequest(2.0), real=False)[0].loss for photo in photos)
 
     best = loss(ERROR_BITS)
     assert best < 0.999 * loss(ERROR_BITS / 2) and best < 0.999 * loss(4 * ERROR_BITS)
@@ -58,8 +59,8 @@ def test_a_lower_loss_than_that_of_the_nearest_symbols():
     """With the shipped weights, on a photograph, by real files."""
     model = load_model(BUNDLED)
     photo = read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
-    chosen, _ = evaluate(model, "cat", photo, 1.0, real=True)
-    nearest, _ = evaluate(model, "cat", photo, 1.0, real=True, nearest=True)
+    chosen, _ = evaluate(model, "cat", photo, EncodeRequest(1.0), real=True)
+    nearest, _ = evaluate(model, "cat", photo, EncodeRequest(1.0, nearest=True), real=True)
     assert chosen.loss < nearest.loss and chosen.bpp < 0.97 * nearest.bpp
     analyzed = AnalyzedImage(model, photo)
-    assert decode(model, analyzed.write(analyzed.quantize(1.0))).shape == photo.shape
+    assert decode(model, analyzed.write(analyzed.quantize(1.0)).data).shape == photo.shape

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import LAE, TCM, TCM_VBR, TCMConfig
-from models.coding.portable import table_index
+from models.coding.portable import table_rows
 from models.coding.slice_coders import ste_round
 from models.coding.tables import CodingTables
 from models.registry import from_preset
@@ -98,7 +98,7 @@ def test_presets_have_their_sizes():
 def test_forward_gives_what_was_published(tiny, image):
     with torch.no_grad():
         out = tiny(image, 2)
-    assert set(out) == {"x_hat", "likelihoods", "lmd_index", "latent"}
+    assert set(out) == {"x_hat", "likelihoods", "lmd_index", "latent", "log_m_ga", "log_m_gs"}
     assert out["x_hat"].shape == image.shape
     assert out["latent"].shape == out["likelihoods"]["y"].shape == (1, 64, 8, 16)
     assert out["likelihoods"]["z"].shape == (1, 32, 2, 4)
@@ -253,7 +253,7 @@ def test_hyper_latent_is_coded_as_compressai_codes_it(tiny, image):
 def test_table_indexes_are_those_of_compressai(tiny):
     table = tiny.gaussian_conditional.scale_table
     sigma = torch.cat([torch.linspace(-1, 300, 5001), table, table.nextafter(torch.tensor(0.0)), torch.tensor([0.11])])
-    indexes = table_index(tiny.gaussian_conditional, sigma)
+    indexes = table_rows(tiny.gaussian_conditional, sigma)
     assert torch.equal(indexes, tiny.gaussian_conditional.build_indexes(sigma))
 
 

@@ -62,7 +62,7 @@ def test_fitted_tables_make_smaller_files_that_decode(varied):
     assert after < 0.99 * before
     assert model.fingerprint != varied.fingerprint
     analyzed = AnalyzedImage(model, pictures[0])
-    assert decode(model, analyzed.write(analyzed.quantize(5.0))).shape == pictures[0].shape
+    assert decode(model, analyzed.write(analyzed.quantize(5.0)).data).shape == pictures[0].shape
 
 
 def test_the_shipped_tables_are_fitted():

@@ -5,6 +5,7 @@ from utils.codec.quality_map import pixel_weights
 from utils.metrics import rate_distortion
 from utils.training.maps import draw_maps
 from utils.training.objectives import Objective
+from utils.training.schedule import Settings
 
 UNIFORM = torch.rand(400, generator=torch.Generator().manual_seed(0))
 
@@ -35,8 +36,7 @@ def test_every_place_is_weighed_by_its_lambda():
 
 
 def test_training_with_maps_reaches_the_weights(tiny):
-    objective = Objective(tiny)
-    objective.map_share = 1.0
+    objective = Objective(tiny, settings=Settings(map_share=1.0))
     objective.train()
     y, z = ((torch.rand(2, *shape) - 0.5) for shape in tiny.noise_shapes(128, 128))
     out = objective(torch.rand(2, 3, 128, 128), torch.tensor([0.3, 0.8]), (y, z))

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from utils import cli
-from utils.training.arguments import default_workers
-from utils.training.run import split
+from utils.cli.training_arguments import default_workers
+from utils.cli.training_run import split
 
 
 def test_the_first_usable_photograph_is_held_out(photos):

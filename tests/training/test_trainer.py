@@ -29,6 +29,7 @@ from models.state_dict import without_tables
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import CheckpointError, build_model, describe, export_model, load_model, read_checkpoint
+from utils.cli.training_stages import read_teachers
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
@@ -36,7 +37,6 @@ from utils.images import read_image, save_image
 from utils.pictures import ImageError
 from utils.training.objectives import Objective, StaticObjective
 from utils.training.schedule import Progress, Settings, in_last_part, learning_rate
-from utils.training.stages import read_teachers
 from utils.training.trainer import Trainer, compile_networks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp
 
     def loss(m):
         pictures = [read_image(path)[:, :128, :128] for path in photos.iterdir()]
-        return np.mean([evaluate(m, "", picture, 3.0, real=False)[0].loss for picture in pictures])
+        return np.mean([evaluate(m, "", picture, EncodeRequest(3.0), real=False)[0].loss for picture in pictures])
 
     assert loss(model) < 0.8 * loss(before)
     events = EventAccumulator(str(tmp_path / "run"))
@@ -139,7 +139,7 @@ def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoin
     image = read_image(sorted(photos.iterdir())[0])[:, :128, :128]
     model = load_model(tmp_path / "run" / "model.pth.tar")
     assert type(model) is TCM
-    result, _ = evaluate(model, "", image, None, real=False)
+    result, _ = evaluate(model, "", image, EncodeRequest(), real=False)
     assert result.bpp > 0 and result.loss is None
 
 
@@ -251,7 +251,7 @@ def test_ms_ssim_has_its_own_ladder(photos, checkpoint, tmp_path):
     saved = read_checkpoint(path)
     assert saved["metric"] == "ms-ssim" and saved["lambdas"] == [3, 5, 8, 16, 36, 64]
     model = load_model(path)
-    result, _ = evaluate(model, "", read_image(sorted(photos.iterdir())[0]), 5.0, real=False)
+    result, _ = evaluate(model, "", read_image(sorted(photos.iterdir())[0]), EncodeRequest(5.0), real=False)
     assert result.loss == pytest.approx(result.bpp + 64 * (1 - result.ms_ssim))
     with pytest.raises(cli.UserError, match="at least 256"):
         train(photos, tmp_path / "other", "--type", "ms-ssim", "--max-steps", 1)
@@ -467,8 +467,14 @@ def test_the_state_of_a_run_is_weights_too(photos, checkpoint, tmp_path, capsys)
 
 
 def test_a_run_that_is_stopped_tells_that_its_weights_are_older(photos, checkpoint, tmp_path, monkeypatch, capsys):
-    logged_step = Trainer._logged_step
-    monkeypatch.setattr(Trainer, "_logged_step", lambda self, bar: logged_step(self, bar) or self.progress.step == 2)
+    step = Trainer.step
+
+    def stopped(self):
+        values = step(self)
+        self.all_stop = self.progress.step == 2
+        return values
+
+    monkeypatch.setattr(Trainer, "step", stopped)
     more = ["--checkpoint", checkpoint, "--max-steps", 3, "--validate-minutes", 0]
     train(photos, tmp_path / "run", *more)
     assert "model.pth.tar (of the last validation, so older" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def convolutions_use_tf32(device: torch.device) -> bool:
 def matrix_product(
     device: torch.device, dtype: torch.dtype = torch.float32, tf32: bool = False
 ) -> Callable[[], Tensor]:
-    """A product of two square matrices, whose rate is the one that networks of the same precision are compared with.
+    """A product of two square matrices, whose rate is the yardstick for networks of the same precision.
 
     Make it after the peak memory has been read: on a GPU its matrices take 0.8 GB.
     """
@@ -80,7 +80,7 @@ def count_macs(work: Callable[[], object]) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the process on the CPU, of PyTorch's tensors on a GPU."""
+    """Peak bytes so far that the process has on the CPU, or PyTorch's tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models import Codec
-from models.coding.portable import scale_factors, table_index, unpack_scales
+from models.coding.portable import scale_factors, table_rows, unpack_scales
 from models.coding.precision import deterministic
 from models.coding.side_info import DecodingError
 from models.coding.slice_coders import QuantizedLatents
@@ -31,6 +31,7 @@ from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import center_crop, read_image
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 from utils.training.trainer import compile_networks
 
@@ -86,14 +87,14 @@ def predict(model: Codec, quantized: QuantizedLatents) -> Tensor:
 
 
 def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
-    """Errors of σ `[n]`, relative, the largest of μ, how many table indexes differ, and whether the file is decoded."""
+    """Errors of σ `[n]`, relative, the largest of μ, how many table rows differ, and whether the file is decoded."""
     gaussian = model.gaussian_conditional
     count = mu.numel()
     other_mu, other_sigma = predict(other, quantized)
     ours, theirs = (gaussian.lower_bound_scale(values).double() for values in (sigma, other_sigma))
     shifts, _, _ = unpack_scales(quantized.side_info[0].scales, count)
-    shifted = other_sigma * scale_factors(gaussian, shifts, 0, count).view(mu.shape)
-    differing = int((table_index(gaussian, shifted) != quantized.indexes).sum())
+    shifted = other_sigma * scale_factors(gaussian, shifts, first=0, end=count).view(mu.shape)
+    differing = int((table_rows(gaussian, shifted) != quantized.rows).sum())
     try:
         decode(other, replace(unpack(data), fingerprint=other.fingerprint))  # float64 weights have another one
         decoded = True
@@ -106,17 +107,17 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output_file(args.json)
-    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of setting a flag back
+    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # when a flag is set back
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)
-    cli.print_weights(args.checkpoint)
+    print_weights(args.checkpoint)
     files = []
     results = {}
     for image in tqdm(images, desc="encoding", unit="image", leave=False, disable=None):
         analyzed = AnalyzedImage(model, center_crop(image, args.crop) if args.crop else image)
         for trial in map(analyzed.quantize, args.index):
-            files.append((analyzed.write(trial), trial.quantized, *predict(model, trial.quantized)))
-    print(f"{'setting':<22} σ, largest  σ, 99.9 % μ, largest indexes  file decoded")
+            files.append((analyzed.write(trial).data, trial.quantized, *predict(model, trial.quantized)))
+    print(f"{'setting':<22} σ, largest  σ, 99.9 % μ, largest    rows  file decoded")
     for name, other in settings(model, args.compile):
         bar = tqdm(files, desc=name, unit="file", leave=False, disable=None)
         sigma, mu, differing, decoded = zip(*(compare(other, model, *file) for file in bar), strict=True)

@@ -14,15 +14,17 @@ from models import VariableRate
 from models.lambdas import MAX_INDEX
 from utils import cli
 from utils.checkpoint import load_model
+from utils.cli.encoding_arguments import add_map_arguments, check_map_arguments, map_of_arguments
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap
 from utils.codec.rate_control import RateController
-from utils.codec.request import EncodeRequest, Target, add_map_arguments, check_map_arguments
-from utils.device import clock, timed
+from utils.codec.request import EncodeRequest, Target
+from utils.device import clock, pick_device, timed
 from utils.evaluation.results import short_names
 from utils.files import BUNDLED, check_output_file, write_json
 from utils.images import read_image
+from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
 MODES = {"one trial": (1, False), "at most three": (3, False), "not above": (3, True)}  # trials; whether it is a cap
@@ -45,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
     analyzed = AnalyzedImage(model, image, quality_map)
-    smallest, largest = (8 * len(analyzed.write(analyzed.quantize(index))) for index in (0.0, MAX_INDEX))
+    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in (0.0, MAX_INDEX))
     _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
     rows = []
     for mode, (max_trials, cap) in MODES.items():
@@ -55,16 +57,16 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
             start = clock(image.device)
             controller = RateController(AnalyzedImage(model, image, quality_map))
             analysis_end = clock(image.device)
-            trial, data = controller.encode(target, max_trials)
+            found = controller.meet(target, max_trials)
             end = clock(image.device)
             rows.append(
                 {
                     "image": name,
                     "mode": mode,
                     "target_bits": target.bits,
-                    "bits": 8 * len(data),
-                    "error": 8 * len(data) / target.bits - 1,
-                    "index": trial.index,
+                    "bits": found.bits,
+                    "error": found.bits / target.bits - 1,
+                    "index": found.index,
                     "trials": controller.trials - 1,
                     "seconds": end - start,
                     "trial_seconds": (end - analysis_end) / controller.trials,
@@ -77,16 +79,16 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_output_file(args.json)
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
-    cli.print_weights(args.checkpoint)
+    print_weights(args.checkpoint)
     model.prepare()
     names = short_names(paths)
     rows = []
     for path in tqdm(paths, unit="image", disable=None):
         image = read_image(path).to(device)
-        quality_map = QualityMap.from_arguments(args, *image.shape[1:])
+        quality_map = map_of_arguments(args, *image.shape[1:])
         rows += measure(model, names[path], image, args.targets, quality_map)
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:

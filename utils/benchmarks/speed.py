@@ -13,15 +13,17 @@ import argparse
 
 import torch
 
-from models.coding.portable import PortableIndexes
+from models.coding.portable import PortableRows
 from models.coding.tables import open_stream
 from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of
 from utils.benchmarks.decoding import predict
 from utils.checkpoint import load_model
+from utils.device import pick_device
 from utils.errors import UserError
 from utils.images import pad
+from utils.messages import print_weights
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Print the times of the networks, of coding y, and the peak memory."""
     torch.manual_seed(0)
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     if args.checkpoint:
         model = load_model(args.checkpoint, device)
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
     else:
         model = from_preset(args.preset).eval()
         model.update()
@@ -93,26 +95,26 @@ def measure(args: argparse.Namespace) -> None:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols = (torch.randn(symbols.shape) * drawn).round().int()
         sigma = drawn.to(device)
-    parts = tables.code_lengths, symbols.flatten().to(device), sigma.flatten()
+    coded = dict(symbols=symbols.flatten().to(device), sigma=sigma.flatten(), epsilon=model.epsilon)
 
-    def choose_indexes() -> torch.Tensor:
-        portable = PortableIndexes()
-        chosen = portable.add(model.gaussian_conditional, *parts, model.epsilon)
+    def choose_rows() -> torch.Tensor:
+        portable = PortableRows()
+        chosen = portable.add(model.gaussian_conditional, tables.code_lengths, **coded)
         portable.pack()
         return chosen
 
-    indexes = choose_indexes().cpu().view(symbols.shape)
-    stream = tables.encode(symbols, indexes)
+    rows = choose_rows().cpu().view(symbols.shape)
+    stream = tables.to_stream(symbols, rows)
 
-    def decode() -> None:
-        decoder = open_stream(stream, indexes.numel())
-        for part in indexes.chunk(model.num_slices):
-            tables.decode(decoder, part)
+    def read_stream() -> None:
+        decoder = open_stream(stream, rows.numel())
+        for part in rows.chunk(model.num_slices):
+            tables.from_stream(decoder, part)
 
     works = {
-        "indexes": choose_indexes,
-        "to bytes": lambda: tables.encode(symbols, indexes),
-        "from bytes": decode,
+        "rows": choose_rows,
+        "to bytes": lambda: tables.to_stream(symbols, rows),
+        "from bytes": read_stream,
     }
     for name, work in works.items():
         (spent,) = median_seconds([work], device, args.runs)

@@ -17,13 +17,13 @@ import torch
 from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
-from utils.device import choose_kernels_for_training
+from utils.device import choose_kernels_for_training, pick_device
 from utils.distributed import DistContext
 from utils.errors import UserError
-from utils.training.objectives import Objective
-from utils.training.patches import PatchDataset
+from utils.training.objectives import PRECISIONS, Objective
+from utils.training.patches import PatchDataset, Photographs
 from utils.training.schedule import Settings
-from utils.training.trainer import PRECISIONS, Trainer, compile_networks
+from utils.training.trainer import Trainer, compile_networks
 
 PHOTOGRAPHS = 16
 
@@ -43,15 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     """A trainer of random weights on random photographs."""
-    context = DistContext(cli.pick_device(args.device))
-    objective = Objective(from_preset(args.preset))
-    objective.to(context.device, memory_format=torch.channels_last)
+    context = DistContext(pick_device(args.device))
     size = (args.patch_size, args.patch_size)
+    settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
+    objective = Objective(from_preset(args.preset), settings=settings)
+    objective.to(context.device, memory_format=torch.channels_last)
     sides = (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
-    settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
-    trainer = Trainer(objective, dataset, 0, [], folder, settings, context)
+    trainer = Trainer(objective, Photographs(dataset), folder, context)
     if args.compile:
         compile_networks(objective.model)
     return trainer

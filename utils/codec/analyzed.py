@@ -17,27 +17,39 @@ from utils.images import crop, margins, padded_bands
 CODER_BITS = 96  # stream overhead: 96 ± 32 bits
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrialEncode:
-    """A picture's symbols at an index, and the bits of their file: an estimate, until `write` sets the exact number."""
+    """A picture's symbols at an index, and the bits of their file by their code lengths."""
 
     index: float | None
     quantized: QuantizedLatents
     bits: float
 
 
+@dataclass(frozen=True)
+class CodedTrial:
+    """The file of a trial encode."""
+
+    index: float | None
+    data: bytes
+
+    @property
+    def bits(self) -> float:
+        return 8.0 * len(self.data)
+
+
 class AnalyzedImage:
     """A picture, uint8 `[3, H, W]` on the model's device, after `g_a`, which is the same at every rate.
 
     Attributes:
-        height, width, pixels: of the original.
+        height, width, pixels: size of the original.
         image: the picture.
-        rate_model: of a variable-rate codec, which also scales the latent; None at a fixed rate.
+        rate_model: the R-λ model, which also scales the latent; None at a fixed rate.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
         choose: makes the symbols.
 
     Args:
-        nearest: of `EncodeRequest`.
+        nearest: as in `EncodeRequest`.
     """
 
     @torch.no_grad()
@@ -55,7 +67,7 @@ class AnalyzedImage:
         left, right, top, bottom = margins(self.height, self.width)
         height = top + self.height + bottom
         width = left + self.width + right
-        self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_rows(width, height)), height)
+        self.y_before_lae = model.features_of_bands(padded_bands(image, model.band_height(width, height)), height)
         variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None
 
@@ -75,7 +87,7 @@ class AnalyzedImage:
     def quantize(self, index: float | None, last: bool = False, complete: bool = False) -> TrialEncode:
         """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode.
 
-        last, complete: of `latents` and of `Codec.quantize`.
+        last, complete: as in `latents` and in `Codec.quantize`.
         """
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every slice, which goes when its symbols are there
@@ -103,11 +115,13 @@ class AnalyzedImage:
         lmbda = torch.tensor([index_to_lambda(index, metric)], device=self.image.device)
         return crop(pixel_weights(places, lmbda, metric), self.height, self.width)
 
-    def write(self, trial: TrialEncode) -> bytes:
-        """The file. Sets `trial.bits` to its size."""
+    def write(self, trial: TrialEncode) -> CodedTrial:
+        """The file of a trial encode."""
         coded = self.model.encode_symbols(trial.quantized)
-        (y,), (z,), (side_info,) = *coded["strings"], coded["side_info"]
-        parts = y, z, self.model.fingerprint, side_info, self.offsets(trial.index)
-        data = pack(CodedImage(self.width, self.height, trial.index, *parts))
-        trial.bits = 8.0 * len(data)
-        return data
+        (y,), (z,) = coded["strings"]
+        (side_info,) = coded["side_info"]
+        image = CodedImage(
+            width=self.width, height=self.height, index=trial.index, y=y, z=z,
+            fingerprint=self.model.fingerprint, side_info=side_info, offsets=self.offsets(trial.index),
+        )
+        return CodedTrial(trial.index, pack(image))

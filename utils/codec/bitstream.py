@@ -102,7 +102,8 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
     z = payload[map_length : map_length + z_length]
     scales = payload[map_length + z_length : start]
     y = payload[start:]
-    coded = CodedImage(width, height, index, y, z, fingerprint, SideInfo(scales, symbols_crc))
+    side_info = SideInfo(scales, symbols_crc)
+    coded = CodedImage(width, height, index, y=y, z=z, fingerprint=fingerprint, side_info=side_info)
     if flags & MAP:
         coded = replace(coded, offsets=_unpack_offsets(payload[_MAP_LENGTH.size : map_length], coded))
     return coded

@@ -42,5 +42,5 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
 
 def picture_of(model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:
     """The picture of a quantized latent `[1, M, h, w]`, uint8 `[3, height, width]` on the model's device."""
-    rows = model.band_rows(16 * y_hat.shape[3], 16 * y_hat.shape[2])
-    return join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), rows), height, width)
+    band_height = model.band_height(16 * y_hat.shape[3], 16 * y_hat.shape[2])
+    return join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), band_height), height, width)

@@ -1,7 +1,7 @@
 """From a picture to its file: at a rate index or of a target size, with latents refined or not (DLM; TCSVT 2025)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.coding.precision import without_autocast
 from models.lambdas import MAX_INDEX, index_to_lambda
-from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.analyzed import AnalyzedImage, CodedTrial
 from utils.codec.decode import decode
-from utils.codec.rate_control import TARGET_TOLERANCE, RateController, UnreachableError
+from utils.codec.rate_control import RateController, UnreachableError
 from utils.codec.refinement import RateConstraint, Step, refine
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
+from utils.codec.tolerances import TARGET_TOLERANCE
 from utils.device import clock, out_of_memory_as_value_error
 from utils.errors import UserError
 from utils.images import as_picture
@@ -70,7 +71,7 @@ class EncodeResult:
         error: relative distance of the size from the target, or with `keep_rate` from the size before refinement; None
             without either, and for a cap above every file.
         note: why the target was not met; empty where it was.
-        refinement: None where none was asked for.
+        refinement: None unless requested.
         seconds: analysis, rate control and coding, without refinement.
     """
 
@@ -117,51 +118,52 @@ def encode(
     target = request.target(analyzed.pixels)
     controller = RateController(analyzed)
     if target is None:
-        trial = analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
-        data = analyzed.write(trial)
+        first = analyzed.write(
+            analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
+        )
     else:
         try:
-            trial, data = controller.encode(target, request.max_trials)
+            first = controller.meet(target, request.max_trials)
         except UnreachableError as error:
             if not request.refinement.steps:
                 raise
-            trial = error.smallest  # refined, it may be smaller
-            data = analyzed.write(trial)
+            first = error.smallest  # refined, it may be smaller
     seconds = clock(image.device) - start
-    index = trial.index
     refinement = None
+    found = first
     if request.refinement.steps:
-        kept = Target(trial.bits) if request.keep_rate else target
-        refinement = _refine(analyzed, trial, data, image, request.refinement, kept, on_step)
-        data = refinement.after.data
-        index = refinement.after.index
-        target = kept
+        target = Target(first.bits) if request.keep_rate else target
+        refinement = _refine(analyzed, first, request.refinement, target, on_step)
+        found = CodedTrial(refinement.after.index, refinement.after.data)
     error = None
     note = ""
     if target is not None:
-        if not target.allows(8 * len(data)):
-            raise UnreachableError(replace(trial, bits=8.0 * len(data)))
-        unrefined = refinement.before.data if refinement else data
-        error, note = _target_error(target, data, 8 * len(unrefined), index, analyzed.pixels, controller.reach)
-    return EncodeResult(data, index, max(0, controller.trials - 1), error, note, refinement, seconds)
+        if not target.allows(found.bits):
+            raise UnreachableError(found)
+        error, note = _target_error(target, found, first.bits, analyzed.pixels, controller.reach)
+    return EncodeResult(
+        data=found.data, index=found.index, trials=max(0, controller.trials - 1),
+        error=error, note=note, refinement=refinement, seconds=seconds,
+    )
 
 
 def _refine(
-    analyzed: AnalyzedImage, trial: TrialEncode, data: bytes, image: Tensor, settings: RefinementSettings,
+    analyzed: AnalyzedImage, first: CodedTrial, settings: RefinementSettings,
     target: Target | None, on_step: Callable[[Step], None] | None,
 ) -> Refinement:
-    """Refine a trial encode and keep the best file, each candidate really decoded and measured."""
+    """Refine the latents of a file and keep the best one, each candidate really decoded and measured."""
     model = analyzed.model
+    image = analyzed.image
     pixels = analyzed.pixels
     start = clock(image.device)
-    weights = analyzed.distortion_weights(trial.index)
+    weights = analyzed.distortion_weights(first.index)
 
-    def measure(data: bytes, index: float) -> MeasuredFile:
-        decoded = decode(model, data)
+    def measure(file: CodedTrial) -> MeasuredFile:
+        decoded = decode(model, file.data)
         found = distortion(image, decoded, model.metric, None if weights is None else weights[0])
         if found is None:
             raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
-        return MeasuredFile(data, index, 8 * len(data) / pixels, found, psnr(image, decoded))
+        return MeasuredFile(file.data, file.index, file.bits / pixels, distortion=found, psnr=psnr(image, decoded))
 
     def loss(file: MeasuredFile) -> float:
         return file.bpp + index_to_lambda(before.index, model.metric) * file.distortion
@@ -172,32 +174,33 @@ def _refine(
         limit = target.bits / pixels if target.cap else None
         return RateConstraint(target.bits / pixels, limit).rank(file.bpp, file.distortion, TARGET_TOLERANCE)
 
-    before = best = measure(data, trial.index)
-    candidates, steps = refine(analyzed, trial, settings, target, on_step)
+    before = best = measure(first)
+    candidates, steps = refine(analyzed, first, settings, target, on_step)
     chosen = 0
     for candidate, step in candidates:
-        found = measure(analyzed.write(candidate), candidate.index)
+        found = measure(analyzed.write(candidate))
         if rank(found) < rank(best):
             best = found
             chosen = step.number
-    change = loss(best) / loss(before) - 1
-    return Refinement(before, best, steps, chosen, change, clock(image.device) - start)
+    return Refinement(
+        before, best, steps, chosen,
+        loss_change=loss(best) / loss(before) - 1, seconds=clock(image.device) - start,
+    )
 
 
 def _target_error(
-    target: Target, data: bytes, unrefined: int, index: float, pixels: int, reach: tuple[float, float] | None
+    target: Target, found: CodedTrial, unrefined: float, pixels: int, reach: tuple[float, float] | None
 ) -> tuple[float | None, str]:
     """Relative error of a size against its target, and why it was not met.
 
     Args:
-        unrefined: bits of the file before refinement, which is what reach is of.
-        reach: as in `RateController`.
+        unrefined: bits of the file before refinement.
+        reach: as in `RateController`, without refinement.
     """
-    bits = 8 * len(data)
-    error = bits / target.bits - 1
-    size = f"{len(data)} bytes, {bits / pixels:.4f} bpp"
-    largest = unrefined >= reach[1] if reach else index == MAX_INDEX
-    smallest = unrefined <= reach[0] if reach else index == 0
+    error = found.bits / target.bits - 1
+    size = f"{len(found.data)} bytes, {found.bits / pixels:.4f} bpp"
+    largest = unrefined >= reach[1] if reach else found.index == MAX_INDEX
+    smallest = unrefined <= reach[0] if reach else found.index == 0
     if error < -TARGET_TOLERANCE and largest:
         if target.cap:
             return None, f"above the largest file ({size})"

@@ -4,8 +4,8 @@ The network's rate enters through f_λ(index) alone, channel by channel, and m s
 itself. So an index for each place is as good as one for all, and R = Σ log m + C holds as it stands.
 """
 
-import argparse
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.lambdas import MAX_INDEX, index_to_lambda
-from utils import cli
 from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
 from utils.images import pad
+from utils.messages import print_note
 from utils.metrics import psnr
 from utils.pictures import ImageError, read_pixels
 
@@ -51,35 +51,25 @@ class QualityMap:
             raise ValueError("a region needs either index or above, exactly one of them")
 
     @classmethod
-    def from_mask(cls, mask: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
-        """The map of a mask `[H, W]` in [0, 1], as large as the picture. A cell has the largest value of its pixels.
+    def from_region(cls, region: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
+        """The map of a region as a mask `[H, W]` in [0, 1], as large as the picture: a cell has its pixels' maximum.
 
         Raises:
             ValueError: the mask is empty, or has one value everywhere.
         """
-        if not (mask.min() >= 0 and mask.max() <= 1):
-            raise ValueError(f"a mask has values in [0, 1], not {mask.min():g} to {mask.max():g}")
-        if not mask.any():
+        if not (region.min() >= 0 and region.max() <= 1):
+            raise ValueError(f"a mask has values in [0, 1], not {region.min():g} to {region.max():g}")
+        if not region.any():
             raise ValueError("the mask is empty: it is black everywhere")
-        if np.ptp(mask) == 0:
+        if np.ptp(region) == 0:
             raise ValueError("the mask has one value everywhere: it tells no region from the rest")
-        padded = pad(torch.from_numpy(mask.astype(np.float32))[None, None])
+        padded = pad(torch.from_numpy(region.astype(np.float32))[None, None])
         shares = (F.max_pool2d(padded, CELL)[0, 0] * 255).round().numpy() / 255
         weights, cells = np.unique(shares, return_inverse=True)
         if len(weights) == 1:
             raise ValueError("the mask has one value in every cell of 64×64 pixels: it tells no region from the rest")
-        return cls(weights, cells.reshape(shares.shape), mask > (mask.min() + mask.max()) / 2, index, above)
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":
-        """The map that `add_map_arguments` name for a picture, if they do.
-
-        Raises:
-            ImageError, ValueError: the mask cannot be read, or does not fit the picture.
-        """
-        if not (args.mask or args.roi):
-            return None
-        return cls.from_mask(_mask_of_arguments(args, height, width), args.mask_index, args.mask_weight)
+        inside = region > (region.min() + region.max()) / 2
+        return cls(weights, cells.reshape(shares.shape), inside, index, above)
 
     def offsets(self, base: float | np.ndarray) -> np.ndarray:
         """Offsets in steps of 1/16 from the index of the file, such that all lie within [0, 5]: int8 `[…, K]`."""
@@ -97,36 +87,38 @@ class QualityMap:
         return self.offsets(base)[self.cells].tobytes()
 
 
-def _mask_of_arguments(args: argparse.Namespace, height: int, width: int) -> np.ndarray:
-    if args.mask:
-        gray = read_mask(args.mask, max(MAX_PIXELS, height * width))
-        if gray.shape != (height, width):
-            found = f"{gray.shape[1]}×{gray.shape[0]}"
-            raise ValueError(f"the mask {args.mask} has {found} pixels, the picture {width}×{height}")
-        return gray
-    mask = np.zeros((height, width), np.float32)
-    for x, y, box_width, box_height in args.roi:
+def region_of_boxes(boxes: Iterable[tuple[int, int, int, int]], height: int, width: int) -> np.ndarray:
+    """A region of rectangles (x, y, width, height), float32 `[height, width]`. ValueError where one leaves it."""
+    region = np.zeros((height, width), np.float32)
+    for x, y, box_width, box_height in boxes:
         if x + box_width > width or y + box_height > height:
             box = f"{x},{y},{box_width},{box_height}"
             raise ValueError(f"--roi {box} does not lie within the picture, {width}×{height}")
-        mask[y : y + box_height, x : x + box_width] = 1
-    return mask
+        region[y : y + box_height, x : x + box_width] = 1
+    return region
 
 
-def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture as a mask, float32 `[H, W]` in [0, 1], white 1. Says on stderr what may be meant otherwise.
+def read_region(path: str, height: int, width: int) -> np.ndarray:
+    """A region from a picture of this size, float32 `[height, width]` in [0, 1], white 1.
 
-    Masks of segmentation programs have labels, small numbers that look black: their range is stretched.
+    Masks of segmentation programs have labels, small numbers that look black: their range is stretched. What may be
+    meant otherwise is said on stderr.
+
+    Raises:
+        ImageError, ValueError: it cannot be read, or has another size.
     """
     def note(text: str, once: bool = False) -> None:
-        cli.print_note("mask", f"{path}: {text}", once=True)
+        print_note("mask", f"{path}: {text}", once=True)
 
     try:
         data = Path(path).read_bytes()  # once, as it may be a pipe
-        pixels = read_pixels(data, background="black", max_pixels=max_pixels, note=note)
+        pixels = read_pixels(data, background="black", max_pixels=max(MAX_PIXELS, height * width), note=note)
     except (OSError, ImageError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error).removeprefix("standard input: ")
         raise ImageError(f"{path}: {cause}") from None
+    if pixels.shape[:2] != (height, width):
+        found = f"{pixels.shape[1]}×{pixels.shape[0]}"
+        raise ValueError(f"the mask {path} has {found} pixels, the picture {width}×{height}")
     gray = pixels.mean(2, dtype=np.float32) / 255
     if np.ptp(pixels, axis=2).any():
         note("has colors; how bright they are counts, the mean of red, green and blue")
@@ -163,7 +155,7 @@ def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
 
     Args:
         places: index of every place of the latents, `[B, 1, h, w]`.
-        lmbda: of each image, `[B]`.
+        lmbda: λ of each image, `[B]`.
     """
     return enlarge(index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1), PIXELS_PER_LATENT)
 

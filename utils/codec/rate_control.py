@@ -9,24 +9,21 @@ from dataclasses import replace
 import numpy as np
 
 from models.lambdas import MAX_INDEX
-from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.rate_model import RateCurve
-from utils.codec.request import CAP_MARGIN, Target
+from utils.codec.request import Target
+from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, TARGET_TOLERANCE
 
-FIRST_INDEX = MAX_INDEX / 2  # of the first trial
-CLOSE = 1e-3  # a trial this near to the target, relatively, is the last
-CLOSE_TO_CAP = 7e-3  # how near to the aim under a cap is good enough, relatively, when the trials are used up
-TARGET_TOLERANCE = 5e-3  # relative: a file this near to its target is as good as one that meets it
-CLEARLY_APART = 0.2  # relative: bits at an end of the range that differ so much from all others are the extreme
+FIRST_INDEX = MAX_INDEX / 2  # where the first trial is
 SEARCHED = 21  # indexes all over the range
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
 
 
 class UnreachableError(ValueError):
-    """No file of this picture is as small as the cap. Carries the trial of the smallest, with the bits of its file."""
+    """No file of this picture is as small as the cap. Carries the smallest."""
 
-    def __init__(self, smallest: TrialEncode) -> None:
-        super().__init__(f"the smallest file of this picture has {smallest.bits / 8:.0f} bytes")
+    def __init__(self, smallest: CodedTrial) -> None:
+        super().__init__(f"the smallest file of this picture has {len(smallest.data)} bytes")
         self.smallest = smallest
 
 
@@ -45,61 +42,57 @@ class RateController:
         self.trials = 0
         self.reach: tuple[float, float] | None = None
 
-    def encode(self, target: Target, max_trials: int = 3) -> tuple[TrialEncode, bytes]:
-        """The trial whose file is nearest to a target, or to a little below a cap, and that file.
+    def meet(self, target: Target, max_trials: int = 3) -> CodedTrial:
+        """The file nearest to a target, or to a little below a cap.
 
         Raises:
             UnreachableError: the cap is below the smallest file.
         """
         aimed = target
         while True:
-            trial = self.search(aimed, max_trials)
-            data = self.image.write(trial)
-            if self._may_have_missed(target, trial):
-                return self._search_everywhere(target, trial, data)
-            if target.allows(trial.bits):
-                return trial, data
-            if trial.index == 0:
-                raise UnreachableError(trial)
-            self.curve.calibrate(trial.index, trial.bits)  # the code lengths were some bytes too few
-            aimed = replace(aimed, bits=aimed.bits - (trial.bits - target.bits))
+            found = self.image.write(self.search(aimed, max_trials))
+            if self._may_have_missed(target, found):
+                return self._search_everywhere(target, found)
+            if target.allows(found.bits):
+                return found
+            if found.index == 0:
+                raise UnreachableError(found)
+            self.curve.calibrate(found.index, found.bits)  # the code lengths were some bytes too few
+            aimed = replace(aimed, bits=aimed.bits - (found.bits - target.bits))
 
-    def _may_have_missed(self, target: Target, trial: TrialEncode) -> bool:
+    def _may_have_missed(self, target: Target, found: CodedTrial) -> bool:
         """Whether a better file may exist than the best of the search, which missed the target.
 
         On flat and tiny pictures R(index) is not monotone: then, or where the bits hardly differ, the ends of the range
         need not have the smallest and the largest file.
         """
-        if target.allows(trial.bits) and target.distance(trial.bits) < TARGET_TOLERANCE:
+        if target.allows(found.bits) and target.distance(found.bits) < TARGET_TOLERANCE:
             return False
         bits = [bits for _, bits in sorted(self.curve.measured.items())]
-        others = [value for index, value in self.curve.measured.items() if index != trial.index]
-        at_an_end = trial.index in (0, MAX_INDEX)
-        apart = all(abs(value / trial.bits - 1) > CLEARLY_APART for value in others)
+        others = [value for index, value in self.curve.measured.items() if index != found.index]
+        at_an_end = found.index in (0, MAX_INDEX)
+        apart = all(abs(value / found.bits - 1) > CLEARLY_APART for value in others)
         return sorted(bits) != bits or (at_an_end and not apart)
 
-    def _search_everywhere(self, target: Target, trial: TrialEncode, data: bytes) -> tuple[TrialEncode, bytes]:
-        """The best of a file and those at indexes all over the range. Raises UnreachableError as `encode`."""
+    def _search_everywhere(self, target: Target, best: CodedTrial) -> CodedTrial:
+        """The best of a file and those at indexes all over the range. Raises UnreachableError as `meet`."""
 
-        def rank(found: tuple[TrialEncode, bytes]) -> tuple[bool, float]:
-            trial, _ = found
-            allowed = target.allows(trial.bits)
-            return not allowed, target.distance(trial.bits) if allowed else trial.bits
+        def rank(found: CodedTrial) -> tuple[bool, float]:
+            allowed = target.allows(found.bits)
+            return not allowed, target.distance(found.bits) if allowed else found.bits
 
-        best = (trial, data)
-        sizes = [trial.bits]
+        sizes = [best.bits]
         for index in np.linspace(0, MAX_INDEX, SEARCHED).tolist():
-            trial = self.try_index(index)
-            data = self.image.write(trial)  # which makes its bits exact
-            sizes.append(trial.bits)
-            best = min(best, (trial, data), key=rank)
+            found = self.image.write(self.try_index(index))
+            sizes.append(found.bits)
+            best = min(best, found, key=rank)
         self.reach = min(sizes), max(sizes)
-        if not target.allows(best[0].bits):
-            raise UnreachableError(best[0])
+        if not target.allows(best.bits):
+            raise UnreachableError(best)
         return best
 
     def search(self, target: Target, max_trials: int = 3) -> TrialEncode:
-        """As `encode`, by code lengths alone; the smallest that was found where all exceed a cap.
+        """As `meet`, by code lengths alone; the smallest that was found where all exceed a cap.
 
         Stops when a trial is closer than CLOSE. Otherwise it tries max_trials + 1 indexes and keeps the nearest; under
         a cap that is still exceeded or missed by far, up to EXTRA_TRIALS more. Earlier measurements are used.
@@ -131,6 +124,6 @@ class RateController:
         trial = self.image.quantize(index)
         self.trials += 1
         if self.curve is None:
-            self.curve = self.image.rate_model.curve(index, trial.quantized.indexes)
+            self.curve = self.image.rate_model.curve(index, trial.quantized.rows)
         self.curve.calibrate(index, trial.bits)
         return trial

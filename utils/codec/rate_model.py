@@ -21,14 +21,15 @@ from torch import Tensor
 from models import VariableRate
 from models.coding.tables import rounded_gaussians
 from models.lambdas import MAX_INDEX
-from models.large.bands import content_bands, gather, latent_rows, log_m_of_band, with_rows
+from models.large.bands import content_bands, gather, latent_height, located, log_m_of_band
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
 GRID = np.linspace(0, MAX_INDEX, 21)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
 _SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
 _REACH = 2.0  # the change of ln m between two indexes is less
-_LOG_STEP, _FINE = 1 / 8, 128  # of ln σ, where H is computed; and in how many parts these steps are cut
+_LOG_STEP = 1 / 8  # between the values of ln σ at which H is computed
+_FINE = 128  # parts that these steps are cut into
 
 
 def entropy(sigma: float) -> float:
@@ -137,16 +138,16 @@ class RateModel:
         self.mask = model.modnet_ga.mask
         self.gaussian = model.gaussian_conditional
         self.y = y
-        self.rows = latent_rows(y.shape[3])
-        self._content = list(content_bands(self.mask, y, self.rows)) if y.shape[2] <= self.rows else None
+        self.band_height = latent_height(y.shape[3])
+        self._content = list(content_bands(self.mask, y, self.band_height)) if y.shape[2] <= self.band_height else None
 
     def content(self) -> Iterator[tuple[slice, Tensor]]:
-        """α · attn(y) in bands, each with the rows that it is of."""
-        return with_rows(self._content or content_bands(self.mask, self.y, self.rows))
+        """α · attn(y) in bands, each with its place."""
+        return located(self._content or content_bands(self.mask, self.y, self.band_height))
 
     @torch.no_grad()
     def log_m(self, index: float) -> Iterator[tuple[slice, Tensor]]:
-        """ln m in bands, each with the rows that it is of."""
+        """ln m in bands, each with its place."""
         places = self.index_of_places(index)
         for here, content in self.content():
             yield here, log_m_of_band(self.mask, places, here, content)
@@ -187,8 +188,8 @@ class RateModel:
         """Σ H(σ · m / m(index)) + C, not calibrated.
 
         Args:
-            index: of a trial encode.
-            rows: of the scale table that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
+            index: that of a trial encode.
+            rows: scale-table rows that code its latents, `[1, M, h, w]`, which say how large σ is. The σ of row 0 may
                 be anything below it: its latents are taken as dead.
         """
         points = np.append(GRID, index)

@@ -19,15 +19,14 @@ from torch.nn import functional as F
 from models import Codec
 from models.coding.slice_coders import Quantization, Surrogate, ste_round
 from models.lambdas import MAX_INDEX, index_to_lambda
-from utils.codec.analyzed import AnalyzedImage, TrialEncode
+from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.quality_map import pixel_weights
-from utils.codec.rate_control import CLOSE, CLOSE_TO_CAP
 from utils.codec.request import METHODS, RefinementSettings, Target
 from utils.codec.tiles import Tile, cut_tiles
+from utils.codec.tolerances import CLOSE, FAR_BELOW_CAP, REFINED_CAP_MARGIN, REFINED_TOLERANCE
 from utils.images import to_float
 from utils.metrics import bits, rate_distortion
 
-TOLERANCE = 3e-3  # relative distance from a target's rate that refined latents may have
 # A PI controller keeps the rate. ln of the rate's weight grows by these gains times the relative excess of the rate and
 # times its rise, at most by MAX_CHANGE a step, and stays within ±MAX_LOG_WEIGHT.
 GAINS = (20.0, 80.0)
@@ -35,12 +34,13 @@ MAX_CHANGE = 1.0
 MAX_LOG_WEIGHT = 6.0
 # Latents under that control must respond to it: less momentum, and shorter steps that do not end at zero.
 BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
-CONTROLLED_STEP, CONTROLLED_LAST_STEP = 0.6, 0.25  # in units of the learning rate, and of the first step
-PAPER_PIXELS = 768 * 512  # of Kodak's pictures, which the paper's learning rate is for
+CONTROLLED_STEP = 0.6  # in units of the learning rate
+CONTROLLED_LAST_STEP = 0.25  # in units of the first step
+PAPER_PIXELS = 768 * 512  # Kodak's pictures, for which the paper chose its learning rate
 MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
-MAX_MOVES = 5  # of refined latents to another index
+MAX_MOVES = 5  # how often refined latents are moved to another index
 UNITS = 16, 64  # pixels per place of y and of z
 
 Latents = tuple[Tensor, Tensor]  # y `[1, M, h, w]` and z
@@ -88,14 +88,14 @@ class RateConstraint:
     controlled: bool = True
 
     @classmethod
-    def of_target(cls, target: Target, start: TrialEncode, pixels: int) -> "RateConstraint":
+    def of_target(cls, target: Target, start: CodedTrial, pixels: int) -> "RateConstraint":
         """For a target. Under a cap the rate is just below it, as files differ from the estimates by some bytes."""
         if not target.cap:
             return cls(target.bits / pixels)
-        far_below = start.index == MAX_INDEX and start.bits < target.bits * (1 - 3 * CLOSE_TO_CAP)
-        return cls(target.bits * (1 - 1.5 * TOLERANCE) / pixels, target.bits / pixels, not far_below)
+        far_below = start.index == MAX_INDEX and start.bits < target.bits * (1 - FAR_BELOW_CAP)
+        return cls(target.bits * (1 - REFINED_CAP_MARGIN) / pixels, target.bits / pixels, not far_below)
 
-    def rank(self, bpp: float, distortion: float, tolerance: float = TOLERANCE) -> tuple[float, float]:
+    def rank(self, bpp: float, distortion: float, tolerance: float = REFINED_TOLERANCE) -> tuple[float, float]:
         """Smaller is better: first the distance of the rate from what is allowed, then the distortion."""
         if self.limit is None:
             return max(0.0, abs(bpp / self.bpp - 1) - tolerance), distortion
@@ -116,12 +116,12 @@ def _clip(value: float, limit: float) -> float:
 
 def refine(
     image: AnalyzedImage,
-    start: TrialEncode,
+    start: CodedTrial,
     settings: RefinementSettings,
     target: Target | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[tuple[TrialEncode, Step]], list[Step]]:
-    """Refine the latents of a trial encode; with a target, at its rate.
+    """Refine the latents of a file; with a target, at its rate.
 
     Returns:
         Candidates that may be better than `start`, each with the step it comes from; and every step.
@@ -133,16 +133,16 @@ def refine(
     with contextlib.suppress(ValueError):  # latents that cannot be coded
         if best.number:
             candidates.append((image.quantize_latents(start.index, *best_latents), best))
-        if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > TOLERANCE:
+        if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > REFINED_TOLERANCE:
             candidates.append((_move_to_rate(image, start.index, last_latents, constraint.bpp * image.pixels), last))
     return candidates, steps
 
 
 def descend(
-    image: AnalyzedImage, start: TrialEncode, settings: RefinementSettings,
+    image: AnalyzedImage, start: CodedTrial, settings: RefinementSettings,
     constraint: RateConstraint | None, on_step: Callable[[Step], None] | None,
 ) -> tuple[list[Step], Step, Latents, Latents]:
-    """Gradient descent from the latents of a trial encode towards less bpp + λ · D.
+    """Gradient descent from the latents of a file towards less bpp + λ · D.
 
     The latents of the start take part in the comparison: where no step is better, they are the best.
 
@@ -190,9 +190,9 @@ def descend(
                     found = _differentiate(image, tile, start.index, (y, z), surrogate, math.exp(log_weight))
                     sums = [total + value for total, value in zip(sums, found, strict=True)]
             coded, mse, distortion = sums
-            overhead = overhead if steps else start.bits - coded  # of the file: header, side information, whole words
+            overhead = overhead if steps else start.bits - coded  # header, side information, whole words
             bpp = (coded + overhead) / image.pixels
-            step = Step(number, bpp, mse, distortion, bpp + lmbda * distortion)
+            step = Step(number, bpp, mse, distortion=distortion, loss=bpp + lmbda * distortion)
             if not math.isfinite(step.loss):
                 if not steps:
                     raise ValueError("the loss of this picture is not finite")
@@ -255,7 +255,7 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: fl
     """Move refined latents to a nearby index at which they have this many bits: y is scaled by the change of m."""
     y, z = latents
     best = image.quantize_latents(index, y, z)
-    curve = image.rate_model.curve(index, best.quantized.indexes)
+    curve = image.rate_model.curve(index, best.quantized.rows)
     curve.calibrate(index, best.bits)
     for _ in range(MAX_MOVES):
         moved = curve.solve(bits)

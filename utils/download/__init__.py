@@ -1,1 +1,1 @@
-"""Test pictures and published weights from their public addresses. Needs no PyTorch, which takes seconds."""
+"""Test pictures and published weights from their public addresses."""

@@ -68,7 +68,7 @@ def download_archive(archive: Archive, folder: Path, base_url: str | None) -> No
 
 def download_weights(folder: Path, base_url: str | None) -> None:
     """The published weights. UserError where the file is no checkpoint; it is not kept then."""
-    from utils.checkpoint import CheckpointError, read_checkpoint  # imports PyTorch, which pictures do without
+    from utils.checkpoint import CheckpointError, read_checkpoint
 
     path = fetch(mirrored(WEIGHTS, base_url, WEIGHTS_NAME), folder / WEIGHTS_NAME)
     try:

@@ -13,9 +13,9 @@ import pooch
 import requests
 from tqdm import tqdm
 
-from utils.cli import print_note
 from utils.download.sources import Source
 from utils.errors import UserError
+from utils.messages import print_note
 
 try:
     import fcntl

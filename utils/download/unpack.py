@@ -1,4 +1,4 @@
-"""Pictures out of a zip file that nobody vouches for."""
+"""Pictures out of an untrusted zip file."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.pictures import ImageError, find_images, read_pixels
 from utils.pictures.find import suffixes
 
-MAX_BYTES = 2**26  # of one picture's file: those of these sets have at most a quarter
+MAX_BYTES = 2**26  # one picture's file; those of these sets have at most a quarter
 
 
 def unpack(path: Path, archive: Archive, folder: Path) -> None:

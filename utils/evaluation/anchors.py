@@ -1,4 +1,4 @@
-"""What common codecs make of the same pictures: JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by pillow-jxl-plugin.
+"""Common codecs on the same pictures: JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by pillow-jxl-plugin.
 
 Sizes are those of whole files; quality is that of the 8-bit pixels that decoding gives.
 """
@@ -14,12 +14,12 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from utils import cli
 from utils.device import timed
 from utils.distributed import DistContext
 from utils.evaluation import evaluate
 from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
+from utils.messages import print_note
 from utils.pictures import read_pixels
 
 
@@ -29,7 +29,7 @@ class Codec(NamedTuple):
     Attributes:
         title: for people, with the settings that matter.
         feature: what Pillow must have been built with; "" where it always has the format.
-        options: of Pillow's `save`, for a quality.
+        options: arguments of Pillow's `save`, for a quality.
         qualities: from few bits to many. Those of JPEG 2000 are ratios of compression.
     """
 
@@ -65,7 +65,7 @@ CODECS = {
 
 
 def available(names: Iterable[str]) -> list[str]:
-    """Those of the codecs, each once, that this Pillow can write; the others are named on stderr."""
+    """The codecs, each once, that this Pillow can write; the others are named on stderr."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_jxl")  # registers its format with Pillow
     Image.init()
@@ -76,11 +76,11 @@ def available(names: Iterable[str]) -> list[str]:
             found.append(name)
         else:
             how = "; it needs the package pillow-jxl-plugin" if name == "jpegxl" else ""
-            cli.print_note(codec.title, f"this Pillow cannot write it, left out{how}")
+            print_note(codec.title, f"this Pillow cannot write it, left out{how}")
     return found
 
 
-def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
+def file_of(image: Tensor, codec: Codec, quality: float) -> bytes:
     """The file of a picture, uint8 `[3, H, W]`. ValueError where the codec cannot make one."""
     file = io.BytesIO()
     try:
@@ -92,10 +92,10 @@ def encode(image: Tensor, codec: Codec, quality: float) -> bytes:
 
 def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Result, Tensor]:
     """One picture by one codec at one quality, which takes the index's place in the result; and the decoded picture."""
-    data, encode_seconds = timed(lambda: encode(image, codec, quality), image.device)
+    data, encode_seconds = timed(lambda: file_of(image, codec, quality), image.device)
     decoded, decode_seconds = timed(lambda: to_tensor(read_pixels(data)), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-    return evaluate.result_of(name, image, decoded, 8.0 * len(data), quality, **seconds), decoded
+    return evaluate.result_of(name, image, decoded, count=8.0 * len(data), index=quality, **seconds), decoded
 
 
 def measure_all(names: list[str], paths: list[Path], context: DistContext) -> list[dict]:

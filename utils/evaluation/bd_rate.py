@@ -19,7 +19,7 @@ from utils.evaluation.results import decibels
 from utils.files import read_json
 
 MIN_POINTS = 4  # that the interpolation of a curve needs
-MIN_OVERLAP = 0.25  # of the shorter curve's range; below, the figure says little about either codec
+MIN_OVERLAP = 0.25  # share of the shorter curve's range; below, the figure says little about either codec
 METRICS = {"psnr": ("psnr-rgb", "psnr"), "ms-ssim": ("ms-ssim-rgb", "ms-ssim")}  # their keys in the files
 Curve = list[tuple[float, float]]
 
@@ -116,7 +116,7 @@ def _delta(function: Callable, axis: int, what: str, anchor: Curve, test: Curve,
         return Delta(None, (low, high), overlap, f"only {overlap:.0%} of the shorter curve's {what} is in common")
     columns = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of overlap, which is told
+        warnings.simplefilter("ignore")  # about overlap, which is told
         value = function(*columns, method=method, require_matching_points=False, min_overlap=0)
     return Delta(float(value), (low, high), overlap)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.lambdas import LADDERS
-from utils import cli
 from utils.errors import UserError
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
-from utils.evaluation.results import Column, Table, decibels, distortion_of, mean, mse_of_psnr
+from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite, read_json
+from utils.messages import print_note
 
 PUBLISHED = Path(__file__).with_name("kodak_published.json")
 _OF_A_RUN = ("compared", "summary", "rate_model", "made")  # keys of a file that are not of its first codec
@@ -124,7 +124,7 @@ def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
         number += 1
     codec = codec | {"name": name}
     if codecs and "images" in codec and "images" in codecs[0] and pictures(codec) != pictures(codecs[0]):
-        cli.print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
+        print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
     codecs.append(codec)
 
 
@@ -162,7 +162,7 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
 
 
 def pictures(codec: dict) -> set[str]:
-    """Names of the pictures that a codec was measured on."""
+    """Names of the pictures in the results of a codec."""
     return {row["image"] for row in codec["images"]}
 
 
@@ -189,10 +189,10 @@ def least_losses(codec: dict, metric: str) -> list[float] | None:
 
 
 def compare(codecs: list[dict], metric: str = "mse") -> dict:
-    """What the tables show, in plain values: of every codec the least losses and seconds, and the first against it.
+    """What the tables show, in plain values: the least losses and seconds of every codec, and the first against it.
 
     Args:
-        metric: of the loss, "mse" or "ms-ssim".
+        metric: the loss is for "mse" or "ms-ssim".
     """
     found = []
     for codec in codecs:
@@ -202,7 +202,8 @@ def compare(codecs: list[dict], metric: str = "mse") -> dict:
         megapixels = mean(row["width"] * row["height"] / 1e6 for row in rows)
         for key in ("encode_seconds", "decode_seconds"):
             seconds = mean(row[key] for row in rows)
-            row[key], row[f"{key}_per_megapixel"] = seconds, None if seconds is None else seconds / megapixels
+            row[key] = seconds
+            row[f"{key}_per_megapixel"] = None if seconds is None else seconds / megapixels
         if codec is not codecs[0]:
             for name in ("psnr", "ms-ssim"):
                 row[f"bd_{name}"] = _deltas(codec, codecs[0], name)
@@ -224,18 +225,18 @@ def table(summary: dict) -> str:
     def delta(name: str, kind: str):
         return lambda row: row.get(f"bd_{name}", {}).get(kind, {}).get("value")
 
-    lines = Table(
+    lines = TextTable(
         "least λ·D + bpp at λ =", 24,
         *(
-            Column(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
+            TextColumn(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
             for i, lmbda in enumerate(summary["lambdas"])
         ),
-        Column("mean", 6, 3, lambda row: row["mean_loss"]),
-        Column("BD-rate %", 9, 1, delta("psnr", "rate")),
-        Column("BD-PSNR", 7, 2, delta("psnr", "quality")),
-        Column("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
-        Column("encode s", 8, 2, lambda row: row["encode_seconds"]),
-        Column("decode s", 8, 2, lambda row: row["decode_seconds"]),
+        TextColumn("mean", 6, 3, lambda row: row["mean_loss"]),
+        TextColumn("BD-rate %", 9, 1, delta("psnr", "rate")),
+        TextColumn("BD-PSNR", 7, 2, delta("psnr", "quality")),
+        TextColumn("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
+        TextColumn("encode s", 8, 2, lambda row: row["encode_seconds"]),
+        TextColumn("decode s", 8, 2, lambda row: row["decode_seconds"]),
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
     note = f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"

@@ -10,20 +10,21 @@ from tqdm import tqdm
 
 from models import Codec, VariableRate
 from models.lambdas import index_to_lambda
-from utils import cli
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode, picture_of
-from utils.codec.encode import encode
-from utils.codec.quality_map import QualityMap, psnr_by_region
+from utils.codec.encode import EncodeResult, MeasuredFile, encode
+from utils.codec.quality_map import psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import read_images
+from utils.messages import print_error
 from utils.metrics import ms_ssim_value, psnr
 from utils.pictures import ImageError
 
-J, T = TypeVar("J"), TypeVar("T")
+J = TypeVar("J")
+T = TypeVar("T")
 
 
 def for_each(
@@ -52,7 +53,7 @@ def for_each(
                     result = work(names[path], image.to(device), job)
             except (ImageError, ValueError) as error:
                 if path not in failed:
-                    cli.print_error(path, error)
+                    print_error(path, error)
                 failed.add(path)
             yield path, job, result
 
@@ -61,13 +62,13 @@ def measure_all(
     paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
     work: Callable[[str, Tensor, J], T], title: str,
 ) -> tuple[list[T], int]:
-    """What `work` returns of every picture by every job, in this order, and how many pictures failed.
+    """The values of `work` for every picture by every job, in this order, and how many pictures failed.
 
     Processes share the pictures; all of them get what all have found.
 
     Args:
         work: as that of `for_each`; it must return what can be pickled.
-        title: of the progress bar.
+        title: what the progress bar is called.
 
     Raises:
         UserError: another process has ended.
@@ -83,37 +84,36 @@ def measure_all(
 
 
 def evaluate(
-    model: Codec, name: str, image: Tensor, index: float | None, real: bool, quality_map: QualityMap | None = None,
-    nearest: bool = False,
+    model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool
 ) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
+        request: with a map there is no loss, as there is no one λ. An estimate takes its index and `nearest` alone.
         real: encode, decode and count the bytes, instead of summing up code lengths.
-        quality_map: of a region with another index; real files only. There is no loss then, as there is no one λ.
-        nearest: of `EncodeRequest`.
 
     Raises:
         ValueError: it cannot be coded, or has no room in memory.
     """
     if real:
-        encoded = encode(model, image, EncodeRequest(index, quality_map=quality_map, nearest=nearest))
-        result, decoded = evaluate_file(model, name, image, encoded.index, encoded.data, encoded.seconds)
-        if quality_map:
+        encoded = encode(model, image, request)
+        result, decoded = evaluate_file(model, name, image, file=encoded, encode_seconds=encoded.seconds)
+        if request.quality_map:
             result.loss = None
-            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
+            result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, request.quality_map.region)
         return result, decoded
-    count, decoded = estimate(model, image, index, nearest)
-    return _result(model, name, image, index, count, decoded), decoded
+    count, decoded = estimate(model, image, request.index, request.nearest)
+    return _of_model(model, result_of(name, image, decoded, count=count, index=request.index)), decoded
 
 
 def evaluate_file(
-    model: Codec, name: str, image: Tensor, index: float | None, data: bytes, encode_seconds: float
+    model: Codec, name: str, image: Tensor, file: EncodeResult | MeasuredFile, encode_seconds: float
 ) -> tuple[Result, Tensor]:
     """As `evaluate`, for a file that exists already."""
-    decoded, decode_seconds = timed(lambda: decode(model, data), image.device)
+    decoded, decode_seconds = timed(lambda: decode(model, file.data), image.device)
     seconds = {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-    return _result(model, name, image, index, 8.0 * len(data), decoded, **seconds), decoded
+    result = result_of(name, image, decoded, count=8.0 * len(file.data), index=file.index, **seconds)
+    return _of_model(model, result), decoded
 
 
 @out_of_memory_as_value_error()
@@ -122,28 +122,33 @@ def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = F
     """Bits of a file by its code lengths, some bytes off (`CODER_BITS`), and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
     trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
-    return trial.bits, picture_of(model, trial.quantized.y_hat, index, *image.shape[1:])
+    height, width = image.shape[1:]
+    return trial.bits, picture_of(model, trial.quantized.y_hat, index, height=height, width=width)
 
 
 def result_of(
     name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float
 ) -> Result:
-    """What `count` bits made of a picture, both uint8 `[3, H, W]` on one device."""
+    """The result of a picture and of what `count` bits decode to, both uint8 `[3, H, W]` on one device."""
     height, width = image.shape[1:]
     quality = ms_ssim_value(image, decoded)
     return Result(
-        name, width, height, index, count / (height * width), psnr(image, decoded),
+        image=name,
+        width=width,
+        height=height,
+        index=index,
+        bpp=count / (height * width),
+        psnr=psnr(image, decoded),
         ms_ssim=quality,
         ms_ssim_db=None if quality is None else decibels(quality),
         **seconds,
     )
 
 
-def _result(
-    model: Codec, name: str, image: Tensor, index: float | None, count: float, decoded: Tensor, **seconds: float
-) -> Result:
-    result = result_of(name, image, decoded, count, index if isinstance(model, VariableRate) else None, **seconds)
-    distortion = result.distortion(model.metric)
-    if index is not None and distortion is not None:
-        result.loss = result.bpp + index_to_lambda(index, model.metric) * distortion
+def _of_model(model: Codec, result: Result) -> Result:
+    """A result with its loss; at a fixed rate without an index."""
+    if not isinstance(model, VariableRate):
+        result.index = None
+    elif (distortion := result.distortion(model.metric)) is not None:
+        result.loss = result.bpp + index_to_lambda(result.index, model.metric) * distortion
     return result

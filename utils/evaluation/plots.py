@@ -95,7 +95,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
 
 
 def _add_legend(figure: Figure) -> None:
-    """Name the curves below the axes, where they cover none, in as many columns as the names leave room for."""
+    """Name the curves below the axes, where they cover none, in as many columns as fit."""
     for columns in (3, 2, 1):
         legend = figure.legend(fontsize="small", loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:

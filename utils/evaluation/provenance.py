@@ -1,4 +1,4 @@
-"""Where results come from."""
+"""The origin of results."""
 
 import datetime
 import platform
@@ -23,7 +23,7 @@ def provenance(argv: list[str] | None, context: DistContext) -> dict:
     """The command, the date, the versions and the machine that results come from, in plain values.
 
     Args:
-        argv: of a script's `main`; None where it was started from the command line.
+        argv: what a script's `main` got; None where it was started from the command line.
     """
     command = [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
     return {

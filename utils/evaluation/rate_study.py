@@ -17,7 +17,7 @@ from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
 from utils.errors import UserError
 from utils.evaluation.evaluate import for_each
-from utils.evaluation.results import Column, Table
+from utils.evaluation.results import TextColumn, TextTable
 from utils.files import atomic_write, finite, write_json
 
 INDEXES = np.linspace(0, MAX_INDEX, 21)
@@ -51,14 +51,15 @@ class Study:
 
     def local_slopes(self, name: str) -> np.ndarray:
         """Bits measured per bit predicted between whole indexes, `[5]`."""
-        rise, run = np.diff(self.bits[::4]), np.diff(self.models[name][::4])
+        rise = np.diff(self.bits[::4])
+        run = np.diff(self.models[name][::4])
         return np.divide(rise, run, out=np.full(len(run), math.nan), where=np.abs(run) >= 1)
 
 
 def study(model: VariableRate, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
-    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.indexes)
+    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.rows)
     models = {
         "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
         "entropy": curve.shape_at(INDEXES),
@@ -96,12 +97,12 @@ def summary(studies: list[Study]) -> dict:
 
 def table(means: dict) -> str:
     """The means of `summary` in lines."""
-    lines = Table(
+    lines = TextTable(
         "R = … + C", 18,
-        Column("slope", 6, 2, lambda mean: mean["slope"]),
-        Column("R²", 6, 3, lambda mean: mean["r2"]),
-        Column("one-trial error %", 17, 2, lambda mean: 100 * mean["one_trial_error"]),
-        *(Column(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indexes"][i]) for i in range(5)),
+        TextColumn("slope", 6, 2, lambda mean: mean["slope"]),
+        TextColumn("R²", 6, 3, lambda mean: mean["r2"]),
+        TextColumn("one-trial error %", 17, 2, lambda mean: 100 * mean["one_trial_error"]),
+        *(TextColumn(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indexes"][i]) for i in range(5)),
     )
     rows = [lines.row(text, [means[name]]) for name, text in MODELS.items()]
     return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])

@@ -54,7 +54,7 @@ def make_viewers(
     Args:
         whole: the JSON, whose first codec is the model.
         paths: all pictures, by which their short names were made.
-        codecs: of anchors.CODECS, those that were measured.
+        codecs: those of anchors.CODECS that were measured.
         map_of: the map of a picture of a height and width.
     """
     names = short_names(paths)
@@ -69,14 +69,14 @@ def make_viewers(
         image = read_image(path).to(model.medians.device)
         quality_map = map_of(*image.shape[1:])
         middle = _middle(image, quality_map)
-        result, decoded = evaluate(model, name, image, index, True, quality_map)
+        result, decoded = evaluate(model, name, image, EncodeRequest(index, quality_map=quality_map), real=True)
         title = f"{whole['name']}, with a region" if quality_map else whole["name"]
         versions = [Version("original", "8 bits a sample", _crop(image, middle))]
         versions.append(_version(title, result, decoded, middle))
         if quality_map:
             size = round(result.bpp * image.shape[1] * image.shape[2] / 8)
             plain = encode(model, image, EncodeRequest(bytes=size))
-            result, decoded = evaluate_file(model, name, image, plain.index, plain.data, plain.seconds)
+            result, decoded = evaluate_file(model, name, image, file=plain, encode_seconds=plain.seconds)
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
             versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle))
         for codec in (anchors.CODECS[key] for key in codecs):
@@ -167,7 +167,7 @@ _PICTURES_TEXT = (
 
 
 def facts(whole: dict) -> list[tuple[str, str]]:
-    """What is told of a run, from its JSON."""
+    """Names and values at the end of the page, from the JSON of a run."""
     made = whole.get("made", {})
     found = [(name, str(made[name])) for name in ("command", "date", "machine") if name in made]
     versions = made.get("versions", {}).items()

@@ -1,4 +1,4 @@
-"""Results, as a table in the terminal, and as JSON in CompressAI's format. Needs no PyTorch, which takes seconds."""
+"""Results, as a table in the terminal, and as JSON in CompressAI's format."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ class Result:
         ms_ssim, ms_ssim_db: None for pictures that are too small.
         loss: bpp + λ · D, with D = MSE on the 0–255 scale or 1 − MS-SSIM; None without an index.
         encode_seconds, decode_seconds: None for estimates.
-        psnr_inside, psnr_outside: of a region with an index of its own; None without one.
+        psnr_inside, psnr_outside: PSNR in and around a region with an index of its own; None without one.
     """
 
     image: str
@@ -60,7 +60,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Column:
+class TextColumn:
     """A column of numbers: its title, width and digits, and the value of an item (None for a dash).
 
     `unit` converts what is shown, after the mean over items: MS-SSIM is averaged first and then turned into decibels,
@@ -74,14 +74,14 @@ class Column:
     unit: Callable[[float], float] = float
 
 
-class Table:
+class TextTable:
     """Lines of a name and columns of numbers; a line of several items has their means.
 
     Args:
-        title, width: of the first column, which has the names.
+        title, width: the first column, which has the names.
     """
 
-    def __init__(self, title: str, width: int, *columns: Column) -> None:
+    def __init__(self, title: str, width: int, *columns: TextColumn) -> None:
         self.width = width
         self.columns = columns
         self.header = f"{title:<{width}} " + " ".join(f"{column.title:>{column.width}}" for column in columns)
@@ -103,22 +103,22 @@ def decibels(ms_ssim: float) -> float:
 
 
 _COLUMNS = (
-    Column("index", 5, 2, lambda result: result.index),
-    Column("bpp", 8, 4, lambda result: result.bpp),
-    Column("PSNR dB", 8, 2, lambda result: result.psnr),
-    Column("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim, decibels),
-    Column("encode s", 9, 2, lambda result: result.encode_seconds),
-    Column("decode s", 9, 2, lambda result: result.decode_seconds),
+    TextColumn("index", 5, 2, lambda result: result.index),
+    TextColumn("bpp", 8, 4, lambda result: result.bpp),
+    TextColumn("PSNR dB", 8, 2, lambda result: result.psnr),
+    TextColumn("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim, decibels),
+    TextColumn("encode s", 9, 2, lambda result: result.encode_seconds),
+    TextColumn("decode s", 9, 2, lambda result: result.decode_seconds),
 )
 _REGION_COLUMNS = (
-    Column("inside dB", 9, 2, lambda result: result.psnr_inside),
-    Column("outside dB", 10, 2, lambda result: result.psnr_outside),
+    TextColumn("inside dB", 9, 2, lambda result: result.psnr_inside),
+    TextColumn("outside dB", 10, 2, lambda result: result.psnr_outside),
 )
 
 
-def results_table(region: bool) -> Table:
+def results_table(region: bool) -> TextTable:
     """The table of results, with or without the PSNR inside and outside of a region."""
-    return Table("image", 30, *_COLUMNS, *(_REGION_COLUMNS if region else ()))
+    return TextTable("image", 30, *_COLUMNS, *(_REGION_COLUMNS if region else ()))
 
 
 def short_names(paths: list[Path]) -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""Pictures as arrays: finding them, reading them as 8-bit sRGB, writing PNG. Needs no PyTorch, which takes seconds."""
+"""Pictures as arrays: finding them, reading them as 8-bit sRGB, writing PNG."""
 
 from utils.pictures.find import find_images, find_images_or_samples, part_of_data_set, suffixes
 from utils.pictures.read import ImageError, is_color, png_bytes, read_pixels

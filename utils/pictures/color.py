@@ -70,7 +70,8 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
         except Exception as error:  # damaged, or of another kind of picture
             note(f"its color profile cannot be used, and its samples are taken as sRGB ({error})")
     rgb = _plain(image)
-    gamma, chromaticity = image.info.get("gamma"), image.info.get("chromaticity")
+    gamma = image.info.get("gamma")
+    chromaticity = image.info.get("chromaticity")
     if image.format != "PNG" or profile or "srgb" in image.info or not (gamma or chromaticity):
         return rgb
     primaries = tuple(chromaticity) if chromaticity else SRGB
@@ -104,7 +105,7 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _largest_difference(a: Image.Image, b: Image.Image) -> int:
-    """Of all samples, in parts, which bounds the memory."""
+    """The largest difference of two samples; computed in parts, which bounds the memory."""
     rows = max(1, 2**22 // a.width)
     boxes = [(0, top, a.width, min(top + rows, a.height)) for top in range(0, a.height, rows)]
     pairs = ((np.asarray(image.crop(box), np.int16) for image in (a, b)) for box in boxes)

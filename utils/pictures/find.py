@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.cli import print_note
 from utils.errors import UserError
 from utils.files import find_files
+from utils.messages import print_note
 from utils.pictures.read import FORMATS, ImageError
 
 SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # photographs in every scikit-image wheel

@@ -31,7 +31,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOMETRIC, _BITS = 262, 258  # TIFF
+_PHOTOMETRIC = 262  # TIFF
+_BITS = 258  # TIFF
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP"}
 
 
@@ -154,7 +155,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow inverts 8-bit samples only
         np.subtract(255, scaled, out=scaled)
     gray = Image.fromarray(scaled)
-    gray.info, gray.format = image.info, image.format
+    gray.info = image.info
+    gray.format = image.format
     return gray
 
 

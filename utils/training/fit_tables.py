@@ -8,9 +8,7 @@ change, which every checkpoint has: networks, latents, decoder and file format s
 (docs/method.md).
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from compressai.entropy_models import GaussianConditional
@@ -18,15 +16,14 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.coding.tables import rounded_gaussians
-from utils import cli
-from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint, write_checkpoint
-from utils.distributed import DistContext
+from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint
+from utils.device import pick_device
 from utils.errors import UserError
 from utils.pictures import find_images, part_of_data_set
 from utils.training.objectives import FixedRateObjective, Objective
 from utils.training.patches import PatchDataset
 
-PATCHES = 32  # of 256×256 and at six rates they have nine million symbols with preset small
+PATCHES = 32  # at 256×256 and six rates they have nine million symbols with preset small
 BATCH = 8  # patches at once
 PRIOR = 100.0  # symbols' worth of trust in the level's own Gaussian, which a level that never occurs keeps
 SPREAD = 0.05  # first weight of the other components against that of the level itself
@@ -54,7 +51,7 @@ def fit_tables(model: Codec, patches: Iterable[Tensor], indexes: Sequence[float 
             y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
             coded = model.quantize(y, model.h_a(y), choose=model.choose_symbols)  # as for a file
             symbols = coded.y.int().clamp(-reach, reach) + reach
-            places = coded.indexes.int() * counts.shape[1] + symbols
+            places = coded.rows.int() * counts.shape[1] + symbols
             counts += torch.bincount(places.flatten(), minlength=counts.numel()).view(counts.shape)
     model.set_tables_of_y(quantized_cdf(gaussian, fit_mixtures(counts, gaussian.scale_table)))
 
@@ -67,9 +64,10 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
         scale_table: σ of the levels, which are those of the components.
     """
     gaussians = rounded_gaussians(scale_table, counts.shape[1] // 2)
-    counts, folded = _fold(counts), _fold(gaussians)
+    counts = _fold(counts)
+    folded = _fold(gaussians)
     own = torch.eye(len(scale_table), dtype=torch.float64)
-    weights = own + SPREAD  # of each component (columns) in each mixture
+    weights = own + SPREAD  # each mixture a row, each component a column
     weights /= weights.sum(1, keepdim=True)
     for _ in range(ITERATIONS):
         expected = counts / (weights @ folded).clamp(min=1e-300)
@@ -79,7 +77,7 @@ def fit_mixtures(counts: Tensor, scale_table: Tensor) -> Tensor:
 
 
 def _fold(values: Tensor) -> Tensor:
-    """Of the symbols 0 … K, each with its negative: the Gaussians are symmetric."""
+    """Sums over each symbol 0 … K and its negative: the Gaussians are symmetric."""
     middle = values.shape[1] // 2
     folded = values[:, middle:].clone()
     folded[:, 1:] += values[:, :middle].flip(1)
@@ -99,34 +97,32 @@ def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tenso
 
 
 def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor]:
-    """The first patches of a run, at most PATCHES and, after a short run, those that it was trained on."""
+    """The first patches of a run, at most PATCHES; after a short run no more than it has used."""
     count = min(PATCHES, trained_on or PATCHES)
     for start in range(0, count, BATCH):
         yield torch.cat([dataset[position].patches for position in range(start, min(start + BATCH, count))])
 
 
-def refit(args: argparse.Namespace) -> None:
-    """`train_vbr.py --stage tables`: write the model of a checkpoint with tables fitted to photographs.
+def refit(weights: str, folders: list[str], size: tuple[int, int], seed: int, device: str) -> dict:
+    """The checkpoint of a file of weights with tables fitted to photographs: what `train_vbr.py --stage tables` writes.
+
+    Args:
+        size: height and width of the patches.
 
     Raises:
-        UserError: the checkpoint or the photographs cannot be used.
+        UserError: the weights or the photographs cannot be used.
     """
-    cli.print_weights(args.checkpoint)
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = model_to_code_with(checkpoint, args.checkpoint, DistContext.from_environment(args.device).device)
-    paths = find_images(part_of_data_set(args.dataset, "train"))
+    checkpoint = read_checkpoint(weights)
+    model = model_to_code_with(checkpoint, weights, pick_device(device))
+    paths = find_images(part_of_data_set(folders, "train"))
     indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
     try:
-        fit_tables(model, first_batches(PatchDataset(paths, args.patch_size, args.seed)), indexes)
+        fit_tables(model, first_batches(PatchDataset(paths, size, seed)), indexes)
     except ValueError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from None
+        raise UserError(f"{weights}: {error}") from None
     stored = [value for value in find_state_dict(checkpoint).values() if isinstance(value, Tensor)]
     half = any(value.dtype == torch.float16 for value in stored)
-    weights = {name for name, _ in model.named_parameters()} if half else set()
-    state = {name: (t.half() if name in weights else t).cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {"stage": args.stage, "photographs": len(paths), "patches": PATCHES, "patch_size": args.patch_size}
-    training = [*checkpoint.get("training", []), record]
-    file = Path(args.save_path) / "model.pth.tar"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(file, describe(model) | {"state_dict": state, "training": training})
-    print(f"weights with fitted tables: {file}")
+    halved = {name for name, _ in model.named_parameters()} if half else set()
+    state = {name: (t.half() if name in halved else t).cpu().contiguous() for name, t in model.state_dict().items()}
+    record = {"stage": "tables", "photographs": len(paths), "patches": PATCHES, "patch_size": size}
+    return describe(model) | {"state_dict": state, "training": [*checkpoint.get("training", []), record]}

@@ -1,7 +1,5 @@
 """The models and the loss of the latent toy experiment (TCSVT 2025)."""
 
-import argparse
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from models.latent_map import TCM_Mapped
 from utils.checkpoint import CheckpointError, build_model, read_checkpoint, trained_lambda
 from utils.errors import UserError
 from utils.training.objectives import FixedRateObjective, Noise
+from utils.training.schedule import Settings
 
 
 class LatentMapObjective(FixedRateObjective):
@@ -28,8 +27,8 @@ class LatentMapObjective(FixedRateObjective):
 
     stage = "latent map"
 
-    def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float) -> None:
-        super().__init__(model.requires_grad_(False), lmbda)
+    def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float, settings: Settings | None = None) -> None:
+        super().__init__(model.requires_grad_(False), lmbda, settings=settings)
         model.map.requires_grad_(True)
         self.low = low.requires_grad_(False)
         self.frozen = [model.g_a, low.g_a]
@@ -59,17 +58,19 @@ class LatentMapObjective(FixedRateObjective):
         return super().describe() | {"contextual": self.model.contextual}
 
 
-def make_objective(args: argparse.Namespace, *_) -> tuple[LatentMapObjective, list[dict]]:
-    """The objective of the map between both codecs, whose weights have no training record."""
-    high, _ = _read_tcm(args.high)
-    low, lmbda = _read_tcm(args.low)
+def make_objective(
+    high_file: str, low_file: str, contextual: bool, lmbda: float | None, settings: Settings
+) -> LatentMapObjective:
+    """The objective of the map between the codecs of two files; λ of the low rate as given, or as its file has it."""
+    high, _ = _read_tcm(high_file)
+    low, recorded = _read_tcm(low_file)
     if "ms-ssim" in (high.metric, low.metric):
         raise UserError("the experiment is between TCMs for MSE; one of these was trained for MS-SSIM")
     if high.M != low.M:
-        raise UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {args.high}, {args.low}")
-    mapped = TCM_Mapped(**high.arguments, contextual=args.map == "contextual")
+        raise UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {high_file}, {low_file}")
+    mapped = TCM_Mapped(**high.arguments, contextual=contextual)
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentMapObjective(mapped, low, args.lmbda or lmbda or LADDER[0]), []
+    return LatentMapObjective(mapped, low, lmbda or recorded or LADDER[0], settings)
 
 
 def _read_tcm(path: str) -> tuple[Codec, float | None]:

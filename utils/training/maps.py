@@ -17,9 +17,9 @@ def draw_maps(index: Tensor, rate_uniform: Tensor, height: int, width: int, shar
     Most have the patch's own index everywhere. A share of them have blocks of another index, or a smooth field.
 
     Args:
-        index: of each patch, `[B]`.
+        index: one per patch, `[B]`.
         rate_uniform: in [0, 1), `[B]`; what is drawn for a patch is a function of it.
-        height, width: of the patches, in pixels.
+        height, width: size of the patches, in pixels.
     """
     size = height // CELL, width // CELL
     samples = zip(index.tolist(), rate_uniform.tolist(), strict=True)

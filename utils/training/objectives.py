@@ -1,6 +1,5 @@
 """The losses of the training stages: everything jointly, a fixed-rate codec, the entropy model or the LAEs alone."""
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,10 @@ from models.large.memory import send
 from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
 from utils.training.maps import draw_maps
+from utils.training.schedule import Settings
 
 Noise = tuple[Tensor, Tensor]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
 
 
 class Objective(nn.Module):
@@ -26,18 +27,24 @@ class Objective(nn.Module):
     Args:
         model: to be trained, in place.
         metric: "mse" or "ms-ssim".
+        settings: those of the run.
+
+    Attributes:
+        balance, map_share: as in the settings; those of the last part once that has begun.
     """
 
     stage = "joint"
     repeat = 0  # number of patches to train on again and again; 0 for always new ones
     indexes: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
 
-    def __init__(self, model: Codec, metric: str = "mse") -> None:
+    def __init__(self, model: Codec, metric: str = "mse", settings: Settings | None = None) -> None:
         super().__init__()
         self.model = model
         self.metric = metric
-        self.autocast: torch.dtype | None = None
-        self.balance = self.map_share = 0.0
+        self.settings = settings = settings or Settings()
+        self.autocast = PRECISIONS.get(settings.amp)
+        self.balance = settings.balance
+        self.map_share = 0.0 if settings.last_share else settings.map_share
         self.frozen: list[nn.Module] = []  # these stay in evaluation mode, without drop-path in their latents
 
     def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -60,8 +67,13 @@ class Objective(nn.Module):
         with self.autocasting(x):
             out = self.model(x, places, Quantization(noise))
         losses = rate_distortion(out, x, lmbda, self.metric, weights)
-        aux = self.model.aux_loss()  # of the quantiles, which no other term depends on
+        aux = self.model.aux_loss()  # for the quantiles, on which no other term depends
         return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
+
+    def begin_last_part(self) -> None:
+        """Go on with maps, and with the published loss."""
+        self.balance = 0.0
+        self.map_share = self.settings.map_share
 
     def weighted(self, losses: dict[str, Tensor], lmbda: Tensor) -> Tensor:
         """The loss to minimize: that of each sample times (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
@@ -84,16 +96,12 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, model: Codec, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
         """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
-        log_m: list[Tensor] = []  # of analysis, then of synthesis
-        with contextlib.ExitStack() as hooks:
-            for lae in (model.modnet_ga, model.modnet_gs) if isinstance(model, VariableRate) else ():
-                hooks.enter_context(lae.mask.register_forward_hook(lambda mask, inputs, output: log_m.append(output)))
-            out = model(x, index)
+        out = model(x, index)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
         losses = rate_distortion(out, x, self.lambdas(index, x), self.metric)
         values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"]}
-        if log_m:
-            values |= {"log_m_ga": log_m[0].mean(), "log_m_gs": log_m[1].mean()}
+        if isinstance(model, VariableRate):
+            values |= {name: out[name].mean() for name in ("log_m_ga", "log_m_gs")}
         return {name: float(value) for name, value in values.items()}, out["x_hat"]
 
     def train(self, mode: bool = True) -> "Objective":
@@ -113,8 +121,8 @@ class FixedRateObjective(Objective):
     stage = "base"
     indexes = (None,)
 
-    def __init__(self, model: Codec, lmbda: float, metric: str = "mse") -> None:
-        super().__init__(model, metric)
+    def __init__(self, model: Codec, lmbda: float, metric: str = "mse", settings: Settings | None = None) -> None:
+        super().__init__(model, metric, settings)
         self.lmbda = lmbda
 
     def index(self, rate_uniform: Tensor) -> None:
@@ -135,19 +143,19 @@ class EntropyObjective(Objective):
 
     Args:
         rates: the objective that gives the model and the rates.
-        kept: number of patches whose latents are kept, of all processes together, at least.
-        batch: patches per step, of all processes. `repeat` is a multiple of it, so that each process meets the patches
-            again whose latents it has kept.
+        kept: number of patches whose latents are kept, of all processes together, at least. `repeat` is a multiple of
+            the batch, so that each process meets the patches again whose latents it has kept.
     """
 
     stage = "entropy"
 
-    def __init__(self, rates: Objective, kept: int, batch: int = 1) -> None:
-        super().__init__(rates.model, rates.metric)
-        self.repeat = -(-kept // batch) * batch
+    def __init__(self, rates: Objective, kept: int) -> None:
+        super().__init__(rates.model, rates.metric, rates.settings)
+        self.repeat = -(-kept // self.settings.batch_size) * self.settings.batch_size
         self.indexes = rates.indexes
         self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
-        self.index, self.lambdas = rates.index, rates.lambdas
+        self.index = rates.index
+        self.lambdas = rates.lambdas
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith(("g_a.", "g_s.", "modnet_", "lrp_transforms.")))
@@ -185,8 +193,8 @@ class LAEObjective(Objective):
 
     stage = "lae"
 
-    def __init__(self, model: VariableRate, metric: str = "mse") -> None:
-        super().__init__(model, metric)
+    def __init__(self, model: VariableRate, metric: str = "mse", settings: Settings | None = None) -> None:
+        super().__init__(model, metric, settings)
         model.requires_grad_(False)
         self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
 
@@ -199,10 +207,13 @@ class StaticObjective(LAEObjective):
     """
 
     stage = "static"
-    latent_weight, norm_weight = 0.03, 1e-4
+    latent_weight = 0.03
+    norm_weight = 1e-4
 
-    def __init__(self, model: VariableRate, teachers: Sequence[Codec], metric: str = "mse") -> None:
-        super().__init__(model, metric)
+    def __init__(
+        self, model: VariableRate, teachers: Sequence[Codec], metric: str = "mse", settings: Settings | None = None
+    ) -> None:
+        super().__init__(model, metric, settings)
         self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False)
         self.frozen = [self.teachers]
 

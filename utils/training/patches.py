@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ GOLDEN = (5**0.5 - 1) / 2
 MAX_UNREADABLE = 1000  # photographs in a row that cannot be used
 SCALED = 0.25  # share of the patches that are scaled down
 PREFETCHED = 2  # batches of each worker, PyTorch's default
-SECONDS_BETWEEN_LOOKS, LONGEST_WAIT = 5, 300  # while no batch comes: whether to stop, and then it is an error
+SECONDS_BETWEEN_LOOKS = 5  # while no batch comes: whether the run was asked to stop
+LONGEST_WAIT = 300  # seconds without a batch; then it is an error
 ADVICE = "give a container more (docker run --shm-size 2g), take fewer readers (-n), or none (-n 0)"
 
 
@@ -46,7 +48,7 @@ class Batch:
     Attributes:
         patches: uint8 `[B, 3, h, w]`.
         rate_uniform: a number in [0, 1) per patch, which an objective turns into its rate, `[B]`.
-        seeds: of the noise of each patch.
+        seeds: one per patch, for its noise.
         keys: equal for equal patches.
         unusable: photographs that were passed over, each with the cause.
     """
@@ -120,6 +122,20 @@ class PatchDataset(Dataset):
         return int(self._pass[1][place])
 
 
+class Photographs(NamedTuple):
+    """What a run is trained and validated on.
+
+    Attributes:
+        training: its patches.
+        validation: uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
+        workers: processes that read photographs which are not cached.
+    """
+
+    training: PatchDataset
+    validation: Sequence[Tensor] = ()
+    workers: int = 0
+
+
 def read(path: Path) -> Tensor | str:
     """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be read."""
     try:
@@ -165,7 +181,7 @@ def read_all(
     """All photographs on a device, by number, or the reason why one cannot be used, which is printed too."""
     cache: dict[int, Tensor | str] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same
+        warnings.filterwarnings("ignore", module="PIL")  # about pictures that are read all the same
         images = pool.map(lambda path: usable(read(path), path, size), paths)
         bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=True if quiet else None)
         for number, image in enumerate(bar):
@@ -260,4 +276,4 @@ def collate(samples: Sequence[Batch]) -> Batch:
 def _start_worker(worker: int) -> None:
     os.setsid()  # Ctrl-C, torchrun and batch systems signal whole process groups; a worker that dies would end the run
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", module="PIL")  # of pictures that are read all the same
+    warnings.filterwarnings("ignore", module="PIL")  # about pictures that are read all the same

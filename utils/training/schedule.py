@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 FACTORS = (0.5, 0.1, 0.05)  # the published steps of the learning rate, one for each milestone
-LAST_PART_RATE = 0.25  # of the peak learning rate, where the last part of a run begins
+LAST_PART_RATE = 0.25  # share of the peak learning rate where the last part of a run begins
 
 
 @dataclass
@@ -21,12 +21,12 @@ class Settings:
     density_factor: float = 10.0  # learning rate of z's density, in units of the networks'
     transform_factor: float = 1.0  # that of `Codec.transform_parameters`, in the same units
     balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
-    map_share: float = 0.0  # of the patches whose index differs from place to place; where there is a last part, of its
-    last_share: float = 0.0  # of the budget: the last part, on other patches and without balance
+    map_share: float = 0.0  # share of patches with an index that differs from place to place; with a last part, of its
+    last_share: float = 0.0  # share of the budget: the last part, on other patches and without balance
     last_patch_size: tuple[int, int] = (256, 256)
     last_batch_size: int = 8  # as batch_size
     schedule: str = "cosine"
-    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # of "step", as shares of the budget: epochs 50, 100, 150 of 200
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # for "step", as shares of the budget: epochs 50, 100, 150 of 200
     warmup: int = 200  # steps
     clip_max_norm: float = 1.0
     ema: float = 0.999
@@ -42,7 +42,7 @@ class Progress:
 
     step: int = 0
     patches: int = 0
-    seconds: float = 0  # of training steps, without validation and saving
+    seconds: float = 0  # spent on training steps, without validation and saving
     waiting: float = 0  # seconds of these spent waiting for patches
     skipped: int = 0  # steps with a loss or gradient that was not finite
     skipped_in_a_row: int = 0

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,12 +35,11 @@ from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
-from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches
+from utils.training.patches import Batch, Photographs, StoppedWaiting, batches
 from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
-SECONDS_PER_LINE = 60  # of progress, where there is no terminal for a bar
+SECONDS_PER_LINE = 60  # between lines of progress, where there is no terminal for a bar
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
 
 
@@ -74,25 +73,20 @@ class Trainer:
     """Trains the model of an objective.
 
     Args:
-        objective: on its device.
-        dataset: training patches.
-        workers: processes that read photographs which are not cached.
-        validation: photographs uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
-        folder: of the run.
-        history: training records of the weights that the run starts from.
+        objective: on its device, with the settings of the run.
+        folder: where the run is kept.
+        history: training records of the weights at the start.
     """
 
     def __init__(
-        self, objective: Objective, dataset: PatchDataset, workers: int, validation: Sequence[Tensor], folder: Path,
-        settings: Settings, context: DistContext, history: Sequence[dict] = (),
+        self, objective: Objective, photographs: Photographs, folder: Path, context: DistContext,
+        history: Sequence[dict] = (),
     ) -> None:
         self.objective = objective
         self.model = objective.model
-        self.dataset = dataset
-        self.workers = workers
-        self.validation = validation
+        self.settings = settings = objective.settings
+        self.dataset, self.validation, self.workers = photographs
         self.folder = folder
-        self.settings = settings
         self.context = context
         self.history = list(history)
         self.device = context.device
@@ -102,19 +96,16 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, settings)
         groups = self.optimizers["net"].param_groups
         self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
-        precision = PRECISIONS.get(settings.amp)
-        objective.autocast = precision
-        objective.balance = settings.balance
-        objective.map_share = 0.0 if settings.last_share else settings.map_share
         self.batch_size = settings.batch_size
         self.last_part = False  # whether it has begun
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=precision is torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=settings.amp == "fp16")
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.prefetched: Batch | None = None
-        self.data_seconds = self.next_line = 0.0
+        self.data_seconds = 0.0
+        self.next_line = 0.0  # when the next line of progress is due
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
-        self.unusable = {told for told in dataset.cache.values() if isinstance(told, str)}
+        self.unusable = {told for told in self.dataset.cache.values() if isinstance(told, str)}
         self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
         self.writer: SummaryWriter | None = None
         objective.train()
@@ -168,16 +159,14 @@ class Trainer:
         return dict(zip(logged, numbers, strict=True)) | {"learning rate": rate} | times
 
     def _begin_last_part(self) -> None:
-        """Go on with the patches of the last part, its maps, and the published loss."""
-        settings = self.settings
+        """Go on with the patches and the loss of the last part."""
         self.last_part = True
-        self.batch_size = settings.last_batch_size
-        self.objective.balance = 0.0
-        self.objective.map_share = settings.map_share
+        self.batch_size = self.settings.last_batch_size
+        self.objective.begin_last_part()
         self.batches.close()
         del self.batches
         self.prefetched = None
-        self.dataset = self.dataset.of_size(settings.last_patch_size)
+        self.dataset = self.dataset.of_size(self.settings.last_patch_size)
 
     def ema_decay(self) -> float:
         """Rises from zero at the first step, as a constant decay would keep the first weights for long."""
@@ -188,7 +177,7 @@ class Trainer:
 
     @functools.cached_property
     def batches(self) -> Generator[Batch, None, None]:
-        """The batches of this process, from the position of the run on when they are first asked for."""
+        """The batches of this process, from the position that the run has at their first use."""
         batch = self.batch_size // self.context.world_size
         return batches(self.dataset, batch, self.progress.patches, self.workers, self.context, lambda: self.stop)
 
@@ -225,13 +214,43 @@ class Trainer:
         Raises:
             UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
         """
+        with self._started(), self._bar() as bar:
+            next_save = self.progress.seconds / 60 + self.settings.save_minutes
+            next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
+            while budget_used(self.progress, self.settings) < 1:
+                self._log_step(self.step(), bar)
+                if self.all_stop:
+                    self.save()
+                    self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
+                    return
+                minutes = self.progress.seconds / 60
+                paused = time.monotonic()
+                if minutes >= next_validation:
+                    next_validation = minutes + self.settings.validate_minutes
+                    self.save()
+                    self.validate()
+                elif minutes >= next_save:
+                    next_save = minutes + self.settings.save_minutes
+                    self.save()
+                else:
+                    continue
+                self.context.gather(None)  # the main process writes; the others would count the wait as training
+                self.lap += time.monotonic() - paused
+            bar.close()
+            self.save()  # first: what follows may be interrupted
+            self.validate(last=True)
+
+    @contextlib.contextmanager
+    def _started(self) -> Iterator[None]:
+        """A run with its log and its answers to signals; what ends it before its time is told in a line."""
         if self.context.is_main:
             remove_left_over(self.folder, "*.pth.tar")
             self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
+        self.lap = time.monotonic()
         try:
             with self._signals() as handlers:
                 try:
-                    self._run()
+                    yield
                 except RuntimeError as error:
                     if self.context.world_size == 1 or not is_lost_peer(error):
                         raise
@@ -249,55 +268,29 @@ class Trainer:
     def _percent(self) -> float:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
-    def _run(self) -> None:
-        self.lap = time.monotonic()
+    def _bar(self) -> tqdm:
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         hidden = None if self.context.is_main else True
-        next_save = self.progress.seconds / 60 + self.settings.save_minutes
-        next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
-        with tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden) as bar:
-            while budget_used(self.progress, self.settings) < 1:
-                if self._logged_step(bar):
-                    self.save()
-                    self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
-                    return
-                minutes = self.progress.seconds / 60
-                paused = time.monotonic()
-                if minutes >= next_validation:
-                    next_validation = minutes + self.settings.validate_minutes
-                    self.save()
-                    self.validate()
-                elif minutes >= next_save:
-                    next_save = minutes + self.settings.save_minutes
-                    self.save()
-                else:
-                    continue
-                self.context.gather(None)  # the main process writes; the others would count the wait as training
-                self.lap += time.monotonic() - paused
-        self.save()  # first: what follows may be interrupted
-        self.validate(last=True)
+        return tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden)
 
-    def _logged_step(self, bar: tqdm) -> bool:
-        """A step with its log; returns whether any process was asked to stop."""
-        start = time.monotonic()
-        values = self.step()
+    def _log_step(self, values: dict[str, float], bar: tqdm) -> None:
+        """Log what a step returned. UserError after too many steps that were not finite."""
         if self.progress.skipped_in_a_row:
             self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
             raise UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
-        told = {"step": self.progress.step, **{k: f"{values[k]:.3f}" for k in ("loss", "bpp") if k in values}}
+        told = {"step": self.progress.step, **{k: f"{values[k]:.4g}" for k in ("loss", "bpp") if k in values}}
         if not bar.disable:
             bar.n = self._percent()
             bar.set_postfix(told)
-        elif start >= self.next_line:  # without a terminal
-            self.next_line = start + SECONDS_PER_LINE
+        elif time.monotonic() >= self.next_line:  # without a terminal
+            self.next_line = time.monotonic() + SECONDS_PER_LINE
             self._print(f"{self._percent()} %, " + ", ".join(f"{name} {value}" for name, value in told.items()))
         if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
             values["skipped steps"] = self.progress.skipped
             for name, value in values.items():
                 self._log(SummaryWriter.add_scalar, f"training/{name}", value, self.progress.step)
-        return self.all_stop
 
     def validate(self, last: bool = False) -> None:
         """Measure the EMA weights, write them for use, and log. The last time their coding tables are fitted too."""

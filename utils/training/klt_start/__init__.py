@@ -22,7 +22,7 @@ ICLR 2025). That part is a Karhunen-Loève transform (KLT), the eigenvectors of 
 - Entropy model: σ is each channel's deviation at λ_mid, μ and the latent residuals are zero. The bits that the model
   counts follow that R(λ) once σ has learned to follow m, which a fixed-rate model need not.
 
-MS-SSIM has no such closed form: its ladder's rungs take the Δ of the MSE rungs they were published beside.
+MS-SSIM has no such closed form: its ladder's rungs take the Δ of the MSE rungs at the same index.
 
 Everything else stays at its random start and takes no part at first: blocks begin as the identity, channels beyond
 those kept reach no output.

@@ -43,7 +43,7 @@ def write_lae(lae: LAE, sign: int) -> None:
 
 
 def hierarchy(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """KLTs of 2×2 blocks of the coefficients of the one before, from photographs `[P, 3, h, w]` in [0, 1] on.
+    """KLTs of 2×2 blocks, each on the coefficients before it, the first on photographs `[P, 3, h, w]` in [0, 1].
 
     Returns:
         The mean color; the coefficients after each KLT, the photographs less the color first; the bases, orthonormal
@@ -62,7 +62,7 @@ def hierarchy(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, list[Tensor], l
 
 
 def rounded_latents(model: Codec, y: Tensor) -> tuple[Tensor, Tensor]:
-    """What synthesis sees of latents y `[P, k, h, w]`, and how much an error of each weighs, `[P, 1, 1]`.
+    """Latents y `[P, k, h, w]` as synthesis sees them, and how much an error of each weighs, `[P, 1, 1]`.
 
     Rates are spread evenly over the patches, and errors weigh λ, as in the loss.
     """

@@ -28,7 +28,7 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     K = basis.shape[1]
     first.weight[:k] = (gain[:, None] * fine_basis.T)[:, :, None, None]
     first.bias[:k] = -gain * (fine_basis.T @ colors)
-    zero(last)  # of its 3×3 taps the four lower right ones see a block of 2×2
+    zero(last)  # the four lower right ones of its 3×3 taps see a block of 2×2
     last.weight[:K, :k, 1:, 1:] = scale * basis.T.view(K, k, 2, 2) / gain.view(1, -1, 1, 1)
 
     up, out = (layer for layer in model.g_s if isinstance(layer, nn.Conv2d))

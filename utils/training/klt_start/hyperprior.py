@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from models import Hyperprior
 from utils.training.klt_start.common import hierarchy, least_squares, rounded_latents, zero
 
-TAPS = slice(2, 4)  # of the five in each direction: those of the place itself and of the next one
+TAPS = slice(2, 4)  # the middle and the next of the five in each direction: the place itself and the next one
 
 
 def write(model: Hyperprior, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:

@@ -33,7 +33,7 @@ def write(model: TCM, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:
 
 
 def _write_analysis(model: TCM, bases: list[Tensor], levels: list[Tensor], color: Tensor, scale: float) -> None:
-    """KLT in the four lower right taps: of a 3×3 convolution of stride 2 and padding 1 they see one 2×2 block."""
+    """KLT in the four lower right taps, which see one 2×2 block in a 3×3 convolution of stride 2 and padding 1."""
     strided = [layer for layer in model.g_a if isinstance(layer, ResidualBlockWithStride)] + [model.g_a[-1]]
     for stage, (layer, basis) in enumerate(zip(strided, bases, strict=True)):
         below = basis.shape[0] // 4

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 
 from models import STRIDE, Codec
+from utils.cli.training_arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import center_crop
 from utils.pictures import ImageError, find_images, part_of_data_set
-from utils.training.arguments import MAX_VALIDATION, local_processes, make_settings
 from utils.training.objectives import Objective
-from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read, read_all, usable
+from utils.training.patches import (
+    PatchDataset,
+    Photographs,
+    check_shared_memory,
+    decoded_gigabytes,
+    read,
+    read_all,
+    usable,
+)
+from utils.training.schedule import Settings
 from utils.training.trainer import Trainer, compile_networks, read_run
 
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS-SSIM
@@ -23,7 +32,7 @@ MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS
 
 def train(
     args: argparse.Namespace,
-    make_objective: Callable[[argparse.Namespace, DistContext, dict | None], tuple[Objective, list[dict]]],
+    make_objective: Callable[[argparse.Namespace, Settings, DistContext, dict | None], tuple[Objective, list[dict]]],
     start: Callable[[Codec, PatchDataset], dict] | None = None,
     result: str = "weights for use",
 ) -> None:
@@ -31,8 +40,8 @@ def train(
 
     Args:
         args: as `check_run_arguments` left them.
-        make_objective: called with args, the context and the state of the run to resume, or None; returns the objective
-            and the training records of its weights.
+        make_objective: called with args, settings, the context and the state of the run to resume, or None; returns the
+            objective and the training records of its weights.
         start: writes the first weights of a new run's model, from the photographs; returns a training record.
         result: what the weights are, in words.
     """
@@ -46,7 +55,8 @@ def train(
     state = read_run(folder) if args.resume else None
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
-    objective, history = make_objective(args, context, state)
+    settings = make_settings(args, context.world_size)
+    objective, history = make_objective(args, settings, context, state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
     if objective.metric == "ms-ssim" and min(sides) < MS_SSIM_SIDE:
         needed = f"a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
@@ -54,6 +64,7 @@ def train(
 
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
+    settings.max_patches = args.epochs * len(paths)
     gigabytes = decoded_gigabytes(paths)
     cache = None
     copies = local_processes() if context.device.type == "cpu" else 1  # each process has its own
@@ -72,8 +83,8 @@ def train(
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs
 
-    settings = make_settings(args, len(paths), context.world_size)
-    trainer = Trainer(objective, dataset, args.num_workers, validation, folder, settings, context, history)
+    photographs = Photographs(dataset, validation, args.num_workers)
+    trainer = Trainer(objective, photographs, folder, context, history)
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers

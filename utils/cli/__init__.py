@@ -1,19 +1,17 @@
-"""What every script does the same way: help texts with defaults, the choice of a device, and errors in one line."""
+"""What every script does the same way: help texts with defaults, and errors in one line.
+
+Importing PyTorch takes seconds, and help, `info` and the refusal of bad input do without it. So scripts, and modules of
+which they need a part before, import what needs PyTorch inside their functions.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 from utils.device import keep_freed_memory
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
+from utils.messages import print_note
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -56,17 +54,6 @@ def add_device_argument(parser: argparse.ArgumentParser, published: bool = False
         parser.add_argument("--cuda", action="store_true", help=text)
 
 
-def pick_device(name: str) -> "torch.device":
-    """The device of a name; "auto" is CUDA where there is one. UserError if "cuda" is asked for and absent."""
-    import torch  # here: it takes seconds, and not all that a script does needs it
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
-    return torch.device(name)
-
-
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its status: 1 after a UserError or OSError, 130 after Ctrl-C.
 
@@ -90,25 +77,3 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def print_error(path: str | Path, error: Exception | str) -> None:
-    """Print one line on stderr that names the file and the cause, without breaking a progress bar."""
-    text = str(error)
-    tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
-
-
-_said_once: set[str] = set()
-
-
-def print_note(path: str | Path, text: str, once: bool = False) -> None:
-    """Print one line on stderr about a file that is used all the same; with once, the same text is printed once."""
-    if not (once and text in _said_once):
-        tqdm.write(f"note: {path}: {text}", file=sys.stderr)
-    if once:
-        _said_once.add(text)
-
-
-def print_weights(checkpoint: str | Path) -> None:
-    """Say on stderr which weights a script uses, so that a user sees whether a file put into `vbr_models/` is used."""
-    print(f"weights: {checkpoint}", file=sys.stderr)

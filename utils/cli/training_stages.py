@@ -7,11 +7,12 @@ from pathlib import Path
 from models import Codec, VariableRate
 from models.lambdas import LADDERS
 from models.registry import fixed_rate, from_preset, is_backbone, model_class, variable_rate
-from utils import cli
 from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
 from utils.errors import UserError
+from utils.messages import print_note, print_weights
 from utils.training.objectives import EntropyObjective, FixedRateObjective, LAEObjective, Objective, StaticObjective
+from utils.training.schedule import Settings
 
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
@@ -49,7 +50,7 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         history = checkpoint.get("training", [])
         model.load_state_dict(weights)
         if "metric" in checkpoint and start.metric != args.type and not quiet:
-            cli.print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
+            print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
     model.metric = args.type
     return model, history
 
@@ -90,17 +91,16 @@ def read_teachers(folder: str, ladder: tuple[float, ...], student: Codec) -> lis
 
 
 def make_objective(
-    args: argparse.Namespace, context: DistContext, state: dict | None
+    args: argparse.Namespace, settings: Settings, context: DistContext, state: dict | None
 ) -> tuple[Objective, list[dict]]:
     """The objective of the stage, and the training records of its model's weights."""
     if args.checkpoint and not state and context.is_main:
-        cli.print_weights(args.checkpoint)
+        print_weights(args.checkpoint)
     model, history = make_model(args, state, quiet=not context.is_main)
-    rates = FixedRateObjective(model, args.lmbda, args.type) if args.lmbda else Objective(model, args.type)
-    if args.stage == "entropy":
-        return EntropyObjective(rates, args.keep_latents, args.batch_size * context.world_size), history
+    common = dict(metric=args.type, settings=settings)
     if args.teachers:
-        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), args.type), history
+        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), **common), history
     if args.stage == "lae":
-        return LAEObjective(model, args.type), history
-    return rates, history
+        return LAEObjective(model, **common), history
+    rates = FixedRateObjective(model, args.lmbda, **common) if args.lmbda else Objective(model, **common)
+    return EntropyObjective(rates, args.keep_latents) if args.stage == "entropy" else rates, history

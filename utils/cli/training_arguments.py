@@ -1,4 +1,4 @@
-"""Arguments that the training scripts share. Reading them needs no PyTorch, whose import takes seconds."""
+"""Arguments that the training scripts share."""
 
 import argparse
 import math
@@ -120,9 +120,9 @@ def default_workers() -> int:
     return max(1, min(MAX_WORKERS, cores // local_processes()))
 
 
-def make_settings(args: argparse.Namespace, photographs: int, world_size: int) -> Settings:
-    """The settings of a run on this many photographs, in this many processes."""
+def make_settings(args: argparse.Namespace, world_size: int) -> Settings:
+    """The settings of a run in this many processes. How many patches --epochs are is known with the photographs."""
     known = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     known["batch_size"] *= world_size
     known["last_batch_size"] *= world_size
-    return Settings(**known, max_patches=args.epochs * photographs)
+    return Settings(**known)
