@@ -279,7 +279,7 @@ class Codec(CompressionModel):
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
         of the rounded values.
         """
-        return self._reconstruct(y, z, self.resolve_index(index, len(y)), quantization)
+        return self._reconstruct(y, z, self._index_of_latent(index, len(y), y.shape[2:]), quantization)
 
     def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
         y_hat, rates = self.estimate_rate(y, z, quantization)
@@ -290,7 +290,7 @@ class Codec(CompressionModel):
 
         The published online script calls it by this name. Arguments as `forward_fromlatent`.
         """
-        index = self.resolve_index(index, len(y))
+        index = self._index_of_latent(index, len(y), y.shape[2:])
         coded = self.encode_symbols(self.quantize(y, z, portable=False)) | {"index": index}
         return coded | self.decompress(**coded)
 
@@ -360,7 +360,7 @@ class Codec(CompressionModel):
             DecodingError: a stream is too short for the shape, or the decoded symbols are not those that were encoded:
                 by the checksum of the side information, and without it by the length of the stream.
         """
-        index = self.resolve_index(index, len(strings[0]))
+        index = self._index_of_latent(index, len(strings[0]), [4 * side for side in shape])
         y_hat = self.decode_latents(strings, shape, side_info)
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
@@ -456,15 +456,18 @@ class Codec(CompressionModel):
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _check(self, x: Tensor, index: RateIndex) -> Tensor | None:
-        """The resolved index of images. ValueError where they, or a map of indexes, have another shape."""
+        """The resolved index of images. ValueError where they have another shape, and as `_index_of_latent`."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
             sides = f"sides that are multiples of {STRIDE}"
             raise ValueError(f"images must be [B, 3, H, W] with {sides}, not {list(x.shape)}")
+        return self._index_of_latent(index, len(x), [side // 16 for side in x.shape[2:]])
+
+    def _index_of_latent(self, index: RateIndex, batch: int, sides: Sequence[int]) -> Tensor | None:
+        """The resolved index. ValueError for a map that has not the sides of the latent, and as `check_precision`."""
         self.check_precision()
-        index = self.resolve_index(index, len(x))
-        places = x.shape[2] // 16, x.shape[3] // 16
-        if index is not None and index.dim() == 4 and tuple(index.shape[2:]) != places:
-            wanted = f"[B, 1, {places[0]}, {places[1]}]"
+        index = self.resolve_index(index, batch)
+        if index is not None and index.dim() == 4 and list(index.shape[2:]) != list(sides):
+            wanted = f"[B, 1, {sides[0]}, {sides[1]}]"
             raise ValueError(f"a map of indexes for these images is {wanted}, not {list(index.shape)}")
         return index
 
@@ -498,7 +501,8 @@ class Codec(CompressionModel):
             digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+                values = tensor.detach().cpu().contiguous().view(-1)
+                digest.update(values.view(torch.uint8).numpy())  # NumPy has no bfloat16
             self._fingerprint = state, digest.digest()
         return self._fingerprint[1]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from models import STRIDE
 from utils import cli
 from utils.errors import UserError
+from utils.files import check_output_folder
 from utils.training.schedule import Settings
 
 MAX_VALIDATION = 24  # photographs, where none are named
@@ -102,6 +103,7 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
         raise UserError("--seed and --num-workers must not be negative")
+    check_output_folder(args.save_path, make=False)
     last = Path(args.save_path) / "last.pth.tar"
     if args.resume and not last.is_file():
         raise UserError(f"{last}: nothing to resume")

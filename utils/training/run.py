@@ -1,13 +1,16 @@
 """A training run from its arguments: photographs, objective, first weights, trainer."""
 
 import argparse
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models import STRIDE, Codec
+from utils import cli
 from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.errors import UserError
@@ -46,6 +49,12 @@ def train(
     state = read_run(folder) if args.resume else None
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
+    if state and hasattr(args, "checkpoint"):
+        began_with = state.get("checkpoint", args.checkpoint)
+        if args.checkpoint not in (None, began_with):
+            told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
+            raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
+        args.checkpoint = began_with
     objective, history = make_objective(args, context, state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
     if objective.metric == "ms-ssim" and min(sides) < MS_SSIM_SIDE:
@@ -71,9 +80,15 @@ def train(
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=quiet)
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs
+    if context.is_main and (small := sum(min(image.shape[1:]) < args.val_size for image in validation)):
+        text = f"{small} of {len(validation)} photographs to validate on are smaller, and are cropped to what they have"
+        cli.print_note(f"--val-size {args.val_size}", text)
 
     settings = make_settings(args, len(paths), context.world_size)
+    validated_on = f"{describe(held_out)} at {args.val_size}"
+    settings = replace(settings, trained_on=describe(paths), validated_on=validated_on)
     trainer = Trainer(objective, dataset, args.num_workers, validation, folder, settings, context, history)
+    trainer.checkpoint = getattr(args, "checkpoint", None)
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers
@@ -84,6 +99,12 @@ def train(
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
         print(f"{result}: {weights}{older}")
+
+
+def describe(paths: Sequence[Path]) -> str:
+    """Photographs by their number, and a hash of their names and sizes."""
+    files = "".join(f"{path.name} {path.lstat().st_size}\n" for path in paths)
+    return f"{len(paths)} photographs ({hashlib.blake2b(files.encode(errors='replace'), digest_size=4).hexdigest()})"
 
 
 def check_last_part(paths: list[Path], cache: dict, args: argparse.Namespace) -> None:
