@@ -15,8 +15,10 @@ estimates its bits, writes its symbols, or reads them.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -45,12 +47,35 @@ from models.coding.slice_coders import (
 )
 from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
-from models.large.bands import KEPT, Recomputed, band_rows, gather, in_bands, latent_rows, rows_of, scaled_height
+from models.large.bands import (
+    KEPT,
+    Recomputed,
+    band_rows,
+    computes_whole,
+    gather,
+    in_bands,
+    latent_rows,
+    rows_of,
+    scaled_height,
+)
 from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
 AS_COMPRESSAI = Quantization()
+
+
+def published_names(method: Callable) -> Callable:
+    """A method whose rate index has the published names too: lmd_test, which is none if negative, and lmd_index."""
+
+    @functools.wraps(method)
+    def call(self: "Codec", *args, lmd_test: RateIndex = None, lmd_index: RateIndex = None, **kwargs) -> dict:
+        index = lmd_index if lmd_test is None else lmd_test
+        if isinstance(index, Tensor) or index is not None and index >= 0:
+            kwargs["index"] = index
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class CodecConfig:
@@ -195,8 +220,10 @@ class Codec(CompressionModel):
     @staticmethod
     def _rows_of_bands(height: int, width: int, stride: int) -> int | None:
         """Rows of the bands in which `run_networks` computes; None where it computes all at once, as with gradients."""
+        if computes_whole():
+            return None
         rows = latent_rows(stride * width) // stride
-        return rows if rows < height and not torch.is_grad_enabled() else None
+        return rows if rows < height else None
 
     # Large pictures, in bands of rows --------------------------------------------------------
 
@@ -253,6 +280,7 @@ class Codec(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
+    @published_names
     def forward(self, x: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
@@ -269,6 +297,7 @@ class Codec(CompressionModel):
         y, _ = self.analyze(x, index)
         return self._reconstruct(y, self.h_a(y), index, quantization)
 
+    @published_names
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
@@ -285,6 +314,7 @@ class Codec(CompressionModel):
         y_hat, rates = self.estimate_rate(y, z, quantization)
         return {"x_hat": self.synthesize(y_hat, index), **rates, "lmd_index": index, "latent": y}
 
+    @published_names
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
         """What `compress` returns of latents, and the `x_hat` `[B, 3, H, W]` in [0, 1] that `decompress` makes of it.
 
@@ -326,6 +356,7 @@ class Codec(CompressionModel):
 
     # Coding ----------------------------------------------------------------------------------
 
+    @published_names
     @without_autocast()
     @torch.no_grad()
     def compress(self, x: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
@@ -345,6 +376,7 @@ class Codec(CompressionModel):
         coded = self.encode_symbols(self.quantize(y, self.h_a(y), portable))
         return coded | {"m_y": log_m.mean((1, 2, 3)), "index": index}
 
+    @published_names
     @without_autocast()
     @torch.no_grad()
     def decompress(
@@ -517,9 +549,16 @@ class Codec(CompressionModel):
         _ = self.coding_tables, self.fingerprint
 
     def update(self, *args, **kwargs) -> bool:
-        """Compute the coding tables (CompressAI) where there are none; with force, also in place of fitted ones."""
+        """Compute the coding tables (CompressAI) where there are none. With force also in place of fitted ones, which a
+        warning says."""
         self._tables = self._fingerprint = None
-        return super().update(*args, **kwargs)
+        gaussian = self.gaussian_conditional
+        scales, cdf = gaussian.scale_table, gaussian.quantized_cdf
+        updated = super().update(*args, **kwargs)
+        if cdf.numel() and torch.equal(gaussian.scale_table, scales) and not torch.equal(gaussian.quantized_cdf, cdf):
+            text = "tables of y that were fitted to photographs are replaced, and files made with them do not decode"
+            warnings.warn(f"update(force=True): {text}; without force they are kept", stacklevel=2)
+        return updated
 
     def set_tables_of_y(self, cdf: Tensor) -> None:
         """Code y with these tables, int32 `[levels, longest]`, of the lengths and offsets that `update()` gave them."""

@@ -61,7 +61,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     cli.add_device_argument(run, published=True)
     # Names of published scripts.
     parser.add_argument("--batch_size", dest="batch_size", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    cli.accept_published(parser, "--save", "--test-batch-size", "--test_batch_size", "--skip_epoch", "--continue_train", "--lr_epoch")
+    cli.accept_published(parser, "--save", "--test-batch-size", "--test_batch_size", "--skip_epoch", "--continue_train", "--lr_epoch", "-m", "--model")
 
 
 def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
