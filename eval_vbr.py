@@ -30,7 +30,7 @@ from utils.cli.encoding_arguments import (
 )
 from utils.codec.request import EncodeRequest
 from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
-from utils.files import BUNDLED, check_output_file, check_output_folder, write_json
+from utils.files import BUNDLED, check_output_file, check_output_folder, json_output
 from utils.messages import print_weights
 from utils.pictures import find_images, find_images_or_samples
 
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--anchors", nargs="*", choices=ANCHORS, metavar="CODEC", help=f"compare with these codecs on the same pictures (no name: all of {', '.join(ANCHORS)}); implies --real")
     add("--compare", nargs="+", default=[], metavar="JSON", help="compare with results of earlier runs; without -d, --checkpoint and --anchors nothing is measured")
     add("--per-image", action="store_true", help="a row for every picture too")
-    add("--json", metavar="FILE", help="write results in CompressAI's format, and all that is compared")
+    add("--json", metavar="FILE", help="write results in CompressAI's format, and all that is compared (-: to standard output, and the tables to standard error)")
     add("--report", metavar="DIR", help="write a page with plots, tables and pictures; implies --real")
     add("--show", nargs="+", metavar="PICTURE", help="pictures for the page (default: six spread over all)")
     add("--save", metavar="DIR", help="write the reconstructions as PNG")
@@ -132,8 +132,8 @@ def measure(
     return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[dict], None]) -> int:
+    """Measure and compare what `parse` made of argv; returns the exit status."""
     from models import VariableRate
     from utils.checkpoint import load_model
     from utils.distributed import DistContext
@@ -142,8 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 
     context = DistContext.from_environment(args.device, sharing=True)
     # What may be wrong is found before hours of measuring.
-    for file in (args.json, args.rate_model):
-        check_output_file(file)
+    check_output_file(args.rate_model)
     for folder in (args.report, args.save):
         check_output_folder(folder)
     paths = find_images_or_samples(args.data) if args.measure else []
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             print_weights(file)
         model.prepare()
     if args.rate_model:
-        return rate_study.run(models[0], paths, Path(args.rate_model), args.json)
+        return rate_study.run(models[0], paths, Path(args.rate_model), write_json)
     map_of = functools.cache(functools.partial(map_of_arguments, args))  # a mask is read once a size
     codecs = []
     failed = 0
@@ -179,17 +178,21 @@ def main(argv: list[str] | None = None) -> int:
     whole = comparison.together(codecs, earlier) | {"made": provenance(argv, context)}
     if whole["compared"]:
         print(comparison.table(whole["summary"]))
-    if args.json:
-        write_json(args.json, whole)
+    write_json(whole)
     if args.report:
         model = models[0] if "checkpoint" in whole and models else None  # several of one rate each make one curve
         viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
         if studies := report.study(model, shown):
             whole["rate_model"] = rate_study.summary(studies)
         print(report.write_report(Path(args.report), whole, ours, viewers, studies))
-        if args.json:
-            write_json(args.json, whole)
+        write_json(whole)
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with json_output(args.json) as write_json:
+        return run(args, argv, write_json)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from utils.evaluation.results import (
     short_names,
     to_json,
 )
-from utils.files import BUNDLED, atomic_write, check_output_file, check_output_folder, write_json
+from utils.files import BUNDLED, atomic_write, check_output_folder, json_output
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[EncodeReques
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--out", metavar="DIR", help="write the files, for codec_vbr.py decode, over older ones")
     add("--save", metavar="DIR", help="write the decoded pictures as PNG")
-    add("--json", metavar="FILE", help="write results in CompressAI's format, those without refinement and every step beside them")
+    add("--json", metavar="FILE", help="write results in CompressAI's format, those without refinement and every step beside them (-: to standard output, and the tables to standard error)")
     add("--report", metavar="DIR", help="write a page: loss, bpp and PSNR over the steps, sizes against targets, every picture")
     add("--log", dest="logdir", help=argparse.SUPPRESS)  # torchrun takes it for its own
     add("--logdir", metavar="DIR", help="write every step for TensorBoard")
@@ -241,14 +241,15 @@ def write_report(folder: Path, whole: dict) -> Path:
     return folder / "index.html"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, requests = parse(argv)
+def run(
+    args: argparse.Namespace, requests: list[EncodeRequest], argv: list[str] | None, write_json: Callable[[dict], None]
+) -> int:
+    """Encode and measure what `parse` made of argv; returns the exit status."""
     from utils.checkpoint import load_model
     from utils.distributed import DistContext
     from utils.evaluation.bd_rate import MIN_POINTS
     from utils.evaluation.provenance import origin, provenance
 
-    check_output_file(args.json)  # before the work whose results it is to have
     for folder in (args.report, args.out, args.save, args.logdir):
         check_output_folder(folder)
     context = DistContext.from_environment(args.device, sharing=True)
@@ -264,8 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     if not context.is_main:
         return 0
     whole = json_of(rows, args) | {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
-    if args.json:
-        write_json(args.json, whole)
+    write_json(whole)
     errors = [abs(row.error) for row in rows[0] if row.error is not None]
     if errors and requests[0].has_target:
         print(f"size against target: mean |error| {mean(errors):.3f} %, worst {max(errors):.3f} %")
@@ -274,6 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(write_report(Path(args.report), whole))
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, requests = parse(argv)
+    with json_output(args.json) as write_json:
+        return run(args, requests, argv, write_json)
 
 
 if __name__ == "__main__":

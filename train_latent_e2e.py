@@ -33,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
     add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of the low rate, for the R-D loss that is reported (default: as its training record tells, else 0.0025)")
     add_run_arguments(parser, save_path="runs/latent_e2e")
+    cli.accept_published(parser, "--N", "--type")
     parser.set_defaults(learning_rate=1e-4, schedule="step", milestones=MILESTONES)
     return parser.parse_args(argv)
 

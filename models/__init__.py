@@ -10,7 +10,12 @@ lazy.install()
 
 STRIDE = 128  # sides of pictures, padded, are multiples of this: 16 of analysis × the 8 of TCM's attention windows
 
-_HOMES = MODULES | {
+_PUBLISHED = (  # what else the published models/tcm.py has
+    "SCALES_LEVELS", "SCALES_MAX", "SCALES_MIN", "WMSA", "Block", "ConvTransBlock", "SWAtten", "SwinBlock", "conv",
+    "conv1x1", "fcn", "find_named_buffer", "find_named_module", "get_scale_table", "mask", "ste_round",
+    "update_registered_buffers",
+)  # fmt: skip
+_HOMES = MODULES | dict.fromkeys(_PUBLISHED, "models.tcm") | {
     "LAE": "models.lae",
     "VariableRate": "models.lae",
     "Codec": "models.codec",

@@ -15,8 +15,10 @@ estimates its bits, writes its symbols, or reads them.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -45,12 +47,35 @@ from models.coding.slice_coders import (
 )
 from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
 from models.lambdas import check_index
-from models.large.bands import KEPT, Recomputed, band_height, bands_of, gather, in_bands, latent_height, scaled_height
+from models.large.bands import (
+    KEPT,
+    Recomputed,
+    band_height,
+    bands_of,
+    computes_whole,
+    gather,
+    in_bands,
+    latent_height,
+    scaled_height,
+)
 from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
 AS_COMPRESSAI = Quantization()
+
+
+def published_names(method: Callable) -> Callable:
+    """A method whose rate index has the published names too: lmd_test, which is none if negative, and lmd_index."""
+
+    @functools.wraps(method)
+    def call(self: "Codec", *args, lmd_test: RateIndex = None, lmd_index: RateIndex = None, **kwargs) -> dict:
+        index = lmd_index if lmd_test is None else lmd_test
+        if isinstance(index, Tensor) or index is not None and index >= 0:
+            kwargs["index"] = index
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class CodecConfig:
@@ -197,8 +222,10 @@ class Codec(CompressionModel):
     @staticmethod
     def _band_height_within(height: int, width: int, stride: int) -> int | None:
         """Height of the bands in which `run_networks` computes; None where all comes at once, as with gradients."""
+        if computes_whole():
+            return None
         band = latent_height(stride * width) // stride
-        return band if band < height and not torch.is_grad_enabled() else None
+        return band if band < height else None
 
     # Large pictures, in bands ----------------------------------------------------------------
 
@@ -255,6 +282,7 @@ class Codec(CompressionModel):
 
     # Estimation ------------------------------------------------------------------------------
 
+    @published_names
     def forward(self, x: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI) -> dict:
         """Reconstruction and likelihoods of images `[B, 3, H, W]` in [0, 1], sides multiples of 128.
 
@@ -272,6 +300,7 @@ class Codec(CompressionModel):
         y, log_m = self.analyze(x, index)
         return self._reconstruct(y, self.h_a(y), index, quantization) | {"log_m_ga": log_m}
 
+    @published_names
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
@@ -282,7 +311,7 @@ class Codec(CompressionModel):
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
         of the rounded values.
         """
-        return self._reconstruct(y, z, self.resolve_index(index, len(y)), quantization)
+        return self._reconstruct(y, z, self._index_of_latent(index, len(y), y.shape[2:]), quantization)
 
     def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
         y_hat, rates = self.estimate_rate(y, z, quantization)
@@ -290,12 +319,13 @@ class Codec(CompressionModel):
         x_hat = self.run_networks([self.g_s], scaled)
         return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}
 
+    @published_names
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
         """The dict of `compress` for latents, with the `x_hat` `[B, 3, H, W]` in [0, 1] of `decompress`.
 
         The published online script calls it by this name. Arguments as `forward_fromlatent`.
         """
-        index = self.resolve_index(index, len(y))
+        index = self._index_of_latent(index, len(y), y.shape[2:])
         coded = self.encode_symbols(self.quantize(y, z, portable=False)) | {"index": index}
         return coded | self.decompress(**coded)
 
@@ -331,6 +361,7 @@ class Codec(CompressionModel):
 
     # Coding ----------------------------------------------------------------------------------
 
+    @published_names
     @without_autocast()
     @torch.no_grad()
     def compress(self, x: Tensor, index: RateIndex = None, portable: bool = False) -> dict:
@@ -350,6 +381,7 @@ class Codec(CompressionModel):
         coded = self.encode_symbols(self.quantize(y, self.h_a(y), portable))
         return coded | {"m_y": log_m.mean((1, 2, 3)), "index": index}
 
+    @published_names
     @without_autocast()
     @torch.no_grad()
     def decompress(
@@ -365,7 +397,7 @@ class Codec(CompressionModel):
             DecodingError: a stream is too short for the shape, or the decoded symbols are not those that were encoded:
                 by the checksum of the side information, and without it by the length of the stream.
         """
-        index = self.resolve_index(index, len(strings[0]))
+        index = self._index_of_latent(index, len(strings[0]), [4 * side for side in shape])
         y_hat = self.decode_latents(strings, shape, side_info)
         return {"x_hat": self.synthesize(y_hat, index).clamp_(0, 1)}
 
@@ -468,15 +500,18 @@ class Codec(CompressionModel):
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _check(self, x: Tensor, index: RateIndex) -> Tensor | None:
-        """The resolved index of images. ValueError where they, or a map of indexes, have another shape."""
+        """The resolved index of images. ValueError where they have another shape, and as `_index_of_latent`."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
             sides = f"sides that are multiples of {STRIDE}"
             raise ValueError(f"images must be [B, 3, H, W] with {sides}, not {list(x.shape)}")
+        return self._index_of_latent(index, len(x), [side // 16 for side in x.shape[2:]])
+
+    def _index_of_latent(self, index: RateIndex, batch: int, sides: Sequence[int]) -> Tensor | None:
+        """The resolved index. ValueError for a map that has not the sides of the latent, and as `check_precision`."""
         self.check_precision()
-        index = self.resolve_index(index, len(x))
-        places = x.shape[2] // 16, x.shape[3] // 16
-        if index is not None and index.dim() == 4 and tuple(index.shape[2:]) != places:
-            wanted = f"[B, 1, {places[0]}, {places[1]}]"
+        index = self.resolve_index(index, batch)
+        if index is not None and index.dim() == 4 and list(index.shape[2:]) != list(sides):
+            wanted = f"[B, 1, {sides[0]}, {sides[1]}]"
             raise ValueError(f"a map of indexes for these images is {wanted}, not {list(index.shape)}")
         return index
 
@@ -510,7 +545,8 @@ class Codec(CompressionModel):
             digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+                values = tensor.detach().cpu().contiguous().view(-1)
+                digest.update(values.view(torch.uint8).numpy())  # NumPy has no bfloat16
             self._fingerprint = state, digest.digest()
         return self._fingerprint[1]
 
@@ -525,9 +561,16 @@ class Codec(CompressionModel):
         _ = self.coding_tables, self.fingerprint
 
     def update(self, *args, **kwargs) -> bool:
-        """Compute the coding tables (CompressAI) where there are none; with force, also in place of fitted ones."""
+        """Compute the coding tables (CompressAI) where there are none. With force also in place of fitted ones, which a
+        warning says."""
         self._tables = self._fingerprint = None
-        return super().update(*args, **kwargs)
+        gaussian = self.gaussian_conditional
+        scales, cdf = gaussian.scale_table, gaussian.quantized_cdf
+        updated = super().update(*args, **kwargs)
+        if cdf.numel() and torch.equal(gaussian.scale_table, scales) and not torch.equal(gaussian.quantized_cdf, cdf):
+            text = "tables of y that were fitted to photographs are replaced, and files made with them do not decode"
+            warnings.warn(f"update(force=True): {text}; without force they are kept", stacklevel=2)
+        return updated
 
     def set_tables_of_y(self, cdf: Tensor) -> None:
         """Code y with these tables, int32 `[levels, longest]`, of the lengths and offsets that `update()` gave them."""

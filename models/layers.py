@@ -14,7 +14,7 @@ from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from models.large.bands import Footprint, footprint, multiple
+from models.large.bands import Footprint, computes_whole, footprint, multiple
 
 # Elements that are computed at once, without gradients. On a CPU 1 MiB of input and 4 MiB of a transformer's hidden
 # layer stay in the cache; on a GPU the limit bounds the memory of large pictures.
@@ -24,8 +24,7 @@ MAX_WINDOWS = 2**16 - 1  # in one call: CUDA's attention kernels have as many bl
 __all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "SWAtten", "SubsampledConv", "SwinBlock"]
 
 
-@functools.lru_cache(maxsize=64)
-def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _find_cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The windows of a rows × cols grid that a cyclic shift cuts: their numbers, and the kind of cut.
 
     Kind 0 is the last row, 1 the last column, 2 both (the corner). Returns two int64 tensors `[rows + cols - 1]`.
@@ -37,10 +36,13 @@ def _cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Te
     return torch.cat((right, bottom, corner)), torch.cat(kinds)
 
 
+_cut_windows = functools.lru_cache(maxsize=64)(_find_cut_windows)
+
+
 def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """work(x), whose rows are independent; without gradients it is computed piece by piece."""
     chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
-    if torch.is_grad_enabled() or x.numel() <= chunk:
+    if computes_whole() or x.numel() <= chunk:
         return work(x)
     size = max(1, chunk * len(x) // x.numel())
     first = work(x[:size])
@@ -114,7 +116,8 @@ class WMSA(nn.Module):
         if s:
             # A mask for all windows would be as large as all scores. Instead one bias is broadcast to all windows,
             # and the few that the shift cut are computed again with their masks.
-            number, kind = _cut_windows(rows, cols, x.device)
+            cut = _find_cut_windows if torch.compiler.is_compiling() else _cut_windows  # a trace's stay out
+            number, kind = cut(rows, cols, x.device)
             index = (torch.arange(B, device=x.device)[:, None] * (rows * cols) + number).flatten()
             mask = (bias + self.cut_mask[kind]).repeat(B, 1, 1, 1)
             out = out.index_copy(0, index, self._attend(windows[index], mask).to(out.dtype))
@@ -137,10 +140,14 @@ class WMSA(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on `[B, H, W, dim]`: x + msa(ln1(x)), then x + mlp(ln2(x))."""
+    """Pre-norm transformer block on `[B, H, W, input_dim]`: x + msa(ln1(x)), then x + mlp(ln2(x))."""
 
-    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float, type: str) -> None:
+    def __init__(
+        self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float, type: str = "W"
+    ) -> None:
         super().__init__()
+        if (dim := input_dim) != output_dim:
+            raise ValueError(f"a block adds to its input: output_dim is {input_dim} too, not {output_dim}")
         self.ln1 = nn.LayerNorm(dim)
         self.msa = WMSA(dim, dim, head_dim, window_size, type)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -166,7 +173,7 @@ class ConvTransBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dims = conv_dim, trans_dim
-        self.trans_block = Block(trans_dim, head_dim, window_size, drop_path, type)
+        self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
         self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
@@ -193,12 +200,12 @@ def _(layer: ConvTransBlock) -> Footprint:
 
 
 class SwinBlock(nn.Module):
-    """Two transformer blocks, windows aligned and then shifted, on `[B, dim, H, W]`."""
+    """Two transformer blocks, windows aligned and then shifted, on `[B, input_dim, H, W]`."""
 
-    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
+    def __init__(self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
         super().__init__()
-        self.block_1 = Block(dim, head_dim, window_size, drop_path, "W")
-        self.block_2 = Block(dim, head_dim, window_size, drop_path, "SW")
+        self.block_1 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "W")
+        self.block_2 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "SW")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.block_1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -216,23 +223,23 @@ class ResidualUnit(nn.Module):
 class SWAtten(AttentionBlock):
     """CompressAI's AttentionBlock whose gate looks through a SwinBlock (CVPR 2023, section 3.3).
 
-    `[B, in_channels, H, W]` to `[B, out_channels, H, W]`. With inter_dim the block works at that
-    width between two 1×1 convolutions; without, at in_channels, which must equal out_channels.
+    `[B, input_dim, H, W]` to `[B, output_dim, H, W]`. With inter_dim the block works at that
+    width between two 1×1 convolutions; without, at input_dim, which must equal output_dim.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, head_dim: int, window_size: int, drop_path: float,
+        self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float,
         inter_dim: int | None = 192,
     ) -> None:
-        if inter_dim is None and in_channels != out_channels:
-            raise ValueError(f"without inter_dim, in and out channels must agree ({in_channels}, {out_channels})")
-        width = in_channels if inter_dim is None else inter_dim
+        if inter_dim is None and input_dim != output_dim:
+            raise ValueError(f"without inter_dim, input_dim and output_dim must agree ({input_dim}, {output_dim})")
+        width = input_dim if inter_dim is None else inter_dim
         super().__init__(width)
         for unit in (*self.conv_a, *self.conv_b[:-1]):
             unit.__class__ = ResidualUnit
-        self.non_local_block = SwinBlock(width, head_dim, window_size, drop_path)
-        self.in_conv = nn.Identity() if inter_dim is None else conv1x1(in_channels, inter_dim)
-        self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, out_channels)
+        self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
+        self.in_conv = nn.Identity() if inter_dim is None else conv1x1(input_dim, inter_dim)
+        self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.in_conv(x)

@@ -18,7 +18,7 @@ MODULES = {name + form: module for name, module in BACKBONES.items() for form in
 MODULES["TCM_Mapped"] = "models.latent_map"
 PRESETS: dict[str, tuple[str, dict]] = {  # a fixed-rate class and the arguments that are not its defaults
     "depthconv": ("DepthConv", {}),
-    "full": ("TCM", {}),  # the published models with N = 64
+    "full": ("TCM", {"N": 64}),  # the smallest of the published models
     "hyperprior": ("Hyperprior", {}),  # CompressAI's mbt2018-mean, qualities 1 to 4
     "small": (
         "TCM",

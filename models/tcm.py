@@ -4,20 +4,28 @@ The networks of the paper, by the names of its published checkpoints. What is do
 """
 
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
-from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride, conv3x3, subpel_conv3x3
+from compressai.layers import ResidualBlockUpsample, ResidualBlockWithStride, conv1x1, conv3x3, subpel_conv3x3
+from compressai.models.base import SCALES_LEVELS, SCALES_MAX, SCALES_MIN, get_scale_table
+from compressai.models.utils import conv, find_named_buffer, find_named_module, update_registered_buffers
 from torch import Tensor, nn
 
 from models.codec import Codec, CodecConfig
+from models.coding.slice_coders import ste_round
 from models.lae import LAE, VariableRate, fcn, mask
 from models.large.bands import Recomputed
-from models.layers import ConvTransBlock, Float32Conv, SubsampledConv, SWAtten
+from models.layers import WMSA, Block, ConvTransBlock, Float32Conv, SubsampledConv, SWAtten, SwinBlock
 
-__all__ = ["LAE", "TCM", "TCM_VBR", "TCMConfig", "fcn", "mask"]
+__all__ = [
+    "LAE", "SCALES_LEVELS", "SCALES_MAX", "SCALES_MIN", "TCM", "TCM_VBR", "WMSA", "Block", "ConvTransBlock", "SWAtten",
+    "SwinBlock", "TCMConfig", "conv", "conv1x1", "fcn", "find_named_buffer", "find_named_module", "get_scale_table",
+    "mask", "ste_round", "update_registered_buffers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,10 @@ class TCMConfig(CodecConfig):
         config: blocks in the three stages of `g_a`, then of `g_s`.
         head_dim: attention head width in those six stages; each divides N.
         drop_path_rate: stochastic depth, rising linearly to this over the blocks of `g_a` and `g_s`.
-        N: half the width of the transforms, a multiple of 32.
+        N: half the width of the transforms, a multiple of 32. The published models have 64, 96 or 128.
         M: latent channels; M/2 is a multiple of 32, and num_slices divides M.
         num_slices: slices S of the channel-wise autoregression.
-        max_support_slices: decoded slices that a slice may look at, 0 … S.
+        max_support_slices: decoded slices that a slice may look at, 0 … S; negative: all.
         hyper_channels: channels of z.
         inter_dim: width of the slices' SWAtten; None for the full width of its input.
         slice_widths: the two inner widths of the slice transforms.
@@ -43,7 +51,7 @@ class TCMConfig(CodecConfig):
     config: Sequence[int] = (2, 2, 2, 2, 2, 2)
     head_dim: Sequence[int] = (8, 16, 32, 32, 16, 8)
     drop_path_rate: float = 0.0
-    N: int = 64
+    N: int = 128
     M: int = 320
     num_slices: int = 5
     max_support_slices: int = 5
@@ -55,6 +63,8 @@ class TCMConfig(CodecConfig):
         for name in ("config", "head_dim", "slice_widths"):
             object.__setattr__(self, name, list(getattr(self, name)))
         object.__setattr__(self, "drop_path_rate", float(self.drop_path_rate))
+        if self.max_support_slices < 0:
+            object.__setattr__(self, "max_support_slices", self.num_slices)
         N = self.N
         M = self.M
         S = self.num_slices
@@ -152,13 +162,17 @@ def _slice_transforms(in_ch: int, widths: Sequence[int], out_ch: int) -> nn.Sequ
 class TCM(Codec):
     """Mixed transformer-CNN image codec with channel-wise autoregression, at one fixed rate.
 
-    Args: a `TCMConfig`, or its fields by position or name, which is the published form of the call.
+    Args: a `TCMConfig`, or its fields by position or name, which is the published form of the call. Other names are
+    ignored with a warning, as the published constructor takes any.
     """
 
     Config = TCMConfig
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, window_size: int = 8, **kwargs) -> None:
+        _need(window_size == 8, f"window_size is 8 in every TCM, not {window_size}")
+        if unknown := kwargs.keys() - {field.name for field in fields(TCMConfig)}:
+            warnings.warn(f"ignored, as a TCM has no such argument: {', '.join(sorted(unknown))}", stacklevel=2)
+        super().__init__(*args, **{name: value for name, value in kwargs.items() if name not in unknown})
         c = self.config
         M = c.M
         self.N = N = c.N

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import gzip
+import json
 import os
 import pickle
 import re
@@ -238,7 +239,7 @@ def test_wrong_weights_are_explained(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=r"w.pth.tar: .*1 missing: g_s.0.conv.bias"):
         load_model(tmp_path / "w.pth.tar")
     torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
-    with pytest.raises(CheckpointError, match=r"v.pth.tar"):
+    with pytest.raises(CheckpointError, match=r"v.pth.tar: ignored, as a TCM has no such argument: sides"):
         load_model(tmp_path / "v.pth.tar")
 
 
@@ -275,6 +276,15 @@ def test_what_cannot_be_written_is_said_before_the_work(script, option, photos, 
         with pytest.raises(OSError, match=r"is no folder|is a folder"):
             script.main(["-d", str(photos), "--checkpoint", checkpoint, option, str(path)])
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("script", [eval_vbr, online_training_vbr])
+def test_json_to_standard_output_is_alone_there(script, photos, checkpoint, tmp_path, capsys):
+    more = ["-t", "0"] if script is online_training_vbr else ["--report", str(tmp_path / "page")]
+    script.main(["-d", str(photos / "p0.png"), "--checkpoint", checkpoint, "-l", "1", "--json", "-", *more])
+    told = capsys.readouterr()
+    assert json.loads(told.out)["images"][0]["image"] == "p0.png"
+    assert "mean of 1" in told.err and not Path("-").exists()
 
 
 def test_a_folder_that_nobody_may_write_to_is_named(tmp_path, monkeypatch):

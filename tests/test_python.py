@@ -53,7 +53,7 @@ def test_other_pictures_are_one_line_that_says_what_is_taken(tiny, picture, chan
         encode(tiny, change(picture), REQUEST)
 
 
-def test_wrong_arguments_say_what_is_taken(tiny, picture):
+def test_wrong_arguments_say_what_is_taken(tiny, picture, image):
     with pytest.raises(ValueError, match=r"EncodeRequest\(index=2.5\), not 2.5"):
         encode(tiny, picture, 2.5)
     with pytest.raises(ValueError, match="takes the bytes of a file, not 'photo.tvbr'"):
@@ -61,14 +61,23 @@ def test_wrong_arguments_say_what_is_taken(tiny, picture):
     data = encode(tiny, picture, REQUEST).data
     for other in (bytearray, memoryview):
         assert torch.equal(decode(tiny, other(data)), decode(tiny, data))
+    coded = tiny.compress(image, 2.0)
+    latents = torch.zeros(1, 64, 8, 16), torch.zeros(1, 32, 2, 4)
     for convert in ("half", "double", "bfloat16"):
         converted = getattr(copy.deepcopy(tiny), convert)()
-        with pytest.raises(ValueError, match=r"model.float\(\)"):
-            encode(converted, picture, REQUEST)
-        with pytest.raises(ValueError, match=r"model.float\(\)"):
-            converted(torch.zeros(1, 3, 128, 128), 2.0)
-    with pytest.raises(ValueError, match=r"is \[B, 1, 8, 8\], not \[1, 1, 3, 3\]"):
-        tiny(torch.zeros(1, 3, 128, 128), torch.full((1, 1, 3, 3), 2.0))
+        for use in (
+            lambda m: encode(m, picture, REQUEST), lambda m: decode(m, data), lambda m: m.decompress(**coded),
+            lambda m: m(image, 2.0), lambda m: m.forward_fromlatent(*latents, 2.0),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=r"model.float\(\)"):
+                use(converted)
+    other = torch.full((1, 1, 3, 3), 2.0)
+    for use in (
+        lambda: tiny(image, other), lambda: tiny.decompress(coded["strings"], coded["shape"], other),
+        lambda: tiny.test_fromlatent(*latents, other),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"is \[B, 1, 8, 16\], not \[1, 1, 3, 3\]"):
+            use()
 
 
 # Autocast and inference mode --------------------------------------------------------------------

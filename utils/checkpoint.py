@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from models import Codec, VariableRate
 from models.lambdas import LADDERS
 from models.registry import model_class, recognize
-from models.state_dict import find_state_dict
+from models.state_dict import find_state_dict, without_tables
 from utils.errors import UserError
 from utils.files import BUNDLED, atomic_write, is_special
 
@@ -59,8 +60,8 @@ def export_model(
     halves = {name: t.cpu().half() if name in weights else t.cpu() for name, t in model.state_dict().items()}
     with torch.random.fork_rng(devices=[]):  # a run that saves draws the same random numbers as one that does not
         rounded = type(model)(**model.arguments)
-    rounded.load_state_dict(halves)
-    rounded.update(force=True)
+    rounded.load_state_dict(without_tables(halves))
+    rounded.update()
     if fit:
         fit(rounded.eval())
     state = {name: t.cpu().half() if name in weights else t.cpu() for name, t in rounded.state_dict().items()}
@@ -153,11 +154,13 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
         if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
             return _checked(recognize(state).from_state_dict(state), path)
         cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
-        model = cls(**checkpoint["arguments"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "ignored, as a TCM")  # a file of a later version may be another network
+            model = cls(**checkpoint["arguments"])
         model.load_state_dict(state)
         model.metric = metric
         return _checked(model.eval(), path)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UserWarning) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

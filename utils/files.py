@@ -5,9 +5,10 @@ import errno
 import json
 import math
 import os
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,6 +147,26 @@ def write_json(path: str | Path, value: dict | list) -> None:
     """Write whole or not at all, as JSON."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1).encode())
+
+
+@contextlib.contextmanager
+def json_output(path: str | None) -> Iterator[Callable[[dict | list], None]]:
+    """A function that writes results to the file of --json, each time anew; without a path it does nothing.
+
+    The path is checked before the work. `-` is standard output, which then has the last results and nothing else:
+    what is printed meanwhile goes to standard error.
+    """
+    if path != "-":
+        check_output_file(path)
+        yield lambda value: write_json(path, value) if path else None
+        return
+    results: list[dict | list] = []
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield results.append
+    finally:
+        for value in results[-1:]:
+            print(json.dumps(value, indent=1))
 
 
 def remove_left_over(folder: Path, names: str) -> None:

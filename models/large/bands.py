@@ -120,6 +120,12 @@ def latent_height(width: int) -> int:
     return max(8, LATENTS // width // 8 * 8)
 
 
+def computes_whole() -> bool:
+    """Whether tensors of any size are computed at once: with gradients, and in graphs that torch.export makes."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former came with PyTorch 2.7
+    return torch.is_grad_enabled() or exporting()
+
+
 class Recomputed:
     """layers(x), recomputed in bands at each read.
 

@@ -56,3 +56,15 @@ def test_json_with_a_mark_of_its_bytes_is_read(tmp_path, capsys):
     file.write_text(json.dumps({"name": "x", "results": results}), "utf-8-sig")
     bd_rate.main(["--anchor", str(file), "--test", str(file)])
     assert "BD-rate: +0.00 %" in capsys.readouterr().out and read_codecs(str(file))
+
+
+def test_other_pictures_are_noted(tmp_path, capsys):
+    results = {"bpp": [0.1, 0.3, 0.5, 0.8], "psnr-rgb": [28.0, 29.5, 32.0, 34.0]}
+    for name, pictures in (("a", ["x", "y"]), ("b", ["y", "x"]), ("c", ["x"]), ("d", None)):
+        images = {} if pictures is None else {"images": [{"image": picture} for picture in pictures]}
+        (tmp_path / name).write_text(json.dumps({"name": name, "results": results} | images))
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    bd_rate.main(["--anchor", a, d, "--test", b])
+    assert not capsys.readouterr().err
+    bd_rate.main(["--anchor", a, "--test", d, c])
+    assert capsys.readouterr().err == f"note: {c}: measured on other pictures than {a}\n"

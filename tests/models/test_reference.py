@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden.json"
 def test_every_name_and_shape_is_the_published_one(name):
     with gzip.open(HERE / "state_dict_shapes.json.gz") as file:
         published = json.load(file)[f"{name}(N=64, M=320)"]
-    assert {key: list(value.shape) for key, value in MODELS[name]().state_dict().items()} == published
+    assert {key: list(value.shape) for key, value in MODELS[name](N=64).state_dict().items()} == published
 
 
 def close(ours: torch.Tensor, theirs: np.ndarray) -> bool:
@@ -39,7 +39,7 @@ def run_case(case: dict, folder: Path, image: torch.Tensor) -> float:
         image: uint8 `[3, H, W]`, of which the case is a crop.
     """
     arguments = {key: case[key] for key in ("num_slices", "max_support_slices") if key in case}
-    model = MODELS[case["model"]](**arguments).eval()
+    model = MODELS[case["model"]](N=64, **arguments).eval()
     fill_weights(model.state_dict(), case["seed"])
     model.update(force=True)
     top, left = case["top"], case["left"]

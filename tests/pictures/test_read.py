@@ -146,6 +146,11 @@ def test_color_chunks_of_png(smooth):
     assert np.array_equal(unknown, only) and not np.array_equal(only, as_it_is) and not notes
     pixels, notes = read(png(smooth, (b"cICP", bytes([1]))))
     assert np.array_equal(pixels, as_it_is) and "cICP is broken" in notes[0]
+    for kind, data in ((b"cHRM", bytes(32)), (b"cHRM", b"\0\1" * 16), (b"gAMA", bytes(4)), (b"gAMA", b"\xff" * 4)):
+        pixels, notes = read(png(smooth, (kind, data)))
+        assert np.array_equal(pixels, as_it_is) and notes == [
+            "its color chunks make no sense: its samples are taken as sRGB"
+        ]
 
 
 def test_primaries_are_converted_as_imagecms_converts_a_profile_of_them():
@@ -305,12 +310,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     [
         chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(80_000_000))), chunk(b"gAMA", b"\0"), chunk(b"cHRM", b"\0"),
         chunk(b"sRGB", b""), chunk(b"pHYs", b"\0"), chunk(b"acTL", b"1"), chunk(b"tRNS", b"1"), chunk(b"eXIf", b"zz"),
+        chunk(b"iCCP", b"x\0\0no zlib"), chunk(b"iCCP", b"x\0\7"), chunk(b"iCCP", b"no end"),
     ],
-    ids=["large iCCP", "gAMA", "cHRM", "sRGB", "pHYs", "acTL", "tRNS", "eXIf"],
+    ids=["large iCCP", "gAMA", "cHRM", "sRGB", "pHYs", "acTL", "tRNS", "eXIf", "iCCP", "method", "name"],
 )
 def test_a_png_whose_ancillary_chunks_are_broken_is_read_with_a_note(broken):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     png, notes = png_bytes(pixels), []
     found = read_pixels(png[:33] + broken + png[33:], note=lambda text, once=False: notes.append(text))
     assert np.array_equal(found, pixels)
-    assert len(notes) == 1 and "damaged and ignored" in notes[0]
+    assert len(notes) == 1 and "damaged and ignored" in notes[0] and "object at" not in notes[0]

@@ -391,7 +391,7 @@ def uninterrupted(made_photos, checkpoint, tmp_path_factory) -> tuple[dict, list
 
 def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, uninterrupted, losses, monkeypatch):
     whole, expected = uninterrupted
-    more = ["--checkpoint", checkpoint, "--max-steps", 8]
+    more = ["--checkpoint", shutil.copy(checkpoint, tmp_path / "start"), "--max-steps", 8]
     step = Trainer.step
 
     def interrupted(self):
@@ -405,7 +405,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(photos, checkpoint, tmp_path, un
     with pytest.raises(KeyboardInterrupt):
         train(photos, tmp_path / "parts", *more)
     monkeypatch.setattr(Trainer, "step", step)
-    parts = train(photos, tmp_path / "parts", "--checkpoint", "moved away since", "--max-steps", 8, "--resume")
+    (tmp_path / "start").unlink()  # it may have been moved away since
+    parts = train(photos, tmp_path / "parts", *more, "--resume")
     assert losses[:4] == expected[:4] and losses[4:] == expected[3:]
     assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
     assert whole["progress"]["step"] == parts["progress"]["step"] == 8
@@ -580,6 +581,33 @@ def test_resuming_with_another_batch_size_and_a_torn_line(photos, checkpoint, tm
     assert "batch_size was 1 in this run and is 4 from here on" in capsys.readouterr().out
     assert state["optimizers"]["aux"]["param_groups"][0]["lr"] == 0.5
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "validation.jsonl").open()] == [6, 8]
+
+
+def test_what_differs_from_the_run_that_is_resumed_is_said(photos, checkpoint, tmp_path, capsys):
+    more = ["--checkpoint", checkpoint, "--val", photos / "p0.png"]
+    train(photos, tmp_path / "run", *more, "--max-steps", 1)
+    train(photos, tmp_path / "run", *more, "--max-steps", 2, "--resume")
+    assert "ed_on was" not in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="this run began with .*tiny.pth.tar, and --resume goes on from its own"):
+        train(photos, tmp_path / "run", "--checkpoint", photos / "p0.png", "--max-steps", 3, "--resume")
+    (photos / "p7.png").unlink()
+    train(photos, tmp_path / "run", "--val", photos / "p0.png", "--max-steps", 3, "--resume")
+    told = capsys.readouterr().out
+    assert "note: trained_on was 7 photographs (" in told and "and is 6 photographs (" in told
+    assert "validated_on was" not in told
+    train(photos, tmp_path / "run", "--val", photos / "p0.png", "--max-steps", 4, "--val-size", 256, "--resume")
+    told = capsys.readouterr()
+    assert ") at 128 in this run and is 1 photographs (" in told.out
+    assert "--val-size 256: 1 of 1 photographs to validate on are smaller" in told.err
+
+
+def test_a_file_in_place_of_the_folder_is_told_before_the_work(photos, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "run").write_text("")
+    monkeypatch.setattr("utils.pictures.find_images", lambda *_: pytest.fail("the work has begun"))
+    for more in (["-e", 1], ["--stage", "tables", "--checkpoint", checkpoint]):
+        with pytest.raises(NotADirectoryError, match="is no folder.*run"):
+            train_vbr.main(arguments(photos, tmp_path / "run", *more))
+    assert (tmp_path / "run").read_text() == ""
 
 
 def test_a_picture_is_not_worth_a_run(photos, checkpoint, tmp_path, capsys):

@@ -10,7 +10,7 @@ and the file is decoded. σ may differ by less than ε, relatively (models/codin
 import argparse
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from utils.checkpoint import load_model
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
-from utils.files import BUNDLED, check_output_file, write_json
+from utils.files import BUNDLED, json_output
 from utils.images import center_crop, read_image
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, metavar="N", help="the middle N×N pixels of the pictures (default: all of them)")
     add("--compile", action="store_true", help="torch.compile too: minutes, for every size of picture")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights")
-    add("--json", metavar="FILE", help="write the figures")
+    add("--json", metavar="FILE", help="write the figures; - is standard output")
     return parser.parse_args(argv)
 
 
@@ -104,9 +104,8 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
     return errors, float((other_mu.double() - mu).abs().max()), differing, decoded
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    check_output_file(args.json)
+def run(args: argparse.Namespace, write_json: Callable[[dict], None]) -> None:
+    """Compare the settings, and print the table."""
     warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # when a flag is set back
     images = [read_image(path) for path in find_images_or_samples(args.data)]
     model = load_model(args.checkpoint)
@@ -134,8 +133,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<22} {figures} {sum(differing):7d} {max(differing):5d} {sum(decoded)}/{len(files)}")
     where = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"ε = {model.epsilon:g}; {len(images)} pictures, indexes {args.index}; {where}")
-    if args.json:
-        write_json(args.json, results)
+    write_json(results)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with json_output(args.json) as write_json:
+        run(args, write_json)
 
 
 if __name__ == "__main__":

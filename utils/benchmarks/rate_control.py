@@ -5,6 +5,7 @@
 
 import argparse
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, Target
 from utils.device import clock, pick_device, timed
 from utils.evaluation.results import short_names
-from utils.files import BUNDLED, check_output_file, write_json
+from utils.files import BUNDLED, json_output
 from utils.images import read_image
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
     add("--targets", type=int, default=5, metavar="N", help="targets per picture and mode")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
-    add("--json", metavar="FILE", help="write every target, size and time")
+    add("--json", metavar="FILE", help="write every target, size and time; - is standard output")
     add_map_arguments(parser)
     cli.add_device_argument(parser)
     args = parser.parse_args(argv)
@@ -76,9 +77,8 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    check_output_file(args.json)
+def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
+    """Measure the modes, and print the table."""
     device = pick_device(args.device)
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
@@ -100,8 +100,13 @@ def main(argv: list[str] | None = None) -> None:
         share = statistics.median(row["trial_seconds"] / row["encode_seconds"] for row in chosen)
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")
     print(f"{len(paths)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
-    if args.json:
-        write_json(args.json, rows)
+    write_json(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with json_output(args.json) as write_json:
+        run(args, write_json)
 
 
 if __name__ == "__main__":

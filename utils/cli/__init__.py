@@ -35,7 +35,7 @@ class _WithoutMeaning(argparse.Action):
 def accept_published(parser: argparse.ArgumentParser, *names: str) -> None:
     """Accept options of published scripts that have no meaning here, with or without a value; each is noted."""
     for name in names:
-        parser.add_argument(name, nargs="?", action=_WithoutMeaning, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(name, nargs="*", action=_WithoutMeaning, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def whole_number(text: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from models import STRIDE
 from utils import cli
 from utils.errors import UserError
+from utils.files import check_output_folder
 from utils.training.schedule import Settings
 
 MAX_VALIDATION = 24  # photographs, where none are named
@@ -60,7 +61,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     cli.add_device_argument(run, published=True)
     # Names of published scripts.
     parser.add_argument("--batch_size", dest="batch_size", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    cli.accept_published(parser, "--save", "--test-batch-size", "--test_batch_size", "--skip_epoch", "--continue_train", "--lr_epoch")
+    cli.accept_published(parser, "--save", "--test-batch-size", "--test_batch_size", "--skip_epoch", "--continue_train", "--lr_epoch", "-m", "--model")
 
 
 def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
@@ -102,6 +103,7 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
         raise UserError("--seed and --num-workers must not be negative")
+    check_output_folder(args.save_path, make=False)
     last = Path(args.save_path) / "last.pth.tar"
     if args.resume and not last.is_file():
         raise UserError(f"{last}: nothing to resume")

@@ -1,7 +1,8 @@
 """A training run from its arguments: photographs, objective, first weights, trainer."""
 
 import argparse
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from utils.device import choose_kernels_for_training
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import center_crop
+from utils.messages import print_note
 from utils.pictures import ImageError, find_images, part_of_data_set
 from utils.training.objectives import Objective
 from utils.training.patches import (
@@ -55,6 +57,12 @@ def train(
     state = read_run(folder) if args.resume else None
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
+    if state and hasattr(args, "checkpoint"):
+        began_with = state.get("checkpoint", args.checkpoint)
+        if args.checkpoint not in (None, began_with):
+            told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
+            raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
+        args.checkpoint = began_with
     settings = make_settings(args, context.world_size)
     objective, history = make_objective(args, settings, context, state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
@@ -82,9 +90,15 @@ def train(
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=quiet)
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs
+    if context.is_main and (small := sum(min(image.shape[1:]) < args.val_size for image in validation)):
+        text = f"{small} of {len(validation)} photographs to validate on are smaller, and are cropped to what they have"
+        print_note(f"--val-size {args.val_size}", text)
 
+    settings.trained_on = describe(paths)
+    settings.validated_on = f"{describe(held_out)} at {args.val_size}"
     photographs = Photographs(dataset, validation, args.num_workers)
     trainer = Trainer(objective, photographs, folder, context, history)
+    trainer.checkpoint = getattr(args, "checkpoint", None)
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers
@@ -95,6 +109,12 @@ def train(
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
         print(f"{result}: {weights}{older}")
+
+
+def describe(paths: Sequence[Path]) -> str:
+    """Photographs by their number, and a hash of their names and sizes."""
+    files = "".join(f"{path.name} {path.lstat().st_size}\n" for path in paths)
+    return f"{len(paths)} photographs ({hashlib.blake2b(files.encode(errors='replace'), digest_size=4).hexdigest()})"
 
 
 def check_last_part(paths: list[Path], cache: dict, args: argparse.Namespace) -> None:

@@ -25,9 +25,10 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
         ValueError: the picture has no room in memory, or a stream is longer than its symbols can be.
     """
     if not isinstance(data, (bytes, bytearray, memoryview, CodedImage)):
-        raise ValueError(f"decode takes the bytes of a file, not {data!r}: Path(...).read_bytes()")
+        raise ValueError(f"decode takes the bytes of a file, not {data!r:.60}: Path(...).read_bytes()")
     coded = data if isinstance(data, CodedImage) else unpack(bytes(data), max_pixels)
     if coded.fingerprint != model.fingerprint:
+        model.check_precision()
         theirs = coded.fingerprint.hex()
         ours = model.fingerprint.hex()
         raise BitstreamError(f"encoded with other weights (fingerprint {theirs}, not {ours})")

@@ -105,7 +105,7 @@ def encode(
         ValueError: the picture cannot be coded, is of another form, or has no room in memory.
     """
     if not isinstance(request, EncodeRequest):
-        raise ValueError(f"encode takes an EncodeRequest, as EncodeRequest(index=2.5), not {request!r}")
+        raise ValueError(f"encode takes an EncodeRequest, as EncodeRequest(index=2.5), not {request!r:.60}")
     image = as_picture(image).to(model.medians.device)
     model.check_precision()
     variable = isinstance(model, VariableRate)

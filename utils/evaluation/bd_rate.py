@@ -34,20 +34,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_curve(files: list[str], metric: str) -> tuple[Curve, Curve]:
-    """Points (bpp, quality in dB), as `rising` returns them.
+def read_points(file: str, metric: str) -> tuple[Curve, set[str]]:
+    """Points (bpp, quality in dB) of a file, and the names of the pictures that they are of, where it has them.
 
     Raises:
         UserError: names the file that holds no such curve.
     """
-    points = []
-    for file in files:
-        try:
-            points += points_of(read_json(file), metric)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            cause = f"no {metric}" if isinstance(error, KeyError) else error
-            raise UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
-    return rising(points)
+    try:
+        codec = read_json(file)
+        return points_of(codec, metric), pictures(codec) if "images" in codec else set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = f"no {metric}" if isinstance(error, KeyError) else error
+        raise UserError(f"{file}: not a file of rate-distortion results ({cause})") from None
+
+
+def pictures(codec: dict) -> set[str]:
+    """Names of the pictures that a codec was measured on."""
+    return {row["image"] for row in codec["images"]}
 
 
 def points_of(codec: dict, metric: str) -> Curve:
@@ -138,8 +141,13 @@ def summary(anchor: Curve, test: Curve, metric: str = "psnr", method: str = "aki
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     curves = []
+    measured = {file: read_points(file, args.metric) for file in (*args.anchor, *args.test)}
+    known = [(file, names) for file, (_, names) in measured.items() if names]
+    for file, names in known[1:]:
+        if names != known[0][1]:
+            cli.print_note(file, f"measured on other pictures than {known[0][0]}")
     for name, files in (("anchor", args.anchor), ("test", args.test)):
-        curve, beaten = read_curve(files, args.metric)
+        curve, beaten = rising(point for file in files for point in measured[file][0])
         curves.append(curve)
         print(f"{name}: " + ", ".join(f"{bpp:.4f} bpp {quality:.2f} dB" for bpp, quality in curve))
         for bpp, quality in beaten:

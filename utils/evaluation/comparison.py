@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from models.lambdas import LADDERS
 from utils.errors import UserError
-from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, points_of, rising
+from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, pictures, points_of, rising
 from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mse_of_psnr
 from utils.files import finite, read_json
 from utils.messages import print_note
@@ -159,11 +159,6 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
     for file, codecs in files:
         add_codecs(found, file, codecs)
     return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
-
-
-def pictures(codec: dict) -> set[str]:
-    """Names of the pictures in the results of a codec."""
-    return {row["image"] for row in codec["images"]}
 
 
 def is_kodak(codec: dict) -> bool:

@@ -1,6 +1,7 @@
 """Does R = Σ log2 m + C hold? Bits at 21 indexes against the R-λ model (TCSVT 2025), image by image."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from utils.codec.rate_control import FIRST_INDEX
 from utils.errors import UserError
 from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import TextColumn, TextTable
-from utils.files import atomic_write, finite, write_json
+from utils.files import atomic_write, finite
 
 INDEXES = np.linspace(0, MAX_INDEX, 21)
 FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
@@ -139,8 +140,8 @@ def draw(studies: list[Study]) -> Figure:
     return figure
 
 
-def run(model: VariableRate, paths: list[Path], picture: Path, json: str | None) -> int:
-    """Study pictures; print the table, and write the plot and, where a file is named, JSON. Returns the exit status.
+def run(model: VariableRate, paths: list[Path], picture: Path, write_json: Callable[[dict], None]) -> int:
+    """Study pictures; print the table, and write the plot and the figures. Returns the exit status.
 
     Raises:
         UserError: none of the pictures could be measured.
@@ -152,8 +153,7 @@ def run(model: VariableRate, paths: list[Path], picture: Path, json: str | None)
     print(table(found["means"]))
     with own_style(), atomic_write(picture) as file:
         draw(studies).savefig(file, format="png", dpi=90)
-    if json:
-        write_json(json, found)
+    write_json(found)
     return 0 if len(studies) == len(paths) else 1
 
 

@@ -52,8 +52,8 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
         data: the bytes of its file.
         note: called with a line where a profile cannot be used.
     """
-    cicp = _png_cicp(data) if image.format == "PNG" else b""
-    if cicp and len(cicp) != 4:
+    cicp = _png_cicp(data) if image.format == "PNG" else None
+    if cicp is not None and len(cicp) != 4:
         note("its chunk cICP is broken and was ignored")
     elif cicp:
         primaries = PRIMARIES.get(cicp[0])
@@ -69,18 +69,23 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
             return _by_profile(image, profile)
         except Exception as error:  # damaged, or of another kind of picture
             note(f"its color profile cannot be used, and its samples are taken as sRGB ({error})")
+    elif "icc_profile" in image.info:  # of a PNG, and Pillow could not unpack it
+        note("its color profile is damaged and ignored")
     rgb = _plain(image)
     gamma = image.info.get("gamma")
     chromaticity = image.info.get("chromaticity")
-    if image.format != "PNG" or profile or "srgb" in image.info or not (gamma or chromaticity):
+    if image.format != "PNG" or profile or "srgb" in image.info or gamma is chromaticity is None:
         return rgb
     primaries = tuple(chromaticity) if chromaticity else SRGB
-    usual = not gamma or abs(gamma - 0.45455) < 0.005  # the value that programs write for sRGB
+    usual = gamma is None or abs(gamma - 0.45455) < 0.005  # the value that programs write for sRGB
     if usual and np.allclose(primaries, SRGB, atol=2e-3):
         return rgb
     try:
-        return _convert(rgb, primaries, _srgb if usual else _power(1 / gamma))
-    except (np.linalg.LinAlgError, ZeroDivisionError):
+        if not (usual or 0.05 <= gamma <= 20) or max(primaries) > 1:
+            raise FloatingPointError
+        with np.errstate(divide="raise", invalid="raise"):
+            return _convert(rgb, primaries, _srgb if usual else _power(1 / gamma))
+    except (np.linalg.LinAlgError, FloatingPointError):
         note("its color chunks make no sense: its samples are taken as sRGB")
         return rgb
 
@@ -112,10 +117,10 @@ def _largest_difference(a: Image.Image, b: Image.Image) -> int:
     return max(int(np.abs(one - other).max()) for one, other in pairs)
 
 
-def _png_cicp(data: bytes) -> bytes:
-    """The content of a PNG file's cICP chunk, which stands before the pixels; empty where there is none."""
+def _png_cicp(data: bytes) -> bytes | None:
+    """The content of a PNG file's cICP chunk, which stands before the pixels; None where there is none."""
     before = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
-    return next((data[start + 8 : end - 4] for kind, start, end in before if kind == b"cICP"), b"")
+    return next((data[start + 8 : end - 4] for kind, start, end in before if kind == b"cICP"), None)
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -95,7 +95,8 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
             if bare != data:
                 with contextlib.suppress(Exception):  # then these are not the cause
                     pixels = _decode(bare, background, max_pixels, note)
-                    note(f"its {what} damaged and ignored ({error})")
+                    known = not isinstance(error, Image.UnidentifiedImageError)  # whose text names an object of Python
+                    note(f"its {what} damaged and ignored{f' ({error})' if known else ''}")
                     return pixels
         raise
 

@@ -89,6 +89,7 @@ class Trainer:
         self.folder = folder
         self.context = context
         self.history = list(history)
+        self.checkpoint: str | None = None  # that the run began with
         self.device = context.device
         self.progress = Progress()
         self.finished = False  # whether the weights for use are those of the last step
@@ -392,6 +393,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "settings": asdict(self.settings),
             "objective": self.objective.describe(),
+            "checkpoint": self.checkpoint,
             "training": [*self.history, self.record({"step": self.progress.step, "patches": self.progress.patches})],
             "history": len(self.history),  # records of "training" that are of earlier runs
         }
