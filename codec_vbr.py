@@ -14,6 +14,7 @@ or not at all. What cannot be coded is named, the others go on, and the exit sta
 """
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -63,9 +64,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_request_arguments(encoder, several=False, steps=0)
     add_map_arguments(encoder)
     add("--background", default="white", metavar="COLOR", help="color under transparent pixels, by name or as #rrggbb")
+    add("--checkpoint", type=Path, default=BUNDLED, metavar="FILE", help="weights")
     add("--verify", action="store_true", help="decode every file again and compare it with what the encoder saw")
     _add_common(encoder)
     decoder = command("decode", "Decode files to PNG.", f"files, folders of {SUFFIX} files (searched recursively), or -")
+    decoder.add_argument("--checkpoint", type=Path, metavar="FILE", help=f"weights (default: of those in {BUNDLED.parent.name}/ the ones that made the file)")
     _add_common(decoder)
     command("info", "Show what the headers say; needs no weights.", "files, folders, or -")
     args = parser.parse_args(argv)
@@ -85,7 +88,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", metavar="OUT", help="file, - for standard output, or folder")
     add("--force", action="store_true", help="overwrite")
-    add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights, the same for encoding and decoding")
     cli.add_device_argument(parser)
     add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse larger pictures, as they may be an attack")
     add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
@@ -211,12 +213,12 @@ def describe(result: "EncodeResult", has_target: bool, width: int, height: int) 
     return ", ".join(parts)
 
 
-def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Callable[[], "Codec"]) -> str:
+def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Callable[..., "Codec"]) -> str:
     """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
     if str(source) == "-":
         load()  # first, while what is piped in is being made
     coded = unpack(read_bytes(source), int(args.max_megapixels * 1e6))
-    model = load()
+    model = load(coded.fingerprint)
     from utils.codec.decode import decode
     from utils.device import timed
     from utils.images import to_pixels
@@ -256,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         work = [(source, target) for source, target in work if target not in done]
 
     @functools.cache
-    def load() -> "Codec":
+    def load_from(path: Path) -> "Codec":
         import torch
 
         from models import VariableRate
@@ -266,13 +268,28 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         variable_rate = args.command == "encode" and args.request.needs_variable_rate
         try:
-            model = load_model(args.checkpoint, pick_device(args.device), variable_rate)
+            model = load_model(path, pick_device(args.device), variable_rate)
         except (OSError, ValueError) as error:  # not of the picture that is waiting for it
-            raise cli.UserError(f"{args.checkpoint}: {error}") from None
+            raise cli.UserError(f"{path}: {error}") from None
         if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
-            raise cli.UserError(f"{args.checkpoint}: a fixed-rate model has no rate index; leave out -l")
-        print_weights(args.checkpoint)
+            raise cli.UserError(f"{path}: a fixed-rate model has no rate index; leave out -l")
         model.prepare()
+        return model
+
+    tell = functools.cache(print_weights)
+
+    def load(fingerprint: bytes | None = None) -> "Codec":
+        """The weights that made a file, or the first ones where it is not known yet or none of them did."""
+        path = args.checkpoint or BUNDLED
+        model = load_from(path)
+        if not args.checkpoint and fingerprint not in (None, model.fingerprint):
+            for other in sorted(BUNDLED.parent.iterdir()):
+                with contextlib.suppress(cli.UserError):  # whatever else lies there
+                    if load_from(other).fingerprint == fingerprint:
+                        path = other
+                        model = load_from(other)
+                        break
+        tell(path)
         return model
 
     jobs = [(source, functools.partial(code, source, target, args, load)) for source, target in work]
