@@ -1,10 +1,11 @@
-"""The shipped weights: size and training record of the file, and more bits at every higher index."""
-
+"""The shipped weights: size and training record of the files, and more bits at every higher index."""
 
 import pytest
 import torch
+from PIL import Image
 
-from models import TCM_VBR
+import codec_vbr
+from models import VariableRate
 from models.lambdas import LADDER
 from models.registry import from_preset
 from utils.checkpoint import load_model, read_checkpoint
@@ -14,10 +15,17 @@ from utils.files import BUNDLED
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
 
+SHIPPED = {"depthconv": BUNDLED, "small": BUNDLED.with_name("tcm_vbr_small.pth.tar")}  # by preset
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def preset(request) -> str:
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def bundled() -> TCM_VBR:
-    return load_model(BUNDLED)
+def bundled(preset) -> VariableRate:
+    return load_model(SHIPPED[preset])
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +34,28 @@ def photo() -> torch.Tensor:
     return read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
 
 
-def test_the_file(bundled):
-    assert BUNDLED.stat().st_size <= 28e6
-    checkpoint = read_checkpoint(BUNDLED)
+def test_the_file(bundled, preset):
+    assert SHIPPED[preset].stat().st_size <= 30e6
+    checkpoint = read_checkpoint(SHIPPED[preset])
     assert checkpoint["lambdas"] == list(LADDER)
-    assert checkpoint["state_dict"]["g_a.0.conv1.weight"].dtype == torch.float16
+    assert {checkpoint["state_dict"][name].dtype for name, _ in bundled.named_parameters()} == {torch.float16}
     assert checkpoint["state_dict"]["gaussian_conditional._quantized_cdf"].numel() > 0
     *_, joint = (record for record in checkpoint["training"] if record["stage"] == "joint")
     assert {"patches", "minutes", "machine", "bpp", "psnr", "loss"} <= set(joint)
-    assert bundled.arguments == from_preset("small").arguments
+    assert bundled.arguments == from_preset(preset).arguments
+
+
+def test_a_file_finds_the_weights_that_made_it(photo, tmp_path, capsys):
+    """Of those that ship, whichever is the default."""
+    Image.fromarray(photo.permute(1, 2, 0).numpy()).save(tmp_path / "cat.png")
+    for preset, weights in SHIPPED.items():
+        coded, back = tmp_path / f"{preset}.tvbr", tmp_path / f"{preset}.png"
+        options = ["-l", "1", "--checkpoint", str(weights), "--verify"]
+        assert codec_vbr.main(["encode", str(tmp_path / "cat.png"), str(coded), *options]) == 0
+        assert codec_vbr.main(["decode", str(coded), str(back)]) == 0
+        told = capsys.readouterr().err
+        assert told.count(f"weights: {weights}") == 2 and "error" not in told
+        assert read_image(back).shape == photo.shape
 
 
 def test_more_bits_at_every_higher_index(bundled, photo):

@@ -16,7 +16,7 @@ from utils.messages import print_note
 
 MAX_SIDE = 2**16 - 1  # pixels: the file format has 16 bits for each side
 MAX_PIXELS = 2**28  # pictures and files of more pixels are refused, as they may be an attack, unless a user allows more
-BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "tcm_vbr_small.pth.tar"  # the weights that ship
+BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "depthconv_vbr.pth.tar"  # the default weights
 
 
 def find_files(
