@@ -1,6 +1,6 @@
 """Measure rate and distortion of checkpoints on photographs, and compare them with other codecs.
 
-    python eval_vbr.py                                   # shipped weights, scikit-image's photographs, six rates
+    python eval_vbr.py                                   # default weights, scikit-image's photographs, six rates
     python eval_vbr.py -d kodak --real                   # from real files: encode, decode, count the bytes
     python eval_vbr.py -d kodak --anchors --json rd.json --report report    # beside JPEG, WebP, AVIF …, as a page to look at
     python eval_vbr.py -d kodak -l 0 2.5 5 --checkpoint vbr_models/tcm_vbr_published.pth.tar --save out

@@ -1,6 +1,6 @@
 """Peak memory and seconds of coding pictures of several sizes, each by codec_vbr.py in a process of its own.
 
-    python -m utils.benchmarks.memory                                    # shipped weights, 0.4 to 24 megapixels
+    python -m utils.benchmarks.memory                                    # default weights, 0.4 to 24 megapixels
     python -m utils.benchmarks.memory --sizes 16384x16384 --options --target-bpp 0.5
 
 The picture is a photograph, mirrored at its sides until it fills the size. Peak memory is the largest resident set of

@@ -1,6 +1,6 @@
 """Where the time of coding goes on this machine: analysis, slices, entropy coding, synthesis.
 
-    python -m utils.benchmarks.speed                              # shipped architecture, 768×512
+    python -m utils.benchmarks.speed                              # TCM small, 768×512
     python -m utils.benchmarks.speed --preset full --width 1920 --height 1080
 
 Weights are random unless --checkpoint is given: the arithmetic does not depend on them. The σ of random weights mean

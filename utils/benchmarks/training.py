@@ -1,6 +1,6 @@
 """What a training step costs on this machine: patches per second, against its forward pass, and in memory.
 
-    python -m utils.benchmarks.training                                   # shipped architecture, float32
+    python -m utils.benchmarks.training                                   # TCM small, float32
     python -m utils.benchmarks.training --preset full --amp --compile -bs 16
 
 Random weights and random photographs: the arithmetic does not depend on them. GMAC are counted by PyTorch's FLOP
