@@ -279,18 +279,20 @@ def main(argv: list[str] | None = None) -> int:
     tell = functools.cache(print_weights)
 
     def load(fingerprint: bytes | None = None) -> "Codec":
-        """The weights that made a file, or the first ones where it is not known yet or none of them did."""
-        path = args.checkpoint or BUNDLED
-        model = load_from(path)
-        if not args.checkpoint and fingerprint not in (None, model.fingerprint):
-            for other in sorted(BUNDLED.parent.iterdir()):
-                with contextlib.suppress(cli.UserError):  # whatever else lies there
-                    if load_from(other).fingerprint == fingerprint:
-                        path = other
-                        model = load_from(other)
-                        break
-        tell(path)
-        return model
+        """The weights of --checkpoint, or those that made a file; the first ones while that is not known yet."""
+        if args.checkpoint:
+            tell(args.checkpoint)
+            return load_from(args.checkpoint)
+        for path in (BUNDLED, *sorted(set(BUNDLED.parent.iterdir()) - {BUNDLED})):
+            with contextlib.suppress(cli.UserError):  # whatever else lies there
+                model = load_from(path)
+                if fingerprint is None:
+                    return model
+                if fingerprint == model.fingerprint:
+                    tell(path)
+                    return model
+        weights = f"weights that are not in {BUNDLED.parent.name}/" + (f" ({fingerprint.hex()})" if fingerprint else "")
+        raise ValueError(f"encoded with {weights}: name them with --checkpoint")
 
     jobs = [(source, functools.partial(code, source, target, args, load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)

@@ -70,9 +70,9 @@ def published_names(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(self: "Codec", *args, lmd_test: RateIndex = None, lmd_index: RateIndex = None, **kwargs) -> dict:
-        index = lmd_index if lmd_test is None else lmd_test
-        if isinstance(index, Tensor) or index is not None and index >= 0:
-            kwargs["index"] = index
+        for index in (lmd_index, lmd_test):
+            if isinstance(index, Tensor) or index is not None and index >= 0:
+                kwargs["index"] = index
         return method(self, *args, **kwargs)
 
     return call

@@ -57,9 +57,11 @@ def train(
     state = read_run(folder) if args.resume else None
     if state and getattr(args, "map_share", 0.0) is None:
         args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
-    if state and hasattr(args, "checkpoint"):
-        began_with = state.get("checkpoint", args.checkpoint)
-        if args.checkpoint not in (None, began_with):
+    origin = {"checkpoint": args.checkpoint} if hasattr(args, "checkpoint") else {}
+    if state and origin:
+        origin = {"checkpoint": state["checkpoint"]} if "checkpoint" in state else {}
+        began_with = origin.get("checkpoint", args.checkpoint)
+        if args.checkpoint and (not began_with or Path(args.checkpoint).resolve() != Path(began_with).resolve()):
             told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
             raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
         args.checkpoint = began_with
@@ -98,7 +100,7 @@ def train(
     settings.validated_on = f"{describe(held_out)} at {args.val_size}"
     photographs = Photographs(dataset, validation, args.num_workers)
     trainer = Trainer(objective, photographs, folder, context, history)
-    trainer.checkpoint = getattr(args, "checkpoint", None)
+    trainer.origin = origin
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers

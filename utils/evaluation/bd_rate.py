@@ -17,6 +17,7 @@ from utils import cli
 from utils.errors import UserError
 from utils.evaluation.results import decibels
 from utils.files import read_json
+from utils.messages import print_note
 
 MIN_POINTS = 4  # that the interpolation of a curve needs
 MIN_OVERLAP = 0.25  # share of the shorter curve's range; below, the figure says little about either codec
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     known = [(file, names) for file, (_, names) in measured.items() if names]
     for file, names in known[1:]:
         if names != known[0][1]:
-            cli.print_note(file, f"measured on other pictures than {known[0][0]}")
+            print_note(file, f"measured on other pictures than {known[0][0]}")
     for name, files in (("anchor", args.anchor), ("test", args.test)):
         curve, beaten = rising(point for file in files for point in measured[file][0])
         curves.append(curve)
