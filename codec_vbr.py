@@ -273,24 +273,27 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"{path}: {error}") from None
         if args.command == "encode" and args.index is not None and not isinstance(model, VariableRate):
             raise cli.UserError(f"{path}: a fixed-rate model has no rate index; leave out -l")
-        model.prepare()
         return model
 
-    tell = functools.cache(print_weights)
+    @functools.cache
+    def use(path: Path) -> "Codec":
+        model = load_from(path)
+        print_weights(path)
+        model.prepare()
+        return model
 
     def load(fingerprint: bytes | None = None) -> "Codec":
         """The weights of --checkpoint, or those that made a file; the first ones while that is not known yet."""
         if args.checkpoint:
-            tell(args.checkpoint)
-            return load_from(args.checkpoint)
+            return use(args.checkpoint)
         for path in (BUNDLED, *sorted(set(BUNDLED.parent.iterdir()) - {BUNDLED})):
             with contextlib.suppress(cli.UserError):  # whatever else lies there
                 model = load_from(path)
                 if fingerprint is None:
+                    model.prepare()
                     return model
                 if fingerprint == model.fingerprint:
-                    tell(path)
-                    return model
+                    return use(path)
         weights = f"weights that are not in {BUNDLED.parent.name}/" + (f" ({fingerprint.hex()})" if fingerprint else "")
         raise ValueError(f"encoded with {weights}: name them with --checkpoint")
 
