@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from models.codec import Codec, CodecConfig
 from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
-from models.layers import Float32Conv
+from models.layers import Float32Conv, PointwiseConv
 
 __all__ = ["DepthConv", "DepthConvBlock", "DepthConvConfig", "DepthConv_VBR"]
 
@@ -107,12 +107,12 @@ class DepthConvBlock(nn.Module):
 
     def __init__(self, C: int) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(C, C, 1)
+        self.enter = PointwiseConv(C, C)
         self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
-        self.leave = nn.Conv2d(C, C, 1)
-        self.expand = nn.Conv2d(C, EXPANSION * C, 1)
-        self.gate = nn.Conv2d(C, EXPANSION * C, 1)  # apart from `expand`, as halves of one output would be copied
-        self.reduce = nn.Conv2d(EXPANSION * C, C, 1)
+        self.leave = PointwiseConv(C, C)
+        self.expand = PointwiseConv(C, EXPANSION * C)
+        self.gate = PointwiseConv(C, EXPANSION * C)  # apart from `expand`, as halves of one output would be copied
+        self.reduce = PointwiseConv(EXPANSION * C, C)
         for last in (self.leave, self.reduce):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -144,30 +144,30 @@ class DepthConv(Codec):
         H = self.config.hyper_width
         pixels = 3 * CELL**2
         self.g_a = nn.Sequential(
-            nn.PixelUnshuffle(CELL), nn.Conv2d(pixels, C, 1), *_blocks(C, c.depth),
+            nn.PixelUnshuffle(CELL), PointwiseConv(pixels, C), *_blocks(C, c.depth),
             Float32Conv(C, M, kernel_size=3, stride=2, padding=1), *_blocks(M, c.latent_depth),
         )
         self.g_s = nn.Sequential(
-            *_blocks(M, c.latent_depth), nn.Conv2d(M, 4 * C, 1), nn.PixelShuffle(2), *_blocks(C, c.depth),
-            nn.Conv2d(C, pixels, 1), nn.PixelShuffle(CELL),
+            *_blocks(M, c.latent_depth), PointwiseConv(M, 4 * C), nn.PixelShuffle(2), *_blocks(C, c.depth),
+            PointwiseConv(C, pixels), nn.PixelShuffle(CELL),
         )
         self.h_a = nn.Sequential(
             nn.Conv2d(M, H, 3, stride=2, padding=1), nn.SiLU(), *_blocks(H, 1),
             nn.Conv2d(H, c.hyper_channels, 3, stride=2, padding=1),
         )
         self.h_s = nn.Sequential(
-            nn.Conv2d(c.hyper_channels, 4 * H, 1), nn.PixelShuffle(2), nn.SiLU(), *_blocks(H, 1),
-            nn.Conv2d(H, 4 * c.slice_width, 1), nn.PixelShuffle(2),
+            PointwiseConv(c.hyper_channels, 4 * H), nn.PixelShuffle(2), nn.SiLU(), *_blocks(H, 1),
+            PointwiseConv(H, 4 * c.slice_width), nn.PixelShuffle(2),
         )
         step = M // c.num_slices
         D = c.slice_width
         L = c.residual_width
         self.slice_transforms = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(D + step * i, D, 1), *_blocks(D, c.slice_depth)) for i in range(c.num_slices)
+            nn.Sequential(PointwiseConv(D + step * i, D), *_blocks(D, c.slice_depth)) for i in range(c.num_slices)
         )
-        self.slice_heads = nn.ModuleList(nn.Sequential(nn.Conv2d(D, 2 * step, 1)) for _ in range(c.num_slices))
+        self.slice_heads = nn.ModuleList(nn.Sequential(PointwiseConv(D, 2 * step)) for _ in range(c.num_slices))
         self.lrp_transforms = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(D + step, L, 1), *_blocks(L, c.residual_depth), nn.Conv2d(L, step, 1))
+            nn.Sequential(PointwiseConv(D + step, L), *_blocks(L, c.residual_depth), PointwiseConv(L, step))
             for _ in range(c.num_slices)
         )
         self.entropy_bottleneck = EntropyBottleneck(c.hyper_channels)

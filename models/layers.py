@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
+from compressai.layers import AttentionBlock, ResidualBlock
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from models.large.bands import Footprint, computes_whole, footprint, multiple
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
 MAX_WINDOWS = 2**16 - 1  # in one call: CUDA's attention kernels have as many blocks in one dimension of their grid
 
-__all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "SWAtten", "SubsampledConv", "SwinBlock"]
+__all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "PointwiseConv", "SWAtten", "SubsampledConv", "SwinBlock"]
 
 
 def _find_cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,9 +56,34 @@ def _in_chunks(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention of `[n, heads, tokens, d]` with a bias `[1 or n, heads, tokens, tokens]`, MAX_WINDOWS at a time."""
     if len(q) <= MAX_WINDOWS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     parts = [x.expand(len(q), -1, -1, -1).split(MAX_WINDOWS) for x in (q, k, v, bias)]
     return torch.cat([_attention(*part) for part in zip(*parts, strict=True)])
+
+
+def _learning_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same on a CPU, for which PyTorch has no fused kernel with a bias that learns. Its composed one searches for
+    rows without any key, which do not exist here, and made a training step in bfloat16 take 1.4 times as long."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1×1 convolution. Where a CPU computes gradients in float32 it is a matrix product, whose gradients use all
+    cores; those of the convolution do not. Files are coded without gradients, and so by the convolution."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.conv2d(x, weight, bias)
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1×1 convolution, `[B, in_channels, H, W]` to `[B, out_channels, H, W]`."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pointwise(x, self.weight, self.bias)
 
 
 class WMSA(nn.Module):
@@ -129,13 +154,8 @@ class WMSA(nn.Module):
         n, tokens, C = windows.shape
         qkv = self.embedding_layer(windows).view(n, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × [n, heads, p², d]
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-            # PyTorch has no fused CPU kernel for a bias that learns. Its composed one searches for rows without any
-            # key, which do not exist here, and made a training step in bfloat16 take 1.4 times as long.
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
-            out = scores.softmax(-1).to(v.dtype) @ v
-        else:
-            out = _attention(q, k, v, bias.to(q.dtype))
+        attention = _learning_attention if q.device.type == "cpu" and torch.is_grad_enabled() else _attention
+        out = attention(q, k, v, bias)
         return self.linear(out.transpose(1, 2).reshape(n, tokens, C))
 
 
@@ -174,15 +194,15 @@ class ConvTransBlock(nn.Module):
         super().__init__()
         self.dims = conv_dim, trans_dim
         self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
-        self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
-        self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv1_1 = PointwiseConv(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv1_2 = PointwiseConv(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         # conv1_1 as two convolutions, whose outputs are contiguous; halves of one output would be copied later.
         weights = self.conv1_1.weight.split(self.dims)
         biases = self.conv1_1.bias.split(self.dims)
-        conv, trans = (F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        conv, trans = (_pointwise(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         local = self.conv_block(conv)
         local += conv
         trans = self.trans_block(trans.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -238,8 +258,8 @@ class SWAtten(AttentionBlock):
         for unit in (*self.conv_a, *self.conv_b[:-1]):
             unit.__class__ = ResidualUnit
         self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
-        self.in_conv = nn.Identity() if inter_dim is None else conv1x1(input_dim, inter_dim)
-        self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, output_dim)
+        self.in_conv = nn.Identity() if inter_dim is None else PointwiseConv(input_dim, inter_dim)
+        self.out_conv = nn.Identity() if inter_dim is None else PointwiseConv(inter_dim, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.in_conv(x)

@@ -58,12 +58,14 @@ def test_pieces_change_nothing(monkeypatch):
         torch.testing.assert_close(block(x), whole.detach(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("type", ["W", "SW"])
-def test_more_windows_than_a_kernel_takes_are_attended_in_turn(monkeypatch, type):
+def queries_keys_values_and_bias(windows: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    attention = WMSA(32, 32, 8, 8, type)
-    torch.nn.init.normal_(attention.relative_position_params)
-    x = torch.randn(2, 16, 24, 32, requires_grad=True)
+    shapes = [(windows, 4, 64, 8)] * 3 + [(1, 4, 64, 64)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def test_more_windows_than_a_kernel_takes_are_attended_in_turn(monkeypatch):
+    given = queries_keys_values_and_bias(windows=12)
     found, kernel, largest = [], torch.nn.functional.scaled_dot_product_attention, 0
 
     def counted(q, *others, **more):
@@ -72,14 +74,41 @@ def test_more_windows_than_a_kernel_takes_are_attended_in_turn(monkeypatch, type
         return kernel(q, *others, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    for limit, reached in ((12, 12), (5, 5)):  # of twelve windows
+    for limit in (12, 5):
         monkeypatch.setattr(layers, "MAX_WINDOWS", limit)
         largest = 0
-        out = attention(x)
-        assert largest == reached
-        found.append((out, *torch.autograd.grad(out.square().sum(), (x, attention.relative_position_params))))
+        out = layers._attention(*given)
+        assert largest == limit
+        found.append((out, *torch.autograd.grad(out.square().sum(), given)))
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_that_learns_on_a_cpu_is_the_same_attention(precision, tolerance):
+    given = queries_keys_values_and_bias(windows=3)
+    expected = layers._attention(*given)
+    gradients = torch.autograd.grad(expected.square().sum(), given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        learning = layers._learning_attention(*given)
+    assert learning.dtype == precision
+    found = torch.autograd.grad(learning.float().square().sum(), given)
+    for one, other in zip((learning, *found), (expected, *gradients), strict=True):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def test_1x1_convolutions_that_learn_on_a_cpu_are_convolutions():
+    torch.manual_seed(0)
+    layer = layers.PointwiseConv(6, 10)
+    x = torch.randn(2, 6, 5, 7, requires_grad=True)
+    products = layer(x)
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, *layer.parameters())) for out in (products, expected)]
+    torch.testing.assert_close(products, expected)
+    torch.testing.assert_close(*gradients)
+    assert products.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
 
 
 def test_gradients_reach_everything():
@@ -104,23 +133,3 @@ def test_unknown_window_type_and_head():
         WMSA(16, 16, 8, 4, "X")
     with pytest.raises(ValueError, match="head_dim"):
         WMSA(16, 16, 5, 4, "W")
-
-
-@pytest.mark.parametrize("type", ["W", "SW"])
-def test_attention_that_learns_in_bfloat16_is_the_same_attention(type):
-    """On a CPU it is composed by hand."""
-    torch.manual_seed(0)
-    attention = WMSA(32, 32, 8, 4, type)
-    torch.nn.init.normal_(attention.relative_position_params)
-    x = torch.randn(2, 8, 12, 32)
-    expected = attention(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        learning = attention(x)
-    assert learning.dtype == torch.bfloat16
-    assert (learning - expected).abs().max() < 0.02 * expected.abs().max()
-    gradients = []
-    for out in (expected, learning):
-        attention.zero_grad()
-        out.float().square().sum().backward()
-        gradients.append(attention.relative_position_params.grad)
-    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
