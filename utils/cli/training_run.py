@@ -55,16 +55,8 @@ def train(
     size = args.patch_size
     quiet = not context.is_main
     state = read_run(folder) if args.resume else None
-    if state and getattr(args, "map_share", 0.0) is None:
-        args.map_share = state["settings"].get("map_share", 0.0)  # runs of an earlier version have none
-    origin = {"checkpoint": args.checkpoint} if hasattr(args, "checkpoint") else {}
-    if state and origin:
-        origin = {"checkpoint": state["checkpoint"]} if "checkpoint" in state else {}
-        began_with = origin.get("checkpoint", args.checkpoint)
-        if args.checkpoint and (not began_with or Path(args.checkpoint).resolve() != Path(began_with).resolve()):
-            told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
-            raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
-        args.checkpoint = began_with
+    if state:
+        take_over(args, state["settings"])
     settings = make_settings(args, context.world_size)
     objective, history = make_objective(args, settings, context, state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
@@ -100,7 +92,6 @@ def train(
     settings.validated_on = f"{describe(held_out)} at {args.val_size}"
     photographs = Photographs(dataset, validation, args.num_workers)
     trainer = Trainer(objective, photographs, folder, context, history)
-    trainer.origin = origin
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers
@@ -111,6 +102,24 @@ def train(
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
         print(f"{result}: {weights}{older}")
+
+
+def take_over(args: argparse.Namespace, settings: dict) -> None:
+    """Give the arguments of a resumed run what is decided at its beginning: the share of maps, and its checkpoint.
+
+    Runs of an earlier version may record neither.
+
+    Raises:
+        UserError: another checkpoint was asked for.
+    """
+    if getattr(args, "map_share", 0.0) is None:
+        args.map_share = settings.get("map_share", 0.0)
+    if hasattr(args, "checkpoint"):
+        began_with = settings.get("checkpoint", args.checkpoint)
+        if args.checkpoint and (not began_with or Path(args.checkpoint).resolve() != Path(began_with).resolve()):
+            told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
+            raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
+        args.checkpoint = began_with
 
 
 def describe(paths: Sequence[Path]) -> str:

@@ -89,7 +89,6 @@ class Trainer:
         self.folder = folder
         self.context = context
         self.history = list(history)
-        self.origin: dict[str, str | None] = {}  # the checkpoint that the run began with, where it is known
         self.device = context.device
         self.progress = Progress()
         self.finished = False  # whether the weights for use are those of the last step
@@ -393,7 +392,6 @@ class Trainer:
             "progress": asdict(self.progress),
             "settings": asdict(self.settings),
             "objective": self.objective.describe(),
-            **self.origin,
             "training": [*self.history, self.record({"step": self.progress.step, "patches": self.progress.patches})],
             "history": len(self.history),  # records of "training" that are of earlier runs
         }
