@@ -205,7 +205,7 @@ class Codec(CompressionModel):
         `bands.LATENTS` go through in bands.
 
         Args:
-            stride: places of y for each of theirs, down and across.
+            stride: side of a place of `parts` in places of y: 1 on the grid of y, 4 on that of z.
         """
         height, width = parts[0].shape[2:]
         if band := self._band_height_within(height, width, stride):

@@ -2,8 +2,9 @@
 
     y → y · m,    m = exp(softsign(f_λ(λ) + α · attn(y)))
 
-f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The rate model of the paper
-follows from it, R(λ) = Σ log m(λ) + C (utils/codec/rate_model.py). Names of classes and weights are the published ones.
+f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The LAE before synthesis has
+weights of its own, which learn to undo m. The paper's rate model follows, R(λ) = Σ log2 m(λ) + C bits over the places
+and channels of y (`RateModel` in utils/codec/rate_model.py). Names of classes and weights are the published ones.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from models.state_dict import normalize
 
 
 class fcn(nn.Module):
-    """f_λ: n linear layers from the rate index `[B, 1]` to M logits `[B, M]`, zero at the start."""
+    """f_λ: n linear layers, ReLU between them, from the rate index in [0, 5] (not λ), `[…, 1]`, to M logits `[…, M]`.
+    The last layer is zero at the start."""
 
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
@@ -57,11 +59,8 @@ class mask(nn.Module):
         return self.alpha * self.latent_attn(y)
 
     def rate(self, index: Tensor) -> Tensor:
-        """f_λ, the part that depends on the rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`.
-
-        It stays in float32 under autocast: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step
-        where the latent is 128.
-        """
+        """f_λ, of rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`. In float32 under autocast
+        too: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
         with torch.autocast(self.alpha.device.type, enabled=False):
             if index.dim() == 4:
                 return self.lmd_map(index.to(self.alpha).movedim(1, -1)).movedim(-1, 1)
@@ -92,22 +91,22 @@ class VariableRate:
         self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
 
     def resolve_index(self, index: RateIndex, batch: int) -> Tensor:
-        """As `check_index`; omitted, a whole one is drawn per sample in training, as published, or ValueError."""
+        """The checked index; None draws a whole one per sample in training, as published, and is a ValueError else."""
         if index is None:
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
             index = torch.randint(int(MAX_INDEX) + 1, (batch,))
         return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
 
-    def modulate(self, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y · m and ln m, `[B, M, H/16, W/16]` both."""
+    def modulate(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """y · m and ln m of the first LAE, `[B, M, H/16, W/16]` both."""
         return self.modnet_ga(y, index)
 
-    def demodulate(self, y_hat: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """ŷ scaled back, and ln m, `[B, M, h, w]` both."""
+    def demodulate(self, y_hat: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """ŷ · m and ln m of the second LAE, `[B, M, h, w]` both."""
         return self.modnet_gs(y_hat, index)
 
-    def demodulate_bands(self, y_hat: Tensor, index: Tensor | None, height: int) -> Iterator[Tensor]:
+    def demodulate_bands(self, y_hat: Tensor, index: Tensor, height: int) -> Iterator[Tensor]:
         return scaled_bands(self.modnet_gs, y_hat, index, height)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):

@@ -33,7 +33,8 @@ class TCMConfig(CodecConfig):
     """Architecture of a TCM or TCM_VBR, in the order of the published constructor's arguments.
 
     Attributes:
-        config: blocks in the three stages of `g_a`, then of `g_s`.
+        config: blocks in the three stages of `g_a`, then of `g_s`; the first number is also that of `h_a`, the fourth
+            that of the hyper-synthesis (with heads of 32 channels, windows of 4×4 and no drop-path).
         head_dim: attention head width in those six stages; each divides N.
         drop_path_rate: stochastic depth, rising linearly to this over the blocks of `g_a` and `g_s`.
         N: half the width of the transforms, a multiple of 32. The published models have 64, 96 or 128.
@@ -183,7 +184,7 @@ class TCM(Codec):
             d, p, drop = (32, 4, [0.0] * c.config[i]) if hyper else (c.head_dim[i], 8, drops[i])
             return [ConvTransBlock(N, N, d, p, rate, ("W", "SW")[n % 2]) for n, rate in enumerate(drop)]
 
-        def hyper_synthesis() -> nn.Sequential:
+        def make_hyper_synthesis() -> nn.Sequential:
             up = ResidualBlockUpsample(c.hyper_channels, 2 * N, 2)
             return nn.Sequential(up, *stage(3, hyper=True), subpel_conv3x3(2 * N, M, 2))
 
@@ -203,7 +204,7 @@ class TCM(Codec):
         self.h_a = nn.Sequential(
             ResidualBlockWithStride(M, 2 * N, 2), *stage(0, hyper=True), conv3x3(2 * N, c.hyper_channels, stride=2)
         )
-        self.h_mean_s, self.h_scale_s = hyper_synthesis(), hyper_synthesis()
+        self.h_mean_s, self.h_scale_s = make_hyper_synthesis(), make_hyper_synthesis()
 
         step = M // c.num_slices
         widths = [M + step * min(i, c.max_support_slices) for i in range(c.num_slices)]
@@ -226,7 +227,9 @@ class TCM(Codec):
         """Features for the means and features for the scales, `[B, M, h, w]` both."""
         return tuple(self.synthesize_hyper(network, z_hat) for network in (self.h_mean_s, self.h_scale_s))
 
-    def predict(self, i: int, hyper: tuple, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(
+        self, i: int, hyper: tuple, supports: list[Tensor], corrected: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         means, scales = hyper
         sigma = self.run_networks([self.atten_scale[i], self.cc_scale_transforms[i]], scales, *supports).float()
         if not corrected:

@@ -22,7 +22,7 @@ def bits(likelihoods: Tensor) -> Tensor:
 def rate_distortion(
     out: dict, x: Tensor, lmbda: Tensor, metric: str = "mse", weights: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The training loss mean_b(λ_b · D_b) + bpp (TCSVT 2025).
+    """The training loss λ · D + bpp of each sample (TCSVT 2025).
 
     Args:
         out: what `Codec.forward` returned.
@@ -32,8 +32,8 @@ def rate_distortion(
         weights: factors on the squared errors in D, `[1 or B, 1, H, W]`. MS-SSIM has none.
 
     Returns:
-        `loss` (scalar, for the optimizer), and per sample `[B]`: `bpp`, `bpp_z` (the part of it that z
-        takes), `mse` on the 0–255 scale, `distortion` (D).
+        per sample, `[B]`: `loss`, `bpp`, `bpp_z` (the part of it that z takes), `mse` on the 0–255 scale, and
+        `distortion` (D).
     """
     pixels = x.shape[-2] * x.shape[-1]
     x_hat = out["x_hat"].float()
@@ -45,8 +45,7 @@ def rate_distortion(
         distortion = mse if weights is None else 255**2 * (weights * errors).mean((1, 2, 3))
     else:  # contiguous: depthwise convolutions of channels-last images may run in TF32 on a GPU
         distortion = 1 - ms_ssim(x_hat.contiguous(), x.contiguous(), data_range=1.0, size_average=False)
-    loss = (lmbda * distortion).mean() + bpp.mean()
-    return {"loss": loss, "bpp": bpp, "bpp_z": bpp_z, "mse": mse, "distortion": distortion}
+    return {"loss": lmbda * distortion + bpp, "bpp": bpp, "bpp_z": bpp_z, "mse": mse, "distortion": distortion}
 
 
 def psnr_of_mse(mse: Tensor | float) -> Tensor:

@@ -1,4 +1,5 @@
-"""A file of the size that is asked for: the R-λ model, a few trial encodes, one file (TCSVT 2025).
+"""A file of the size that is asked for: the R-λ model in our form for rounded latents (`RateModel.curve`), a few trial
+encodes, and mostly one file.
 
 A trial encode is `h_a`, the slices, and the code lengths of the symbols: no analysis, synthesis or entropy coding.
 """
@@ -44,6 +45,11 @@ class RateController:
 
     def meet(self, target: Target, max_trials: int = 3) -> CodedTrial:
         """The file nearest to a target, or to a little below a cap.
+
+        Where the bits are not monotone in the index, SEARCHED files all over the range are made.
+
+        Args:
+            max_trials: as in `search`.
 
         Raises:
             UnreachableError: the cap is below the smallest file.
@@ -92,10 +98,14 @@ class RateController:
         return best
 
     def search(self, target: Target, max_trials: int = 3) -> TrialEncode:
-        """As `meet`, by code lengths alone; the smallest that was found where all exceed a cap.
+        """As `meet`, by code lengths alone. Where every trial exceeds a cap, one more: at the index for which the curve
+        predicts the fewest bits.
 
-        Stops when a trial is closer than CLOSE. Otherwise it tries max_trials + 1 indexes and keeps the nearest; under
-        a cap that is still exceeded or missed by far, up to EXTRA_TRIALS more. Earlier measurements are used.
+        Stops when a trial is closer than CLOSE. Earlier measurements are used.
+
+        Args:
+            max_trials: trials before the last one, the nearest of all being taken; under a cap that is still exceeded
+                or missed by far there are up to EXTRA_TRIALS more.
         """
         if max_trials < 1:
             raise ValueError(f"rate control needs at least one trial, not {max_trials}")

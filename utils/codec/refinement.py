@@ -1,9 +1,9 @@
-"""DLM: encoder-side online training of one picture's latents (TCSVT 2025). The decoder stays as it is.
+"""DLM, the paper's encoder-side online training of one picture's latents (TCSVT 2025). The decoder stays as it is.
 
 y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
-σ, are always those of the symbols that a file would have, so that its distortion is known at every step, and its bits
-nearly: those of Gaussians, corrected by the difference that they have before the first step. Symbols have no gradient;
-in the rate the method's surrogate of rounding replaces them.
+σ, are always those of the symbols that a file would have, so its distortion is known at every step. Its bits are
+estimated: Gaussian likelihoods of the symbols, and a constant with which the first step has the size of the real file.
+Symbols have no gradient; in the rate the method's surrogate of rounding replaces them.
 """
 
 import contextlib
@@ -27,12 +27,14 @@ from utils.codec.tolerances import CLOSE, FAR_BELOW_CAP, REFINED_CAP_MARGIN, REF
 from utils.images import to_float
 from utils.metrics import bits, rate_distortion
 
-# A PI controller keeps the rate. ln of the rate's weight grows by these gains times the relative excess of the rate and
-# times its rise, at most by MAX_CHANGE a step, and stays within ±MAX_LOG_WEIGHT.
+# A PI controller keeps the rate. In each step ln of the rate's weight grows by the first gain times the relative excess
+# of the rate, and by the second times the growth of that excess, at most by MAX_CHANGE in all; it stays within
+# ±MAX_LOG_WEIGHT.
 GAINS = (20.0, 80.0)
 MAX_CHANGE = 1.0
 MAX_LOG_WEIGHT = 6.0
-# Latents under that control must respond to it: less momentum, and shorter steps that do not end at zero.
+# Latents under that control must respond to it: the first step is shorter, and Adam has less momentum and does not end
+# at zero.
 BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
 CONTROLLED_STEP = 0.6  # in units of the learning rate
 CONTROLLED_LAST_STEP = 0.25  # in units of the first step
@@ -172,7 +174,7 @@ def descend(
     steps: list[Step] = []
     best = None
     best_latents = (y, z)
-    overhead = 0.0
+    rate_offset = 0.0
     log_weight = 0.0
 
     def rank(step: Step) -> tuple[float, float]:
@@ -190,8 +192,9 @@ def descend(
                     found = _differentiate(image, tile, start.index, (y, z), surrogate, math.exp(log_weight))
                     sums = [total + value for total, value in zip(sums, found, strict=True)]
             coded, mse, distortion = sums
-            overhead = overhead if steps else start.bits - coded  # header, side information, whole words
-            bpp = (coded + overhead) / image.pixels
+            if not steps:  # what likelihoods leave out: header, side information, whole words, and fitted tables' gain
+                rate_offset = start.bits - coded
+            bpp = (coded + rate_offset) / image.pixels
             step = Step(number, bpp, mse, distortion=distortion, loss=bpp + lmbda * distortion)
             if not math.isfinite(step.loss):
                 if not steps:
@@ -210,7 +213,7 @@ def descend(
                 fall = (1 - math.cos(math.pi * progress)) / 2
                 last = CONTROLLED_LAST_STEP if constraint else 0
                 group["lr"] = step_size * (1 - (1 - last) * fall)
-            elif number:  # 1 % less each step, and half where the loss has risen (TCSVT 2025)
+            elif number:  # 1 % less each step, and half where bpp + λ · D has risen (TCSVT 2025)
                 group["lr"] *= 0.99 * (0.5 if rise > 0 else 1)
             optimizer.step()
             if constraint:
@@ -244,7 +247,7 @@ def _differentiate(
     losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, model.metric, weights)
     share = tile.pixels / image.pixels
     if torch.is_grad_enabled():
-        (share * (losses["loss"] + (rate_weight - 1) * losses["bpp"].sum())).backward()
+        (share * (losses["loss"] + (rate_weight - 1) * losses["bpp"]).sum()).backward()
         for (latent, unit), part in zip(pairs, parts, strict=True):
             latent.grad[tile.outer(unit)] += part.grad
     coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))

@@ -78,7 +78,7 @@ class Objective(nn.Module):
     def weighted(self, losses: dict[str, Tensor], lmbda: Tensor) -> Tensor:
         """The loss to minimize: that of each sample times (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
         weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
-        return (weights * (lmbda * losses["distortion"] + losses["bpp"])).mean()
+        return (weights * losses["loss"]).mean()
 
     def autocasting(self, x: Tensor) -> torch.autocast:
         """A context of the run's precision, on the device of x."""
