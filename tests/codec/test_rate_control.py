@@ -194,6 +194,23 @@ def test_a_dip_between_the_ends_is_found_where_all_files_are_nearly_alike():
     assert len(RateController(image).meet(Target(8 * 960, cap=True)).data) == 950
 
 
+@pytest.mark.parametrize(("below", "fewest", "most"), [(0.0055, 4, 4), (0.01, 8, 12)])
+def test_a_few_more_trials_are_allowed_where_files_are_far_below_a_cap(below, fewest, most):
+    """By more than a percent with what is aimed at below it, which no file here changes much."""
+    target = Target(10000, cap=True)
+    controller = FormulaController(lambda index: target.aim * (1 - below) + 0.001 * index)
+    controller.search(target, max_trials=3)
+    assert fewest <= controller.trials <= most
+
+
+@pytest.mark.parametrize(("size", "searched"), [(1004, False), (1007, True)])
+def test_files_all_over_the_range_are_tried_where_a_target_is_missed_by_half_a_percent(size, searched):
+    """Here the largest file, of 1,000 bytes, has the smallest index. Each is a trial: some two dozen in all."""
+    controller = RateController(FormulaImage(lambda index: 8 * (1000 - 0.2 * index)))
+    controller.meet(Target(8 * size))
+    assert 20 < controller.trials < 30 if searched else controller.trials <= 4
+
+
 def test_under_a_cap_a_little_less_is_aimed_at():
     """About 0.3 %, so that files are so far below theirs (docs/rate_control.md)."""
     assert 996 < Target(1000.0, cap=True).aim < 998 and Target(1000.0).aim == 1000
