@@ -203,7 +203,11 @@ def test_what_sigma_was_seen_to_differ_by_is_allowed_for_by_a_short_list(tiny):
 def test_shifts_are_chosen_for_a_million_positions_at_a_time(tiny):
     """Whatever the size of the picture: with what is computed of each it is the memory of tens of megabytes."""
     seen, count = [], 2**20 + 2**14
-    lengths = lambda symbols, rows: seen.append(len(symbols)) or torch.zeros(len(symbols))  # noqa: E731
+
+    def lengths(symbols, rows):
+        seen.append(len(symbols))
+        return torch.zeros(len(symbols))
+
     symbols, sigma = torch.zeros(count, dtype=torch.int32), torch.full((count,), 2.0)
     shifts = portable.choose_shifts(tiny.gaussian_conditional, lengths, symbols, sigma, EPSILON)
     assert len(shifts) == portable.count_blocks(count) and 2**19 < max(seen) <= 2**20

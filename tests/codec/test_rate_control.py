@@ -216,11 +216,13 @@ def test_under_a_cap_a_little_less_is_aimed_at():
     assert 996 < Target(1000.0, cap=True).aim < 998 and Target(1000.0).aim == 1000
 
 
-def test_a_search_everywhere_is_spared_where_rates_lie_far_apart():
-    controller = RateController(FormulaImage(lambda index: 8000 * 1.4**index))
+@pytest.mark.parametrize(("apart", "spared"), [(1.3, True), (1.15, False)])
+def test_a_search_everywhere_is_spared_where_rates_lie_far_apart(apart, spared):
+    """The file of index 2.5 is 30 % larger than the smallest, or 15 %."""
+    controller = RateController(FormulaImage(lambda index: 8000 * apart ** (index / 2.5)))
     with pytest.raises(UnreachableError):
         controller.meet(Target(4000, cap=True))
-    assert controller.trials <= 3 and controller.reach is None
+    assert (controller.trials <= 3) == (controller.reach is None) == spared
 
 
 @pytest.mark.parametrize(
