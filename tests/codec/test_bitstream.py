@@ -12,10 +12,11 @@ import pytest
 import skimage.data
 import torch
 
-from models.coding import portable, slice_coders
+from models.coding import portable, slice_coders, tables
 from models.coding.portable import EPSILON, crc_of, pack_positions, unpack_positions
 from models.coding.side_info import DecodingError, SideInfo
 from models.coding.slice_coders import SliceDecoder, SliceEncoder
+from models.coding.tables import open_stream, to_symbols
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import EncodeRequest
@@ -183,6 +184,35 @@ def test_the_shift_is_the_one_that_costs_fewest_bits(tiny, monkeypatch):
     assert costs[chosen[0], 0] < costs[0, 0] - 10  # σ is too large there: the published rule costs more
 
 
+def test_what_sigma_was_seen_to_differ_by_is_allowed_for_by_a_short_list(tiny):
+    """4.6e-5 at most between settings of one machine (docs/performance.md); and a byte for 16,384 positions."""
+    gaussian, count = tiny.gaussian_conditional, 2**18
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.exp(torch.empty(count).uniform_(-2, 4, generator=generator))
+    symbols = (torch.randn(count, generator=generator) * sigma).round().int()
+    picture = portable.PortableRows()
+    rows = picture.add(gaussian, tiny.coding_tables[0].code_lengths, symbols, sigma, tiny.epsilon)
+    shifts, positions, _ = portable.unpack_scales(picture.pack(), count)
+    assert len(shifts) == count // 16384 and len(positions) < count / 1000
+    sigma *= portable.scale_factors(gaussian, shifts, 0, count)
+    for factor in (1 - 4.6e-5, 1 + 4.6e-5):
+        differs = (portable.table_rows(gaussian, sigma * factor) != rows).nonzero().flatten().numpy()
+        assert len(differs) and np.isin(differs, positions).all()
+
+
+def test_shifts_are_chosen_for_a_million_positions_at_a_time(tiny):
+    """Whatever the size of the picture: with what is computed of each it is the memory of tens of megabytes."""
+    seen, count = [], 2**20 + 2**14
+
+    def lengths(symbols, rows):
+        seen.append(len(symbols))
+        return torch.zeros(len(symbols))
+
+    symbols, sigma = torch.zeros(count, dtype=torch.int32), torch.full((count,), 2.0)
+    shifts = portable.choose_shifts(tiny.gaussian_conditional, lengths, symbols, sigma, EPSILON)
+    assert len(shifts) == portable.count_blocks(count) and 2**19 < max(seen) <= 2**20
+
+
 @pytest.mark.parametrize("epsilon", [EPSILON, 1e-3])
 def test_decoding_with_other_floating_point(tiny, picture, monkeypatch, epsilon):
     tiny.epsilon = epsilon
@@ -215,6 +245,36 @@ def latents(model, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         y, _ = model.analyze(pad(to_float(picture)), torch.tensor([2.0]))
         return y, model.h_a(y)
+
+
+def test_the_largest_symbols_have_codes_and_larger_ones_are_refused(tiny):
+    coder, largest = tiny.coding_tables[0], 2**24
+    symbols = to_symbols(torch.tensor([largest, -largest]).repeat(500).float())
+    stream = coder.to_stream(symbols, torch.zeros(1000, dtype=torch.int32))
+    decoder = open_stream(stream, 1000)
+    assert torch.equal(coder.from_stream(decoder, torch.zeros(1000, dtype=torch.int32)), symbols)
+    assert len(stream) > 5 * 1000  # so that a stream of more than that need not be damaged, and one of seven is
+    with pytest.raises(ValueError, match="too long for its 1000 symbols"):
+        open_stream(bytes(7 * 1000), 1000)
+    with pytest.raises(ValueError, match="cannot be coded"):
+        to_symbols(torch.tensor([largest + 2.0]))
+
+
+def test_the_coder_is_handed_four_million_symbols_at_a_time(tiny, monkeypatch):
+    """It copies them more than once, and a large picture has hundreds of millions."""
+    seen = []
+
+    class Encoder:
+        def encode_with_indexes(self, symbols, rows, *tables):
+            seen.append(len(symbols))
+
+        def flush(self):
+            return b""
+
+    monkeypatch.setattr(tables, "BufferedRansEncoder", Encoder)
+    symbols = torch.zeros(2**22 + 1, dtype=torch.uint8)
+    tiny.coding_tables[0].to_stream(symbols, symbols)
+    assert sum(seen) == len(symbols) and 2**21 < max(seen) <= 2**22
 
 
 @pytest.mark.parametrize(("length", "symbols", "refused"), [(4 * 10**6, 512, True), (4 * 10**6, 7 * 10**5, False)])

@@ -13,7 +13,7 @@ from torch import nn
 
 from models import codec
 from models.coding.portable import EPSILON
-from models.large import bands
+from models.large import bands, memory
 from models.large.bands import (
     Footprint,
     band_height,
@@ -113,14 +113,26 @@ def test_rows_of_a_band(monkeypatch):
     assert band_height(2048, 1024, 64, cpu) == 1024  # up to two megapixels at once
     assert band_height(6016, 4096, 64, cpu) == 256 and band_height(2048, 1408, 64, cpu) == 512
     assert band_height(65536, 4096, 64, cpu) == 128 and band_height(128, 65536, 64, cpu) == 8192
+    # Of the 268 megapixels in docs/performance.md a band has four, and of wider pictures no more.
+    assert band_height(16384, 16384, 64, cpu) == 256 and band_height(32768, 8192, 64, cpu) == 128
     assert all(latent_height(width) % 8 == 0 for width in (1, 8, 1000, 4096))
     assert latent_height(768 // 16) >= 512 // 16 and latent_height(6000 // 16) < 4000 // 16  # Kodak's whole, 24 MP not
+    assert latent_height(4096 // 16) >= 4096 // 16  # whole too: a slice of 64 channels of theirs has 16 MiB
     gpu, gib = torch.device("cuda"), 2**30
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
     for free, rows in ((60, 4096), (6, 512), (0.1, 128)):  # there is room for all, for some, and for little
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free * gib), 80 * gib))
         assert band_height(6016, 4096, 64, gpu) == rows
+
+
+@torch.no_grad()
+def test_the_hyper_synthesis_is_kept_up_to_67_megapixels(tiny):
+    """As docs/performance.md says; beyond, it is computed anew for every slice."""
+    network = nn.Sequential(nn.PixelShuffle(4))
+    for height, width, kept in ((8192, 8192, True), (8192, 8192 + 128, False)):
+        found = tiny.synthesize_hyper(network, torch.zeros(1, 16, height // 64, width // 64))
+        assert tuple(found.shape[2:]) == (height // 16, width // 16) and isinstance(found, torch.Tensor) == kept
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -152,6 +164,17 @@ def sigma_of(model, quantized) -> list[torch.Tensor]:
 
     model.run_slices(quantized.z + model.medians, replay)
     return seen
+
+
+@pytest.mark.parametrize("M", [192, 320])  # of the shipped weights
+def test_the_latent_of_24_megapixels_has_its_own_mapping_and_that_of_a_small_picture_has_not(M, monkeypatch):
+    """Else the heap would keep its pages; and to map what comes and goes often would take time."""
+    mapped, make = [], memory.mmap.mmap
+    monkeypatch.setattr(memory.mmap, "mmap", lambda *args: mapped.append(args) or make(*args))
+    for height, width, own in ((4096, 6016, True), (2176, 3840, False)):
+        mapped.clear()
+        found = memory.large_empty((1, M, height // 16, width // 16), torch.float32, torch.device("cpu"))
+        assert found.shape[1:] == (M, height // 16, width // 16) and bool(mapped) == own
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")

@@ -58,6 +58,26 @@ def test_pieces_change_nothing(monkeypatch):
         torch.testing.assert_close(block(x), whole.detach(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2**22), ("meta", 2**30)])
+def test_the_hidden_layer_of_a_piece_fits_the_cache_of_a_cpu_and_the_memory_of_a_gpu(device, most):
+    """4 MiB and 1 GiB, four times the input, and pieces no smaller than that needs. Meta tensors stand for a GPU's."""
+    sizes = []
+    x = torch.zeros(3 * most // (4 * 4 * 32) + 1, 32, device=device)
+    with torch.no_grad():
+        layers._in_chunks(lambda part: sizes.append(4 * part.nbytes) or part, x)
+    assert len(sizes) == 4 and most / 2 < max(sizes) <= most
+
+
+def test_attention_is_handed_no_more_windows_than_a_kernel_takes(monkeypatch):
+    """A dimension of CUDA's grids has 65,535 blocks; no fewer are handed over than may be."""
+    seen = []
+    kernel = "scaled_dot_product_attention"
+    monkeypatch.setattr(torch.nn.functional, kernel, lambda q, k, v, attn_mask: seen.append(len(q)) or q)
+    windows = torch.zeros(2**17 - 1, 1, 1, 1)
+    assert len(layers._attention(windows, windows, windows, windows[:1])) == len(windows)
+    assert max(seen) <= 65535 and len(seen) == 3
+
+
 def queries_keys_values_and_bias(windows: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     shapes = [(windows, 4, 64, 8)] * 3 + [(1, 4, 64, 64)]

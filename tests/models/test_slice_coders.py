@@ -35,6 +35,20 @@ def test_each_symbol_is_the_cheaper_of_two(tiny, format):
     assert moved > 5
 
 
+def test_symbols_are_chosen_four_million_at_a_time(tiny, monkeypatch):
+    """Whatever the size of the picture: the bits of both candidates are as large again."""
+    seen = []
+
+    def code_lengths(symbols, rows):
+        seen.append(len(symbols))
+        return torch.zeros(()).expand(len(symbols))
+
+    monkeypatch.setattr(tiny.coding_tables[0], "code_lengths_within_reach", code_lengths)
+    y = torch.zeros(2**22 + 1)
+    choose_symbols(y, y, tiny.gaussian_conditional, tiny.coding_tables[0], ERROR_BITS)
+    assert sum(seen) == 2 * len(y) and 2**21 < max(seen) <= 2**22
+
+
 def test_symbols_that_are_not_numbers_are_refused_later(tiny):
     """As without the choice: `to_symbols` names them."""
     y = torch.full((1, 1, 4, 4), float("nan"))
