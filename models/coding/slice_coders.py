@@ -128,11 +128,11 @@ class SliceEstimator:
         symbols = self.quantization.choose(residual.detach(), sigma.detach())
         y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
         if surrogate is not None:
-            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma, mu)
+            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma=sigma, mu=mu)
             with torch.no_grad():
-                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
+                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma=sigma, mu=mu))
         elif self.noise is not None:
-            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
+            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma=sigma, mu=mu)
         else:
             _, likelihood = self.gaussian(y, sigma, mu)
         self.likelihoods.append(likelihood)

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
     for path in tqdm(paths, unit="image", disable=None):
         image = read_image(path).to(device)
         quality_map = map_of_arguments(args, *image.shape[1:])
-        rows += measure(model, names[path], image, args.targets, quality_map)
+        rows += measure(model, names[path], image, targets=args.targets, quality_map=quality_map)
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]

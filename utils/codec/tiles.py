@@ -84,7 +84,10 @@ def cut_tiles(height: int, width: int) -> list[Tile]:
         for parts, length in zip(sides, padded, strict=True)
     ]
     return [
-        Tile(rows, columns, outer_rows, outer_columns, margins=(top, left), size=(height, width))
+        Tile(
+            rows, columns, outer_rows=outer_rows, outer_columns=outer_columns,
+            margins=(top, left), size=(height, width),
+        )
         for rows, outer_rows in zip(sides[0], outer[0], strict=True)
         for columns, outer_columns in zip(sides[1], outer[1], strict=True)
     ]

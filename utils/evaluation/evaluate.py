@@ -75,7 +75,7 @@ def measure_all(
     """
     mine = context.share(paths)
     number = len(jobs)
-    each = for_each(mine, jobs, device, work, short_names(paths))
+    each = for_each(mine, jobs, device=device, work=work, names=short_names(paths))
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
     values = [value for _, _, value in bar]
     own = [[v for v in values[i * number : (i + 1) * number] if v is not None] for i in range(len(mine))]
@@ -102,7 +102,7 @@ def evaluate(
             result.loss = None
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, request.quality_map.region)
         return result, decoded
-    count, decoded = estimate(model, image, request.index, request.nearest)
+    count, decoded = estimate(model, image, index=request.index, nearest=request.nearest)
     return _of_model(model, result_of(name, image, decoded, count=count, index=request.index)), decoded
 
 

@@ -45,7 +45,7 @@ def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plo
             figure.savefig(file, format="png", dpi=110)
     with own_style(**{**style.library["dark_background"], **_SVG, **_DARK}):
         width, height = figure.get_size_inches()
-        return Plot(name, alt, light, _svg(draw()), bool(width > 2 * height))
+        return Plot(name, alt, light=light, dark=_svg(draw()), wide=bool(width > 2 * height))
 
 
 def _svg(figure: Figure) -> bytes:

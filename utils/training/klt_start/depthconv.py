@@ -36,8 +36,9 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     out_of_fine = fine_basis[:, :, None, None]
     if wiener:
         u, weights = rounded_latents(model, y)
-        back = least_squares(u, blocks, back, weights)
-        out_of_fine = least_squares(F.pixel_shuffle(F.conv2d(u, back), 2), fine_blocks, out_of_fine, weights)
+        back = least_squares(u, blocks, transpose=back, weights=weights)
+        u = F.pixel_shuffle(F.conv2d(u, back), 2)
+        out_of_fine = least_squares(u, fine_blocks, transpose=out_of_fine, weights=weights)
     zero(up, 4 * k)
     up.weight[: 4 * k, :K] = back * gain.repeat_interleave(4).view(-1, 1, 1, 1)
     zero(out)

@@ -28,7 +28,7 @@ def write(model: Hyperprior, x: Tensor, scale: float, wiener: bool) -> list[Tens
     for layer, basis, level in zip(up, reversed(bases), levels[-2::-1], strict=True):
         taps = basis[:, :, None, None] / (scale if layer is up[0] else 1)
         if wiener:
-            taps = least_squares(u, F.pixel_unshuffle(level, 2), taps, weights)
+            taps = least_squares(u, F.pixel_unshuffle(level, 2), transpose=taps, weights=weights)
         u = F.pixel_shuffle(F.conv2d(u, taps), 2)
         rows, k = taps.shape[:2]
         layer.weight.zero_()
