@@ -182,7 +182,8 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
     if args.report:
         model = models[0] if "checkpoint" in whole and models else None  # several of one rate each make one curve
         viewers = report.make_viewers(model, whole, paths, shown=shown, codecs=known, map_of=map_of) if model else []
-        if studies := report.study(model, shown):
+        studies = rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
+        if studies:
             whole["rate_model"] = rate_study.summary(studies)
         print(report.write_report(Path(args.report), whole, ours, viewers=viewers, studies=studies))
         write_json(whole)

@@ -238,8 +238,7 @@ def write_report(folder: Path, whole: dict) -> Path:
         f"Online training of latents: {whole['name']}", lead=f"{whole['description']}.",
         sections=[s for s in sections if s], facts=report.facts(whole),
     )
-    page.write_page(written, folder / "index.html")
-    return folder / "index.html"
+    return page.write_page(written, folder)
 
 
 def run(

@@ -335,9 +335,7 @@ class Codec(CompressionModel):
         channels = self.config.hyper_channels
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
-    def estimate_rate(
-        self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI
-    ) -> tuple[Tensor, dict]:
+    def estimate_rate(self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         surrogate = quantization.surrogate
         with torch.autocast(z.device.type, enabled=False):
@@ -458,9 +456,7 @@ class Codec(CompressionModel):
     def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
         """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
         tables, _ = self.coding_tables
-        return choose_symbols(
-            residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS
-        )
+        return choose_symbols(residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS)
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.

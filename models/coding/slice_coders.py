@@ -107,9 +107,7 @@ class SliceEstimator:
         rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
-    def __init__(
-        self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization
-    ) -> None:
+    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization) -> None:
         self.gaussian = gaussian
         self.slices = y.float().chunk(num_slices, 1)
         self.quantization = quantization

@@ -60,20 +60,12 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
             analysis_end = clock(image.device)
             found = controller.meet(target, max_trials)
             end = clock(image.device)
-            rows.append(
-                {
-                    "image": name,
-                    "mode": mode,
-                    "target_bits": target.bits,
-                    "bits": found.bits,
-                    "error": found.bits / target.bits - 1,
-                    "index": found.index,
-                    "trials": controller.trials - 1,
-                    "seconds": end - start,
-                    "trial_seconds": (end - analysis_end) / controller.trials,
-                    "encode_seconds": encode_seconds,
-                }
-            )
+            rows.append({
+                "image": name, "mode": mode, "target_bits": target.bits, "bits": found.bits,
+                "error": found.bits / target.bits - 1, "index": found.index, "trials": controller.trials - 1,
+                "seconds": end - start, "trial_seconds": (end - analysis_end) / controller.trials,
+                "encode_seconds": encode_seconds,
+            })
     return rows
 
 

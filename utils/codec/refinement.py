@@ -115,11 +115,8 @@ def _clip(value: float, limit: float) -> float:
 
 
 def refine(
-    image: AnalyzedImage,
-    start: CodedTrial,
-    settings: RefinementSettings,
-    target: Target | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    image: AnalyzedImage, start: CodedTrial, settings: RefinementSettings,
+    target: Target | None = None, on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[tuple[TrialEncode, Step]], list[Step]]:
     """Refine the latents of a file; with a target, at its rate.
 

@@ -83,9 +83,7 @@ def measure_all(
     return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)
 
 
-def evaluate(
-    model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool
-) -> tuple[Result, Tensor]:
+def evaluate(model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
@@ -126,22 +124,13 @@ def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = F
     return trial.bits, picture_of(model, trial.quantized.y_hat, index, height=height, width=width)
 
 
-def result_of(
-    name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float
-) -> Result:
+def result_of(name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float) -> Result:
     """The result of a picture and of what `count` bits decode to, both uint8 `[3, H, W]` on one device."""
     height, width = image.shape[1:]
     quality = ms_ssim_value(image, decoded)
     return Result(
-        image=name,
-        width=width,
-        height=height,
-        index=index,
-        bpp=count / (height * width),
-        psnr=psnr(image, decoded),
-        ms_ssim=quality,
-        ms_ssim_db=None if quality is None else decibels(quality),
-        **seconds,
+        image=name, width=width, height=height, index=index, bpp=count / (height * width), psnr=psnr(image, decoded),
+        ms_ssim=quality, ms_ssim_db=None if quality is None else decibels(quality), **seconds,
     )
 
 

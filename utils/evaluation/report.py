@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from models import Codec, VariableRate
+from models import Codec
 from models.lambdas import index_to_lambda
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
@@ -26,9 +26,9 @@ SHOWN_INDEX = 1.0  # the rate at which pictures are shown: low enough for differ
 QUALITIES = {"psnr": "PSNR", "ms-ssim": "MS-SSIM"}
 
 
-def spread(paths: Sequence[Path], count: int = PICTURES) -> list[Path]:
+def spread(paths: Sequence[Path]) -> list[Path]:
     """Some of the pictures, spread evenly over all of them."""
-    count = min(count, len(paths))
+    count = min(PICTURES, len(paths))
     return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
 
 
@@ -116,17 +116,10 @@ def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int
     return Version(codec, note, _crop(decoded, middle))
 
 
-def study(model: Codec | None, shown: list[Path]) -> list[rate_study.Study]:
-    """The R-λ model of those pictures that can be measured; none without variable-rate weights."""
-    return rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
-
-
 # Sections ------------------------------------------------------------------------------------
 
 
-def write_report(
-    folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]
-) -> Path:
+def write_report(folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]) -> Path:
     """Write the page and its plots, and return the page's path.
 
     Args:
@@ -148,8 +141,7 @@ def write_report(
     lead = f"{whole['name']}, {whole['description']}. {pictures} pictures.{_in_short(whole['summary'])}"
     told = facts(whole) + [(f"curve of {codec['name']}", f"published: {codec['source']}") for codec in from_papers]
     title = f"Rate and distortion of {whole['name']}"
-    write_page(Page(title, lead, sections=[s for s in sections if s], facts=told), folder / "index.html")
-    return folder / "index.html"
+    return write_page(Page(title, lead, sections=[s for s in sections if s], facts=told), folder)
 
 
 def _in_short(summary: dict) -> str:

@@ -41,10 +41,7 @@ class ImageError(UserError):
 
 
 def read_pixels(
-    source: str | Path | bytes,
-    background: str = "white",
-    max_pixels: int = MAX_PIXELS,
-    note: Note | None = None,
+    source: str | Path | bytes, background: str = "white", max_pixels: int = MAX_PIXELS, note: Note | None = None
 ) -> np.ndarray:
     """A picture as 8-bit sRGB, uint8 `[H, W, 3]`, upright by its EXIF tag.
 

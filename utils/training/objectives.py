@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models import Codec, VariableRate
 from models.coding.slice_coders import Quantization
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from models.large.bands import multiple
 from models.large.memory import send
 from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
@@ -151,7 +152,7 @@ class EntropyObjective(Objective):
 
     def __init__(self, rates: Objective, kept: int) -> None:
         super().__init__(rates.model, rates.metric, rates.settings)
-        self.repeat = -(-kept // self.settings.batch_size) * self.settings.batch_size
+        self.repeat = multiple(kept, self.settings.batch_size)
         self.indexes = rates.indexes
         self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
         self.index = rates.index

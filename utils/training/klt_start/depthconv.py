@@ -1,6 +1,5 @@
 """The closed-form start of DepthConv: a KLT of 8×8 pixels, then one of 2×2 places of its coefficients."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,8 +44,7 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     out.weight[:, :k] = out_of_fine / gain.view(1, -1, 1, 1)
     out.bias.copy_(colors)
 
-    deviations = torch.zeros(model.M)
-    deviations[:K] = y.square().mean((0, 2, 3)).sqrt()
+    deviations = F.pad(y.square().mean((0, 2, 3)).sqrt(), (0, model.M - K))
     for i, part in enumerate(deviations.chunk(model.num_slices)):
         (head,) = model.slice_heads[i]
         zero(head)

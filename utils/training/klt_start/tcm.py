@@ -23,8 +23,7 @@ def write(model: TCM, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:
     for block in (*model.g_a, *model.g_s):
         if isinstance(block, ConvTransBlock):
             zero(block.conv1_2)
-    deviations = torch.zeros(model.M)
-    deviations[: y.shape[1]] = y.square().mean((0, 2, 3)).sqrt()
+    deviations = F.pad(y.square().mean((0, 2, 3)).sqrt(), (0, model.M - y.shape[1]))
     for i, part in enumerate(deviations.chunk(model.num_slices)):
         for transforms in (model.cc_mean_transforms, model.cc_scale_transforms, model.lrp_transforms):
             zero(transforms[i][-1])
