@@ -262,11 +262,10 @@ class SliceDecoder:
         flat = sigma.flatten(1)
         symbols = torch.empty(flat.shape, dtype=torch.int32)
         for part, out in zip(flat.split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
-            first = self.position
-            self.position = self.position + part.shape[1]
+            first, end = self.position, self.position + part.shape[1]
+            self.position = end
             if self.shifts:
-                here = dict(first=first, end=self.position)
-                factors = [scale_factors(self.gaussian, shifts, **here) for shifts in self.shifts]
+                factors = [scale_factors(self.gaussian, shifts, first=first, end=end) for shifts in self.shifts]
                 part = part * torch.stack(factors)
             rows = table_rows(self.gaussian, part).cpu()
             self._correct(first, rows, part)

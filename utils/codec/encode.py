@@ -118,9 +118,8 @@ def encode(
     target = request.target(analyzed.pixels)
     controller = RateController(analyzed)
     if target is None:
-        first = analyzed.write(
-            analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
-        )
+        index = request.index if variable else None
+        first = analyzed.write(analyzed.quantize(index, last=not request.refinement.steps))
     else:
         try:
             first = controller.meet(target, request.max_trials)
