@@ -101,7 +101,7 @@ def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         elif args.command == "encode":
             found = find_images([path])
         else:
-            found = find_files([path], {SUFFIX}, f"{SUFFIX} files", cli.UserError)
+            found = find_files([path], {SUFFIX}, what=f"{SUFFIX} files", error=cli.UserError)
         yield from ((file, file.relative_to(path).parent if Path(path).is_dir() else Path()) for file in found)
 
 
@@ -181,8 +181,8 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
     steps = args.steps
     request = replace(args.request, quality_map=map_of_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-        result = encode(model, image, request, lambda step: bar.update(step.number > 0))
-    message = describe(result, request.has_target, pixels.shape[1], pixels.shape[0])
+        result = encode(model, image, request, on_step=lambda step: bar.update(step.number > 0))
+    message = describe(result, request.has_target, width=pixels.shape[1], height=pixels.shape[0])
     if args.verify:
         decoded = decode(model, result.data)
         message += f", verified: {psnr(image, decoded):.2f} dB"
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         weights = f"weights that are not in {BUNDLED.parent.name}/" + (f" ({fingerprint.hex()})" if fingerprint else "")
         raise ValueError(f"encoded with {weights}: name them with --checkpoint")
 
-    jobs = [(source, functools.partial(code, source, target, args, load)) for source, target in work]
+    jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all(list(bar)) else 1
 

@@ -109,12 +109,12 @@ def measure(
 
     def work(name: str, image: "Tensor", index: float | None) -> Result:
         request = EncodeRequest(index, quality_map=map_of(*image.shape[1:]), nearest=args.nearest)
-        result, decoded = evaluate(model, name, image, request, real=args.real)
+        result, decoded = evaluate(model, name, image, request=request, real=args.real)
         if args.save:
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
 
-    results, failed = measure_all(paths, indexes, context, model.medians.device, work, "evaluating")
+    results, failed = measure_all(paths, indexes, context, device=model.medians.device, work=work, title="evaluating")
     if not results:
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
@@ -128,7 +128,7 @@ def measure(
         if variable and not args.index and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
-    codec = to_json(groups, checkpoint_name(file), kind, results)
+    codec = to_json(groups, checkpoint_name(file), description=kind, results=results)
     return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 
@@ -161,12 +161,12 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
             print_weights(file)
         model.prepare()
     if args.rate_model:
-        return rate_study.run(models[0], paths, Path(args.rate_model), write_json)
+        return rate_study.run(models[0], paths, Path(args.rate_model), write_json=write_json)
     map_of = functools.cache(functools.partial(map_of_arguments, args))  # a mask is read once a size
     codecs = []
     failed = 0
     for file, model in zip(files, models, strict=True):
-        codec, broken = measure(model, file, paths, args, context, map_of)
+        codec, broken = measure(model, file, paths, args=args, context=context, map_of=map_of)
         codecs.append(codec)
         failed = max(failed, broken)
     codecs = comparison.join_fixed_rates(codecs)
@@ -181,10 +181,11 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
     write_json(whole)
     if args.report:
         model = models[0] if "checkpoint" in whole and models else None  # several of one rate each make one curve
-        viewers = report.make_viewers(model, whole, paths, shown, known, map_of) if model else []
-        if studies := report.study(model, shown):
+        viewers = report.make_viewers(model, whole, paths, shown=shown, codecs=known, map_of=map_of) if model else []
+        studies = rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
+        if studies:
             whole["rate_model"] = rate_study.summary(studies)
-        print(report.write_report(Path(args.report), whole, ours, viewers, studies))
+        print(report.write_report(Path(args.report), whole, ours, viewers=viewers, studies=studies))
         write_json(whole)
     return 1 if failed else 0
 

@@ -82,17 +82,17 @@ class Row:
 
 TABLE = TextTable(
     "image", 22,
-    TextColumn("index", 5, 2, lambda row: row.result.index),
-    TextColumn("bpp", 7, 4, lambda row: row.result.bpp),
-    TextColumn("PSNR dB", 8, 2, lambda row: row.result.psnr),
-    TextColumn("MS-SSIM", 8, 2, lambda row: row.result.ms_ssim, decibels),
-    TextColumn("Δbpp %", 7, 2, lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
-    TextColumn("ΔPSNR", 6, 3, lambda row: row.refined("gain")),
-    TextColumn("Δloss %", 7, 2, lambda row: 100 * row.refined("loss_change")),
-    TextColumn("error %", 8, 3, lambda row: row.error),
-    TextColumn("trials", 6, 1, lambda row: row.encoded.trials),
-    TextColumn("encode s", 8, 2, lambda row: row.encoded.seconds),
-    TextColumn("refine s", 8, 2, lambda row: row.refined("seconds")),
+    TextColumn("index", "5.2f", lambda row: row.result.index),
+    TextColumn("bpp", "7.4f", lambda row: row.result.bpp),
+    TextColumn("PSNR dB", "8.2f", lambda row: row.result.psnr),
+    TextColumn("MS-SSIM", "8.2f", lambda row: row.result.ms_ssim, unit=decibels),
+    TextColumn("Δbpp %", "7.2f", lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
+    TextColumn("ΔPSNR", "6.3f", lambda row: row.refined("gain")),
+    TextColumn("Δloss %", "7.2f", lambda row: 100 * row.refined("loss_change")),
+    TextColumn("error %", "8.3f", lambda row: row.error),
+    TextColumn("trials", "6.1f", lambda row: row.encoded.trials),
+    TextColumn("encode s", "8.2f", lambda row: row.encoded.seconds),
+    TextColumn("refine s", "8.2f", lambda row: row.refined("seconds")),
 )
 
 
@@ -102,7 +102,7 @@ def code(model: "VariableRate", image_name: str, image: "Tensor", request: Encod
     from utils.evaluation.evaluate import evaluate_file
 
     name = file_stem(image_name, request.index)
-    encoded = encode(model, image, request, watch(bar, writer, name))
+    encoded = encode(model, image, request, on_step=watch(bar, writer, name))
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
     result, decoded = evaluate_file(model, image_name, image, file=encoded, encode_seconds=seconds)
@@ -151,10 +151,10 @@ def encode_all(
     bar = tqdm(total=len(mine) * len(requests) * steps, desc=title, unit="step", disable=hidden)
 
     def work(name: str, image: "Tensor", number: int) -> tuple[Row, "Tensor"]:
-        return code(model, name, image, requests[number], bar, writer)
+        return code(model, name, image, request=requests[number], bar=bar, writer=writer)
 
     tell(context, TABLE.header)
-    jobs = for_each(mine, range(len(requests)), model.medians.device, work, short_names(paths))
+    jobs = for_each(mine, range(len(requests)), device=model.medians.device, work=work, names=short_names(paths))
     for count, (path, number, found) in enumerate(jobs, 1):
         if not number:
             found_rows.append([])
@@ -231,14 +231,14 @@ def write_report(folder: Path, whole: dict) -> Path:
     sections = [report.targets(folder, [whole]), report.per_picture([whole])]
     if refined := [image for image in whole["images"] if image["steps"]]:
         alt = "Change of loss, bits per pixel and PSNR over the steps, a line for each picture; dots are the steps taken"
-        plot = plots.render(lambda: plots.steps_figure(refined), "steps", alt, folder)
+        plot = plots.render(lambda: plots.steps_figure(refined), "steps", alt=alt, folder=folder)
         text = "Change from the latents as the network makes them. A dot marks the step whose latents were coded."
         sections.insert(0, page.Section("Refinement", text, [plot]))
     written = page.Page(
-        f"Online training of latents: {whole['name']}", f"{whole['description']}.", [s for s in sections if s], report.facts(whole)
+        f"Online training of latents: {whole['name']}", lead=f"{whole['description']}.",
+        sections=[s for s in sections if s], facts=report.facts(whole),
     )
-    page.write_page(written, folder / "index.html")
-    return folder / "index.html"
+    return page.write_page(written, folder)
 
 
 def run(
@@ -258,7 +258,7 @@ def run(
     if context.is_main:
         print_weights(args.checkpoint)
     model.prepare()
-    rows, failed = encode_all(model, paths, requests, args, context)
+    rows, failed = encode_all(model, paths, requests, args=args, context=context)
     context.close()
     if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
@@ -279,7 +279,7 @@ def run(
 def main(argv: list[str] | None = None) -> int:
     args, requests = parse(argv)
     with json_output(args.json) as write_json:
-        return run(args, requests, argv, write_json)
+        return run(args, requests, argv, write_json=write_json)
 
 
 if __name__ == "__main__":

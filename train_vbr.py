@@ -31,8 +31,7 @@ MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    stage = parser.add_argument_group("stage")
-    add = stage.add_argument
+    add = parser.add_argument_group("stage").add_argument
     add("--stage", choices=("base", "entropy", "static", "lae", "joint", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts

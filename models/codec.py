@@ -231,7 +231,7 @@ class Codec(CompressionModel):
 
     def band_height(self, width: int, height: int) -> int:
         """Height of the bands in which a picture of this size is best computed: its own up to two megapixels."""
-        return band_height(width, height, self.bytes_per_pixel, self.medians.device)
+        return band_height(width, height, bytes_per_pixel=self.bytes_per_pixel, device=self.medians.device)
 
     @torch.no_grad()
     def features_of_bands(self, bands: Iterable[Tensor], height: int) -> Tensor:
@@ -260,7 +260,7 @@ class Codec(CompressionModel):
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             corrected = complete or i < self.num_slices - 1
-            mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected)
+            mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected=corrected)
             if not corrected:
                 del hyper, decoded, context  # no slice follows; the coder has their room
                 coder(mu, sigma)
@@ -298,7 +298,7 @@ class Codec(CompressionModel):
         """
         index = self._check(x, index)
         y, log_m = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index, quantization) | {"log_m_ga": log_m}
+        return self._reconstruct(y, self.h_a(y), index=index, quantization=quantization) | {"log_m_ga": log_m}
 
     @published_names
     def forward_fromlatent(
@@ -311,7 +311,8 @@ class Codec(CompressionModel):
         the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
         of the rounded values.
         """
-        return self._reconstruct(y, z, self._index_of_latent(index, len(y), y.shape[2:]), quantization)
+        index = self._index_of_latent(index, len(y), y.shape[2:])
+        return self._reconstruct(y, z, index=index, quantization=quantization)
 
     def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
         y_hat, rates = self.estimate_rate(y, z, quantization)
@@ -334,9 +335,7 @@ class Codec(CompressionModel):
         channels = self.config.hyper_channels
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
-    def estimate_rate(
-        self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI
-    ) -> tuple[Tensor, dict]:
+    def estimate_rate(self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
         surrogate = quantization.surrogate
         with torch.autocast(z.device.type, enabled=False):
@@ -348,7 +347,7 @@ class Codec(CompressionModel):
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + quantization.noise[1])
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
-        coder = SliceEstimator(self.gaussian_conditional, y, self.num_slices, quantization)
+        coder = SliceEstimator(self.gaussian_conditional, y, num_slices=self.num_slices, quantization=quantization)
         # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)
@@ -457,9 +456,7 @@ class Codec(CompressionModel):
     def choose_symbols(self, residual: Tensor, sigma: Tensor) -> Tensor:
         """Symbols for rate and distortion together, by the coding tables and ERROR_BITS; shapes as in the function."""
         tables, _ = self.coding_tables
-        return choose_symbols(
-            residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS
-        )
+        return choose_symbols(residual, sigma, gaussian=self.gaussian_conditional, tables=tables, error_bits=ERROR_BITS)
 
     def count_bits(self, quantized: QuantizedLatents) -> list[float]:
         """Bits of the streams and the side information of each image, without coding them.

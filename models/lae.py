@@ -43,7 +43,7 @@ class mask(nn.Module):
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
         self.lmd_map = fcn(n, M)
-        self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
+        self.latent_attn = ConvTransBlock(M // 2, M // 2, head_dim=32, window_size=4, drop_path=0, type="SW")
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class VariableRate:
         return self.modnet_gs(y_hat, index)
 
     def demodulate_bands(self, y_hat: Tensor, index: Tensor, height: int) -> Iterator[Tensor]:
-        return scaled_bands(self.modnet_gs, y_hat, index, height)
+        return scaled_bands(self.modnet_gs, y_hat, index, height=height)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True):
         """As the fixed-rate codec, whose weights are taken too."""

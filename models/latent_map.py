@@ -23,7 +23,7 @@ class Gain(nn.Module):
         self.lmd_map = nn.Parameter(torch.ones(1, M, 1, 1))
         self.contextual = contextual
         if contextual:
-            self.latent_attn = ConvTransBlock(M // 2, M // 2, 32, 4, 0, "SW")
+            self.latent_attn = ConvTransBlock(M // 2, M // 2, head_dim=32, window_size=4, drop_path=0, type="SW")
             self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,7 @@ class _LaterLoader(Loader):
 class _LaterFinder(MetaPathFinder):
     """Finds the packages of LATER."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in LATER else None
         if spec and spec.loader:
             spec.loader = _LaterLoader(spec.loader)

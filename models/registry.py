@@ -20,19 +20,10 @@ PRESETS: dict[str, tuple[str, dict]] = {  # a fixed-rate class and the arguments
     "depthconv": ("DepthConv", {}),
     "full": ("TCM", {"N": 64}),  # the smallest of the published models
     "hyperprior": ("Hyperprior", {}),  # CompressAI's mbt2018-mean, qualities 1 to 4
-    "small": (
-        "TCM",
-        dict(
-            head_dim=(8, 16, 16, 16, 16, 8),
-            N=32,
-            M=192,
-            num_slices=4,
-            max_support_slices=4,
-            hyper_channels=128,
-            inter_dim=64,
-            slice_widths=(128, 96),
-        ),
-    ),
+    "small": ("TCM", dict(
+        head_dim=(8, 16, 16, 16, 16, 8), N=32, M=192, num_slices=4, max_support_slices=4, hyper_channels=128,
+        inter_dim=64, slice_widths=(128, 96),
+    )),
 }
 
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 # Constants of the layers. A model keeps those it was made with: a float16 file has them rounded, some to zero.
 _CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
 _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
-
-
 _KNOWN = "entropy_bottleneck.quantiles"  # a name that every codec has
 
 

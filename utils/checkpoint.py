@@ -152,23 +152,20 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
         raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
     try:
         if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
-            return _checked(recognize(state).from_state_dict(state), path)
-        cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "ignored, as a TCM")  # a file of a later version may be another network
-            model = cls(**checkpoint["arguments"])
-        model.load_state_dict(state)
-        model.metric = metric
-        return _checked(model.eval(), path)
+            model = recognize(state).from_state_dict(state)
+        else:
+            cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "ignored, as a TCM")  # a later version's file may be another network
+                model = cls(**checkpoint["arguments"])
+            model.load_state_dict(state)
+            model.metric = metric
     except (ValueError, TypeError, UserWarning) as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def _checked(model: Codec, path: str | Path) -> Codec:
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise CheckpointError(f"{path}: its weights are not finite ({name})")
-    return model
+    return model.eval()
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> Codec:

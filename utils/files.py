@@ -19,9 +19,7 @@ MAX_PIXELS = 2**28  # pictures and files of more pixels are refused, as they may
 BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "depthconv_vbr.pth.tar"  # the default weights
 
 
-def find_files(
-    paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]
-) -> list[Path]:
+def find_files(paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]) -> list[Path]:
     """Paths that are files or pipes, whatever their suffix, and the files with one of the suffixes in folders.
 
     Folders are searched recursively, through links too, and the files of each are sorted regardless of case. Hidden

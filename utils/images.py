@@ -74,15 +74,14 @@ def save_image(path: str | Path, image: Tensor) -> None:
         file.write(png_bytes(to_pixels(image)))
 
 
-def pad(x: Tensor, multiple: int = STRIDE) -> Tensor:
-    """Zeros around `[B, 3, H, W]` up to multiples of `multiple`; top and left get the smaller half."""
-    padding, _ = compute_padding(x.shape[-2], x.shape[-1], min_div=multiple)
-    return F.pad(x, padding)
+def pad(x: Tensor) -> Tensor:
+    """Zeros around `[B, 3, H, W]` up to multiples of 128; top and left get the smaller half."""
+    return F.pad(x, margins(*x.shape[2:]))
 
 
-def crop(x: Tensor, height: int, width: int, multiple: int = STRIDE) -> Tensor:
+def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The `[B, 3, height, width]` inside a picture that `pad` made."""
-    _, cut = compute_padding(height, width, min_div=multiple)
+    _, cut = compute_padding(height, width, min_div=STRIDE)
     return F.pad(x, cut)
 
 

@@ -107,9 +107,7 @@ class SliceEstimator:
         rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
-    def __init__(
-        self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization
-    ) -> None:
+    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization) -> None:
         self.gaussian = gaussian
         self.slices = y.float().chunk(num_slices, 1)
         self.quantization = quantization
@@ -128,11 +126,11 @@ class SliceEstimator:
         symbols = self.quantization.choose(residual.detach(), sigma.detach())
         y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
         if surrogate is not None:
-            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma, mu)
+            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma=sigma, mu=mu)
             with torch.no_grad():
-                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma, mu))
+                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma=sigma, mu=mu))
         elif self.noise is not None:
-            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma, mu)
+            likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma=sigma, mu=mu)
         else:
             _, likelihood = self.gaussian(y, sigma, mu)
         self.likelihoods.append(likelihood)
@@ -264,11 +262,10 @@ class SliceDecoder:
         flat = sigma.flatten(1)
         symbols = torch.empty(flat.shape, dtype=torch.int32)
         for part, out in zip(flat.split(AT_ONCE, 1), symbols.split(AT_ONCE, 1), strict=True):
-            first = self.position
-            self.position = self.position + part.shape[1]
+            first, end = self.position, self.position + part.shape[1]
+            self.position = end
             if self.shifts:
-                here = dict(first=first, end=self.position)
-                factors = [scale_factors(self.gaussian, shifts, **here) for shifts in self.shifts]
+                factors = [scale_factors(self.gaussian, shifts, first=first, end=end) for shifts in self.shifts]
                 part = part * torch.stack(factors)
             rows = table_rows(self.gaussian, part).cpu()
             self._correct(first, rows, part)

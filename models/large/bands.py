@@ -217,7 +217,7 @@ def log_m_of_band(mask: nn.Module, index: Tensor, here: slice, content: Tensor) 
 def scaled_bands(lae: nn.Module, y: Tensor, index: Tensor, height: int) -> Iterator[Tensor]:
     """y · m of an LAE, in bands of about this height."""
     for here, content in located(content_bands(lae.mask, y, height)):
-        yield y[:, :, here] * log_m_of_band(lae.mask, index, here, content).exp()
+        yield y[:, :, here] * log_m_of_band(lae.mask, index, here=here, content=content).exp()
 
 
 def gather(bands: Iterable[Tensor], height: int) -> Tensor:

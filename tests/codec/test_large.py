@@ -139,12 +139,11 @@ def test_tiles_are_as_large_as_two_megapixels_allow(height, width):
     """Of docs/rate_control.md: up to 1024×1024 pixels, and 128 more on every side that is not one of the picture."""
     found = cut_tiles(height, width)
     padded = [len(range(0, side, 128)) * 128 for side in (height, width)]
-    assert max(max(len(tile.rows), len(tile.columns)) for tile in found) <= 1024
+    assert max(len(side) for tile in found for side in tile.sides) <= 1024
     assert max(tile.outer_pixels for tile in found) <= 2**21
     assert sum(tile.outer_pixels for tile in found) < 2 * height * width  # no more than once again
     for tile in found:
-        for part, outer, length in zip((tile.rows, tile.columns), (tile.outer_rows, tile.outer_columns), padded,
-                                       strict=True):
+        for part, outer, length in zip(tile.sides, tile.outer_sides, padded, strict=True):
             assert outer.start % 128 == outer.stop % 128 == 0
             assert outer.start < part.start or part.start == 0
             assert outer.stop > part.stop or part.stop == length

@@ -29,10 +29,12 @@ def waits(work: Callable[[], object], device: torch.device) -> list[str]:
 
 
 def peak_of(works: Collection[Callable[[], object]], device: torch.device) -> int:
-    """Peak bytes once each piece of work has been run."""
+    """Peak bytes of the process on a CPU, or of PyTorch's tensors on a GPU, once each piece of work has been run."""
     for work in works:
         timed(work, device)
-    return peak_memory(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT
 
 
 def median_seconds(works: Collection[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
@@ -77,10 +79,3 @@ def count_macs(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 2
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far that the process has on the CPU, or PyTorch's tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT

@@ -60,20 +60,12 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
             analysis_end = clock(image.device)
             found = controller.meet(target, max_trials)
             end = clock(image.device)
-            rows.append(
-                {
-                    "image": name,
-                    "mode": mode,
-                    "target_bits": target.bits,
-                    "bits": found.bits,
-                    "error": found.bits / target.bits - 1,
-                    "index": found.index,
-                    "trials": controller.trials - 1,
-                    "seconds": end - start,
-                    "trial_seconds": (end - analysis_end) / controller.trials,
-                    "encode_seconds": encode_seconds,
-                }
-            )
+            rows.append({
+                "image": name, "mode": mode, "target_bits": target.bits, "bits": found.bits,
+                "error": found.bits / target.bits - 1, "index": found.index, "trials": controller.trials - 1,
+                "seconds": end - start, "trial_seconds": (end - analysis_end) / controller.trials,
+                "encode_seconds": encode_seconds,
+            })
     return rows
 
 
@@ -89,7 +81,7 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
     for path in tqdm(paths, unit="image", disable=None):
         image = read_image(path).to(device)
         quality_map = map_of_arguments(args, *image.shape[1:])
-        rows += measure(model, names[path], image, args.targets, quality_map)
+        rows += measure(model, names[path], image, targets=args.targets, quality_map=quality_map)
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]

@@ -39,18 +39,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.runs < 1:
         raise UserError("--runs must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    measure(args)
-
-
-@torch.no_grad()
-def measure(args: argparse.Namespace) -> None:
-    """Print the times of the networks, of coding y, and the peak memory."""
     torch.manual_seed(0)
     device = pick_device(args.device)
     if args.checkpoint:
@@ -111,11 +106,7 @@ def measure(args: argparse.Namespace) -> None:
         for part in rows.chunk(model.num_slices):
             tables.from_stream(decoder, part)
 
-    works = {
-        "rows": choose_rows,
-        "to bytes": lambda: tables.to_stream(symbols, rows),
-        "from bytes": read_stream,
-    }
+    works = {"rows": choose_rows, "to bytes": lambda: tables.to_stream(symbols, rows), "from bytes": read_stream}
     for name, work in works.items():
         (spent,) = median_seconds([work], device, args.runs)
         print(f"{'coding y: ' + name:<22} {spent:9.3f}")

@@ -51,7 +51,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     sides = (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
-    trainer = Trainer(objective, Photographs(dataset), folder, context)
+    trainer = Trainer(objective, Photographs(dataset), folder, context=context)
     if args.compile:
         compile_networks(objective.model)
     return trainer

@@ -18,8 +18,7 @@ MAX_WORKERS = 8  # processes that read photographs, where no number is given
 
 def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     """Add the arguments of a run; those of `Settings` have its names and defaults."""
-    data = parser.add_argument_group("photographs")
-    add = data.add_argument
+    add = parser.add_argument_group("photographs").add_argument
     add("-d", "--dataset", nargs="+", required=True, metavar="DIR", help="folders of training photographs, searched recursively")
     add("--val", nargs="+", metavar="DIR", help=f"photographs to validate on (default: every 20th training photograph, at most {MAX_VALIDATION})")
     add("--val-size", type=int, default=256, metavar="N", help="center crop of the validation photographs; a multiple of 128")
@@ -28,8 +27,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this (on a CPU with one copy for each process of torchrun), and read again and again by workers otherwise")
     add("-n", "--num-workers", type=int, metavar="W", help=f"processes that read photographs which are not kept (default: one for each core, at most {MAX_WORKERS}; cores are shared with the other processes of torchrun)")
 
-    budget = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none")
-    add = budget.add_argument
+    add = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none").add_argument
     add("-e", "--epochs", type=int, default=0, metavar="E", help="passes over the photographs")
     add("--max-steps", type=int, default=0, metavar="S", help="steps")
     add("--max-minutes", type=float, default=0, metavar="T", help="minutes of training steps (validation comes on top)")
@@ -38,8 +36,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--last-patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="their height and width, or one side")
     add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: --batch-size)")
 
-    learning = parser.add_argument_group("optimization")
-    add = learning.add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
     add("--transform-lr-factor", dest="transform_factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s (of a DepthConv: of what the start in closed form writes, not of the blocks), in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
     add("--balance", type=float, default=Settings.balance, metavar="P", help="multiply each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not dominate the gradient; 0 is the published loss")

@@ -18,6 +18,7 @@ from utils.training.schedule import Settings
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
     """The model to train, and the training records of its weights. With the state of a run, a model of that shape."""
     of_kind = fixed_rate if args.lmbda else variable_rate
+    history = []
     if state:
         cls = model_class(state["model"])
         if not is_backbone(cls):
@@ -29,12 +30,10 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
         model = cls(**state["arguments"])
-        history = []
     elif args.checkpoint is None:
         changes = {"N": args.N} if args.N else {}
         try:
             model = from_preset(args.preset, variable=not args.lmbda, **changes)
-            history = []
         except (ValueError, TypeError) as error:
             raise UserError(f"--preset {args.preset}: {error}") from None
     else:

@@ -92,7 +92,7 @@ class AnalyzedImage:
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every slice, which goes when its symbols are there
             y = [large_copy(part) for part in y.chunk(self.model.num_slices, 1)]
-        return self.quantize_latents(index, y, z, complete)
+        return self.quantize_latents(index, y, z, complete=complete)
 
     def quantize_latents(
         self, index: float | None, y: Tensor | list[Tensor], z: Tensor, complete: bool = False

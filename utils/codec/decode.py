@@ -38,7 +38,7 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
     if coded.offsets:
         index = index_of_places(coded.index, coded.offsets, coded.shape)
     y_hat = model.decode_latents([[coded.y], [coded.z]], coded.shape, [coded.side_info])
-    return picture_of(model, y_hat, index, coded.height, coded.width)
+    return picture_of(model, y_hat, index, height=coded.height, width=coded.width)
 
 
 def picture_of(model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:

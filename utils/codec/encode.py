@@ -114,13 +114,12 @@ def encode(
     if variable and request.index is None and not request.has_target:
         raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)
-    analyzed = AnalyzedImage(model, image, request.quality_map, request.nearest)
+    analyzed = AnalyzedImage(model, image, quality_map=request.quality_map, nearest=request.nearest)
     target = request.target(analyzed.pixels)
     controller = RateController(analyzed)
     if target is None:
-        first = analyzed.write(
-            analyzed.quantize(request.index if variable else None, last=not request.refinement.steps)
-        )
+        index = request.index if variable else None
+        first = analyzed.write(analyzed.quantize(index, last=not request.refinement.steps))
     else:
         try:
             first = controller.meet(target, request.max_trials)
@@ -133,14 +132,14 @@ def encode(
     found = first
     if request.refinement.steps:
         target = Target(first.bits) if request.keep_rate else target
-        refinement = _refine(analyzed, first, request.refinement, target, on_step)
+        refinement = _refine(analyzed, first, request.refinement, target=target, on_step=on_step)
         found = CodedTrial(refinement.after.index, refinement.after.data)
     error = None
     note = ""
     if target is not None:
         if not target.allows(found.bits):
             raise UnreachableError(found)
-        error, note = _target_error(target, found, first.bits, analyzed.pixels, controller.reach)
+        error, note = _target_error(target, found, unrefined=first.bits, pixels=analyzed.pixels, reach=controller.reach)
     return EncodeResult(
         data=found.data, index=found.index, trials=max(0, controller.trials - 1),
         error=error, note=note, refinement=refinement, seconds=seconds,
@@ -160,7 +159,7 @@ def _refine(
 
     def measure(file: CodedTrial) -> MeasuredFile:
         decoded = decode(model, file.data)
-        found = distortion(image, decoded, model.metric, None if weights is None else weights[0])
+        found = distortion(image, decoded, model.metric, weights=None if weights is None else weights[0])
         if found is None:
             raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
         return MeasuredFile(file.data, file.index, file.bits / pixels, distortion=found, psnr=psnr(image, decoded))
@@ -175,7 +174,7 @@ def _refine(
         return RateConstraint(target.bits / pixels, limit).rank(file.bpp, file.distortion, TARGET_TOLERANCE)
 
     before = best = measure(first)
-    candidates, steps = refine(analyzed, first, settings, target, on_step)
+    candidates, steps = refine(analyzed, first, settings, target=target, on_step=on_step)
     chosen = 0
     for candidate, step in candidates:
         found = measure(analyzed.write(candidate))
@@ -183,7 +182,7 @@ def _refine(
             best = found
             chosen = step.number
     return Refinement(
-        before, best, steps, chosen,
+        before, best, steps=steps, chosen=chosen,
         loss_change=loss(best) / loss(before) - 1, seconds=clock(image.device) - start,
     )
 

@@ -69,7 +69,7 @@ class QualityMap:
         if len(weights) == 1:
             raise ValueError("the mask has one value in every cell of 64×64 pixels: it tells no region from the rest")
         inside = region > (region.min() + region.max()) / 2
-        return cls(weights, cells.reshape(shares.shape), inside, index, above)
+        return cls(weights, cells.reshape(shares.shape), region=inside, index=index, above=above)
 
     def offsets(self, base: float | np.ndarray) -> np.ndarray:
         """Offsets in steps of 1/16 from the index of the file, such that all lie within [0, 5]: int8 `[…, K]`."""

@@ -150,7 +150,7 @@ class RateModel:
         """ln m in bands, each with its place."""
         places = self.index_of_places(index)
         for here, content in self.content():
-            yield here, log_m_of_band(self.mask, places, here, content)
+            yield here, log_m_of_band(self.mask, places, here=here, content=content)
 
     def index_of_places(self, index: float) -> Tensor:
         """The index `[1]`, or where there is a map that of every place of the latent, `[1, 1, h, w]`."""
@@ -171,10 +171,11 @@ class RateModel:
     @torch.no_grad()
     def moved(self, scaled: Tensor, index: float, other: float) -> Tensor:
         """A latent that was scaled for an index, scaled for another one."""
-        before, after = self.index_of_places(index), self.index_of_places(other)
+        both = [self.index_of_places(at) for at in (index, other)]
 
         def change(here: slice, content: Tensor) -> Tensor:
-            return log_m_of_band(self.mask, after, here, content) - log_m_of_band(self.mask, before, here, content)
+            before, after = (log_m_of_band(self.mask, places, here=here, content=content) for places in both)
+            return after - before
 
         bands = (scaled[:, :, here] * change(here, content).exp() for here, content in self.content())
         return gather(bands, self.y.shape[2])

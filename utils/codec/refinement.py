@@ -117,11 +117,8 @@ def _clip(value: float, limit: float) -> float:
 
 
 def refine(
-    image: AnalyzedImage,
-    start: CodedTrial,
-    settings: RefinementSettings,
-    target: Target | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    image: AnalyzedImage, start: CodedTrial, settings: RefinementSettings,
+    target: Target | None = None, on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[tuple[TrialEncode, Step]], list[Step]]:
     """Refine the latents of a file; with a target, at its rate.
 
@@ -129,14 +126,15 @@ def refine(
         Candidates that may be better than `start`, each with the step it comes from; and every step.
     """
     constraint = None if target is None else RateConstraint.of_target(target, start, image.pixels)
-    steps, best, best_latents, last_latents = descend(image, start, settings, constraint, on_step)
+    steps, best, best_latents, last_latents = descend(image, start, settings, constraint=constraint, on_step=on_step)
     candidates = []
     last = steps[-1]
     with contextlib.suppress(ValueError):  # latents that cannot be coded
         if best.number:
             candidates.append((image.quantize_latents(start.index, *best_latents), best))
         if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > REFINED_TOLERANCE:
-            candidates.append((_move_to_rate(image, start.index, last_latents, constraint.bpp * image.pixels), last))
+            wanted = constraint.bpp * image.pixels
+            candidates.append((_move_to_rate(image, start.index, last_latents, bits=wanted), last))
     return candidates, steps
 
 
@@ -180,7 +178,7 @@ def descend(
     def rank(step: Step) -> tuple[float, float]:
         return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
 
-    with _training_latents(model, max(tile.outer_pixels for tile in tiles), settings.seed, device):
+    with _training_latents(model, max(tile.outer_pixels for tile in tiles), settings.seed, device=device):
         for number in range(settings.steps + 1):
             progress = number / max(1, settings.steps)
             temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
@@ -189,7 +187,10 @@ def descend(
             sums = [0.0, 0.0, 0.0]  # coded bits, and MSE and distortion, weighed by the tiles' pixels
             with torch.set_grad_enabled(number < settings.steps):
                 for tile in tiles:
-                    found = _differentiate(image, tile, start.index, (y, z), surrogate, math.exp(log_weight))
+                    found = _differentiate(
+                        image, tile, index=start.index, latents=(y, z), surrogate=surrogate,
+                        rate_weight=math.exp(log_weight),
+                    )
                     sums = [total + value for total, value in zip(sums, found, strict=True)]
             coded, mse, distortion = sums
             if not steps:  # what likelihoods leave out: header, side information, whole words, and fitted tables' gain
@@ -240,11 +241,11 @@ def _differentiate(
         places = places[tile.outer(UNITS[0])]
         weights = tile.inside(pixel_weights(places, lmbda, model.metric))
     quantization = Quantization(surrogate=surrogate, choose=image.choose, use_scale_table=True)
-    out = model.forward_fromlatent(*parts, places, quantization)
+    out = model.forward_fromlatent(*parts, index=places, quantization=quantization)
     out["x_hat"] = tile.inside(out["x_hat"]).clamp(0, 1)
     for kind in ("likelihoods", "coded_likelihoods"):
         out[kind] = {name: out[kind][name][tile.core(unit)] for name, unit in zip("yz", UNITS, strict=True)}
-    losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, model.metric, weights)
+    losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, metric=model.metric, weights=weights)
     share = tile.pixels / image.pixels
     if torch.is_grad_enabled():
         (share * (losses["loss"] + (rate_weight - 1) * losses["bpp"]).sum()).backward()

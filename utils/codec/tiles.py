@@ -5,6 +5,7 @@ borders of tiles are approximate; files are not, as they are made of whole pictu
 MS-SSIM is the mean of that of the tiles, each weighed by its pixels.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from utils.images import margins
 SIDE = 1024  # at most, without the surroundings
 SURROUNDINGS = 128  # pixels on every side
 
+Sides = tuple[range, range]  # rows and columns
 Slices = tuple[slice, ...]
 
 
@@ -25,47 +27,48 @@ class Tile:
     """A tile, in pixels of the padded picture; where rows and columns start and stop are multiples of 128.
 
     Attributes:
-        rows, columns: the tile without its surroundings.
-        outer_rows, outer_columns: with them.
+        sides: the rows and the columns of the tile without its surroundings.
+        outer_sides: with them.
         margins: pixels of padding above and to the left of the picture.
         size: height and width of the picture, without padding.
     """
 
-    rows: range
-    columns: range
-    outer_rows: range
-    outer_columns: range
+    sides: Sides
+    outer_sides: Sides
     margins: tuple[int, int]
     size: tuple[int, int]
 
     def outer(self, unit: int) -> Slices:
         """The tile with its surroundings in a tensor `[B, C, …]` of the padded picture, a place for `unit` pixels."""
-        return _slices(self.outer_rows, self.outer_columns, unit)
+        return _slices(self.outer_sides, unit)
 
     def core(self, unit: int) -> Slices:
         """The tile itself in a tensor of the tile with its surroundings."""
-        return _slices(_relative(self.rows, self.outer_rows), _relative(self.columns, self.outer_columns), unit)
+        return _slices(_after(self.sides, self._outer_start), unit)
 
     @property
     def picture(self) -> Slices:
         """The pixels of the tile in the picture `[C, H, W]`."""
-        rows, columns = self._inside()
-        return _slices(_shifted(rows, -self.margins[0]), _shifted(columns, -self.margins[1]), 1)[1:]
+        return _slices(_after(self._inside(), self.margins), unit=1)[1:]
 
     def inside(self, x: Tensor) -> Tensor:
         """The pixels of the tile that belong to the picture, of a tensor of the tile with its surroundings."""
-        rows, columns = self._inside()
-        return x[_slices(_relative(rows, self.outer_rows), _relative(columns, self.outer_columns), 1)]
+        return x[_slices(_after(self._inside(), self._outer_start), unit=1)]
 
-    def _inside(self) -> tuple[range, range]:
-        sides = zip((self.rows, self.columns), self.margins, self.size, strict=True)
+    @property
+    def _outer_start(self) -> tuple[int, int]:
+        rows, columns = self.outer_sides
+        return rows.start, columns.start
+
+    def _inside(self) -> Sides:
+        sides = zip(self.sides, self.margins, self.size, strict=True)
         rows, columns = (range(max(side[0], at), min(side[-1] + 1, at + length)) for side, at, length in sides)
         return rows, columns
 
     @property
     def outer_pixels(self) -> int:
         """How many pixels it has with its surroundings."""
-        return len(self.outer_rows) * len(self.outer_columns)
+        return math.prod(map(len, self.outer_sides))
 
     @property
     def pixels(self) -> int:
@@ -79,15 +82,12 @@ def cut_tiles(height: int, width: int) -> list[Tile]:
     padded = height + top + bottom, width + left + right
     whole = padded[0] * padded[1] <= WHOLE
     sides = [[range(length)] if whole else _cut(length) for length in padded]
-    outer = [
-        [range(max(0, part.start - SURROUNDINGS), min(length, part.stop + SURROUNDINGS)) for part in parts]
-        for parts, length in zip(sides, padded, strict=True)
-    ]
-    return [
-        Tile(rows, columns, outer_rows, outer_columns, margins=(top, left), size=(height, width))
-        for rows, outer_rows in zip(sides[0], outer[0], strict=True)
-        for columns, outer_columns in zip(sides[1], outer[1], strict=True)
-    ]
+    tiles = []
+    for tile in itertools.product(*sides):
+        pairs = zip(tile, padded, strict=True)
+        outer = [range(max(0, at.start - SURROUNDINGS), min(end, at.stop + SURROUNDINGS)) for at, end in pairs]
+        tiles.append(Tile(tile, tuple(outer), margins=(top, left), size=(height, width)))
+    return tiles
 
 
 def _cut(length: int) -> list[range]:
@@ -96,14 +96,12 @@ def _cut(length: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(at, at[1:], strict=False)]
 
 
-def _relative(part: range, whole: range) -> range:
-    return _shifted(part, -whole.start)
+def _after(sides: Sides, start: tuple[int, int]) -> Sides:
+    """Rows and columns as they are counted from another start."""
+    rows, columns = (range(side.start - at, side.stop - at) for side, at in zip(sides, start, strict=True))
+    return rows, columns
 
 
-def _shifted(part: range, by: int) -> range:
-    return range(part.start + by, part.stop + by)
-
-
-def _slices(rows: range, columns: range, unit: int) -> Slices:
-    inner = (slice(side.start // unit, side.stop // unit) for side in (rows, columns))
+def _slices(sides: Sides, unit: int) -> Slices:
+    inner = (slice(side.start // unit, side.stop // unit) for side in sides)
     return slice(None), slice(None), *inner

@@ -54,7 +54,7 @@ def fetch(source: Source, path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     downloader = functools.partial(resume, part=part)
     try:
-        pooch.retrieve(source.url, source.sha256, path.name, path.parent, downloader=downloader)
+        pooch.retrieve(source.url, source.sha256, fname=path.name, path=path.parent, downloader=downloader)
     except ValueError:  # pooch's, whose text is two lines
         raise UserError(f"{source.url}: what came has not the SHA-256 that it should have; nothing is kept") from None
     return path
@@ -104,7 +104,7 @@ def _open(session: requests.Session, url: str, part: Path) -> requests.Response:
     response = _get(session, url, part)
     page = _page(response)
     if page and page.action:
-        response = _get(session, urljoin(response.url, page.action), part, page.fields)
+        response = _get(session, urljoin(response.url, page.action), part, fields=page.fields)
         page = _page(response)
     if page:
         raise UserError(f"{url}: answers with a page instead of the file ({page.title or 'without a title'})")
@@ -132,7 +132,7 @@ def _get(session: requests.Session, url: str, part: Path, fields: dict[str, str]
         if not fits:
             response.close()
             os.truncate(part, 0)  # and not removed, as the lock is on this very file
-            return _get(session, url, part, fields)
+            return _get(session, url, part, fields=fields)
     response.raise_for_status()
     return response
 

@@ -28,38 +28,42 @@ class Codec(NamedTuple):
 
     Attributes:
         title: for people, with the settings that matter.
-        feature: what Pillow must have been built with; "" where it always has the format.
         options: arguments of Pillow's `save`, for a quality.
         qualities: from few bits to many. Those of JPEG 2000 are ratios of compression.
+        feature: what Pillow must have been built with; "" where it always has the format.
     """
 
     title: str
     format: str
-    feature: str
     options: Callable[[float], dict[str, Any]]
     qualities: tuple[float, ...]
+    feature: str = ""
 
 
 def _jpeg(chroma: str) -> Codec:
     qualities = (5, 10, 15, *range(20, 81, 10), 85, 90, 95)
     options = {"optimize": True, "subsampling": chroma}
-    return Codec(f"JPEG {chroma}", "JPEG", "", lambda q: {"quality": q, **options}, qualities)
+    return Codec(f"JPEG {chroma}", "JPEG", options=lambda q: {"quality": q, **options}, qualities=qualities)
 
 
 CODECS = {
     "jpeg": _jpeg("4:2:0"),
     "jpeg444": _jpeg("4:4:4"),
     "webp": Codec(
-        "WebP", "WEBP", "webp", lambda q: {"quality": q, "method": 4}, (1, 5, *range(10, 81, 10), 85, 90, 95)
+        "WebP", "WEBP", feature="webp",
+        options=lambda q: {"quality": q, "method": 4}, qualities=(1, 5, *range(10, 81, 10), 85, 90, 95),
     ),
     "avif": Codec(
-        "AVIF", "AVIF", "avif", lambda q: {"quality": q, "speed": 8}, (10, 20, 30, *range(40, 86, 5), 90)
+        "AVIF", "AVIF", feature="avif",
+        options=lambda q: {"quality": q, "speed": 8}, qualities=(10, 20, 30, *range(40, 86, 5), 90),
     ),
-    "jpegxl": Codec("JPEG XL", "JXL", "", lambda q: {"quality": q}, (5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 93)),
+    "jpegxl": Codec(
+        "JPEG XL", "JXL", options=lambda q: {"quality": q}, qualities=(5, *range(10, 81, 10), 85, 90, 93)
+    ),
     "jpeg2000": Codec(
-        "JPEG 2000", "JPEG2000", "jpg_2000",
-        lambda ratio: {"quality_mode": "rates", "quality_layers": [ratio], "irreversible": True, "mct": 1},
-        (240, 160, 120, 80, 60, 48, 40, 32, 24, 20, 16, 12),
+        "JPEG 2000", "JPEG2000", feature="jpg_2000",
+        options=lambda ratio: {"quality_mode": "rates", "quality_layers": [ratio], "irreversible": True, "mct": 1},
+        qualities=(240, 160, 120, 80, 60, 48, 40, 32, 24, 20, 16, 12),
     ),
 }  # fmt: skip
 
@@ -106,12 +110,12 @@ def measure_all(names: list[str], paths: list[Path], context: DistContext) -> li
 
     def work(picture: str, image: Tensor, job: tuple[str, float]) -> tuple[str, Result]:
         name, quality = job
-        return name, measure(picture, image, CODECS[name], quality)[0]
+        return name, measure(picture, image, CODECS[name], quality=quality)[0]
 
-    found, _ = evaluate.measure_all(paths, jobs, context, torch.device("cpu"), work, "other codecs")
+    found, _ = evaluate.measure_all(paths, jobs, context, device=torch.device("cpu"), work=work, title="other codecs")
     codecs = []
     for name in names:
         results = [result for codec, result in found if codec == name]
         groups = [[result for result in results if result.index == quality] for quality in CODECS[name].qualities]
-        codecs.append(to_json(groups, CODECS[name].title, "real files by Pillow", results))
+        codecs.append(to_json(groups, CODECS[name].title, description="real files by Pillow", results=results))
     return codecs

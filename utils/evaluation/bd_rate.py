@@ -100,15 +100,15 @@ class Delta:
 
 def delta_rate(anchor: Curve, test: Curve, method: str = "akima") -> Delta:
     """BD-rate in percent between rising curves; negative where the tested codec needs fewer bits."""
-    return _delta(bjontegaard.bd_rate, 1, "quality", anchor, test, method)
+    return _delta(anchor, test, method, function=bjontegaard.bd_rate, axis=1, what="quality")
 
 
 def delta_quality(anchor: Curve, test: Curve, method: str = "akima") -> Delta:
     """BD-PSNR, or the same of MS-SSIM, in dB at equal rate, between rising curves."""
-    return _delta(bjontegaard.bd_psnr, 0, "rate", anchor, test, method)
+    return _delta(anchor, test, method, function=bjontegaard.bd_psnr, axis=0, what="rate")
 
 
-def _delta(function: Callable, axis: int, what: str, anchor: Curve, test: Curve, method: str) -> Delta:
+def _delta(anchor: Curve, test: Curve, method: str, function: Callable, axis: int, what: str) -> Delta:
     if (fewest := min(len(anchor), len(test))) < MIN_POINTS:
         return Delta(None, reason=f"a curve has {fewest} rising points, {MIN_POINTS} are needed")
     low = max(anchor[0][axis], test[0][axis])
@@ -117,7 +117,8 @@ def _delta(function: Callable, axis: int, what: str, anchor: Curve, test: Curve,
         return Delta(None, reason=f"no {what} in common")
     overlap = (high - low) / min(curve[-1][axis] - curve[0][axis] for curve in (anchor, test))
     if overlap < MIN_OVERLAP:
-        return Delta(None, (low, high), overlap, f"only {overlap:.0%} of the shorter curve's {what} is in common")
+        reason = f"only {overlap:.0%} of the shorter curve's {what} is in common"
+        return Delta(None, common=(low, high), overlap=overlap, reason=reason)
     columns = [list(values) for curve in (anchor, test) for values in zip(*curve, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about overlap, which is told
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  left out, beaten by a cheaper point: {bpp:.4f} bpp {quality:.2f} dB")
     if (fewest := min(map(len, curves))) < MIN_POINTS:
         raise UserError(f"BD-rate needs {MIN_POINTS} rising points per curve; one has {fewest}")
-    print(summary(*curves, args.metric, args.method))
+    print(summary(*curves, metric=args.metric, method=args.method))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def points(codec: dict) -> list[Point]:
     for rows in groups.values():
         index, bpp, psnr, ms_ssim = zip(*rows, strict=True)
         mse = mean(0.0 if value is None else mse_of_psnr(value) for value in psnr)  # JSON has no infinity
-        found.append(Point(mean(index), mean(bpp), None if None in psnr else mean(psnr), mse, mean(ms_ssim)))
+        mean_psnr = None if None in psnr else mean(psnr)
+        found.append(Point(quality=mean(index), bpp=mean(bpp), psnr=mean_psnr, mse=mse, ms_ssim=mean(ms_ssim)))
     return sorted(found, key=lambda point: point.bpp)
 
 
@@ -223,15 +224,15 @@ def table(summary: dict) -> str:
     lines = TextTable(
         "least λ·D + bpp at λ =", 24,
         *(
-            TextColumn(f"{lmbda:g}", 6, 3, lambda row, i=i: row["least_loss"] and row["least_loss"][i])
+            TextColumn(f"{lmbda:g}", "6.3f", lambda row, i=i: row["least_loss"] and row["least_loss"][i])
             for i, lmbda in enumerate(summary["lambdas"])
         ),
-        TextColumn("mean", 6, 3, lambda row: row["mean_loss"]),
-        TextColumn("BD-rate %", 9, 1, delta("psnr", "rate")),
-        TextColumn("BD-PSNR", 7, 2, delta("psnr", "quality")),
-        TextColumn("MS-SSIM %", 9, 1, delta("ms-ssim", "rate")),
-        TextColumn("encode s", 8, 2, lambda row: row["encode_seconds"]),
-        TextColumn("decode s", 8, 2, lambda row: row["decode_seconds"]),
+        TextColumn("mean", "6.3f", lambda row: row["mean_loss"]),
+        TextColumn("BD-rate %", "9.1f", delta("psnr", "rate")),
+        TextColumn("BD-PSNR", "7.2f", delta("psnr", "quality")),
+        TextColumn("MS-SSIM %", "9.1f", delta("ms-ssim", "rate")),
+        TextColumn("encode s", "8.2f", lambda row: row["encode_seconds"]),
+        TextColumn("decode s", "8.2f", lambda row: row["decode_seconds"]),
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
     note = f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"

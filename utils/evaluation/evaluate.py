@@ -75,7 +75,7 @@ def measure_all(
     """
     mine = context.share(paths)
     number = len(jobs)
-    each = for_each(mine, jobs, device, work, short_names(paths))
+    each = for_each(mine, jobs, device=device, work=work, names=short_names(paths))
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
     values = [value for _, _, value in bar]
     own = [[v for v in values[i * number : (i + 1) * number] if v is not None] for i in range(len(mine))]
@@ -83,9 +83,7 @@ def measure_all(
     return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)
 
 
-def evaluate(
-    model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool
-) -> tuple[Result, Tensor]:
+def evaluate(model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool) -> tuple[Result, Tensor]:
     """Measure one picture, uint8 `[3, H, W]` on the model's device, and return its reconstruction as well.
 
     Args:
@@ -102,7 +100,7 @@ def evaluate(
             result.loss = None
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, request.quality_map.region)
         return result, decoded
-    count, decoded = estimate(model, image, request.index, request.nearest)
+    count, decoded = estimate(model, image, index=request.index, nearest=request.nearest)
     return _of_model(model, result_of(name, image, decoded, count=count, index=request.index)), decoded
 
 
@@ -126,22 +124,13 @@ def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = F
     return trial.bits, picture_of(model, trial.quantized.y_hat, index, height=height, width=width)
 
 
-def result_of(
-    name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float
-) -> Result:
+def result_of(name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float) -> Result:
     """The result of a picture and of what `count` bits decode to, both uint8 `[3, H, W]` on one device."""
     height, width = image.shape[1:]
     quality = ms_ssim_value(image, decoded)
     return Result(
-        image=name,
-        width=width,
-        height=height,
-        index=index,
-        bpp=count / (height * width),
-        psnr=psnr(image, decoded),
-        ms_ssim=quality,
-        ms_ssim_db=None if quality is None else decibels(quality),
-        **seconds,
+        image=name, width=width, height=height, index=index, bpp=count / (height * width), psnr=psnr(image, decoded),
+        ms_ssim=quality, ms_ssim_db=None if quality is None else decibels(quality), **seconds,
     )
 
 

@@ -45,7 +45,7 @@ def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plo
             figure.savefig(file, format="png", dpi=110)
     with own_style(**{**style.library["dark_background"], **_SVG, **_DARK}):
         width, height = figure.get_size_inches()
-        return Plot(name, alt, light, _svg(draw()), bool(width > 2 * height))
+        return Plot(name, alt, light=light, dark=_svg(draw()), wide=bool(width > 2 * height))
 
 
 def _svg(figure: Figure) -> bytes:
@@ -73,23 +73,19 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     """
     figure = Figure(figsize=(6.4, 5.8), layout="constrained")
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
-    drawn = [curve for codec in ours if (curve := curve_of(codec, metric))]
+
+    def draw(codec: dict, style: str, told: str = "", **options) -> None:
+        axes.plot(*_columns(curve_of(codec, metric)), style, label=label(codec["name"]) + told, **options)
+
     for codec in ours:
-        bpp, quality = _columns(curve_of(codec, metric))
-        axes.plot(bpp, quality, "o-", linewidth=2, markersize=5, label=label(codec["name"]), zorder=3)
+        draw(codec, "o-", linewidth=2, markersize=5, zorder=3)
     for codec in others:
-        bpp, quality = _columns(curve_of(codec, metric))
-        axes.plot(bpp, quality, ".--", linewidth=1.2, markersize=4, label=label(codec["name"]))
-    inside = [point for curve in drawn for point in curve]
-    if inside:
+        draw(codec, ".--", linewidth=1.2, markersize=4)
+    if inside := [point for codec in ours for point in curve_of(codec, metric)]:
         limits = [1.25 * max(bpp for bpp, _ in inside), *(f(q for _, q in inside) for f in (min, max))]
         axes.set(xlim=(0, limits[0]), ylim=(limits[1] - 2.5, limits[2] + 2.5))
     for marker, codec in zip("ovs^DP", published, strict=False):
-        bpp, quality = _columns(curve_of(codec, metric))
-        axes.plot(
-            bpp, quality, linestyle=":", marker=marker, color=PUBLISHED_COLOR, linewidth=1, markersize=3.5,
-            label=f"{codec['name']}, published", zorder=1,
-        )  # fmt: skip
+        draw(codec, f"{marker}:", ", published", color=PUBLISHED_COLOR, linewidth=1, markersize=3.5, zorder=1)
     _add_legend(figure)
     return figure
 
@@ -115,8 +111,7 @@ def steps_figure(images: list[dict]) -> Figure:
     titles = ("loss, change in %", "bits per pixel, change in %", "PSNR, change in dB")
     for number, (axes, title) in enumerate(zip(figure.subplots(1, 3), titles, strict=True)):
         for image in images:
-            columns = _columns(image["steps"])
-            bpp, mse, loss = columns
+            bpp, mse, loss = _columns(image["steps"])
             values = (_percent(loss), _percent(bpp), _gain(mse))[number]
             text = image["image"] + ("" if image["index"] is None else f", index {image['index']:.2f}")
             (line,) = axes.plot(values, linewidth=1.3, label=label(text))

@@ -66,7 +66,7 @@ def study(model: VariableRate, name: str, image: Tensor) -> Study:
         "entropy": curve.shape_at(INDEXES),
     }
     bits = np.array([analyzed.quantize(index).bits for index in INDEXES])
-    return Study(name, model.metric, analyzed.pixels, bits, models)
+    return Study(name, model.metric, analyzed.pixels, bits=bits, models=models)
 
 
 def summary(studies: list[Study]) -> dict:
@@ -98,12 +98,13 @@ def summary(studies: list[Study]) -> dict:
 
 def table(means: dict) -> str:
     """The means of `summary` in lines."""
+    between = [(f"slope {i}–{i + 1}", lambda mean, i=i: mean["slope_between_indexes"][i]) for i in range(5)]
     lines = TextTable(
         "R = … + C", 18,
-        TextColumn("slope", 6, 2, lambda mean: mean["slope"]),
-        TextColumn("R²", 6, 3, lambda mean: mean["r2"]),
-        TextColumn("one-trial error %", 17, 2, lambda mean: 100 * mean["one_trial_error"]),
-        *(TextColumn(f"slope {i}–{i + 1}", 9, 2, lambda mean, i=i: mean["slope_between_indexes"][i]) for i in range(5)),
+        TextColumn("slope", "6.2f", lambda mean: mean["slope"]),
+        TextColumn("R²", "6.3f", lambda mean: mean["r2"]),
+        TextColumn("one-trial error %", "17.2f", lambda mean: 100 * mean["one_trial_error"]),
+        *(TextColumn(title, "9.2f", value) for title, value in between),
     )
     rows = [lines.row(text, [means[name]]) for name, text in MODELS.items()]
     return "\n".join([lines.header, *rows, "slope i–j: median slope between indexes i and j; the others are means"])
@@ -159,6 +160,6 @@ def run(model: VariableRate, paths: list[Path], picture: Path, write_json: Calla
 
 def study_all(model: VariableRate, paths: list[Path]) -> list[Study]:
     """Study those of the pictures that can be measured."""
-    jobs = for_each(paths, [None], model.medians.device, lambda name, image, _: study(model, name, image))
+    jobs = for_each(paths, [None], device=model.medians.device, work=lambda name, image, _: study(model, name, image))
     bar = tqdm(jobs, total=len(paths), desc="21 rates of each", unit="image", disable=None)
     return [found for _, _, found in bar if found is not None]

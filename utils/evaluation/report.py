@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from models import Codec, VariableRate
+from models import Codec
 from models.lambdas import index_to_lambda
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap, psnr_by_region
@@ -26,9 +26,9 @@ SHOWN_INDEX = 1.0  # the rate at which pictures are shown: low enough for differ
 QUALITIES = {"psnr": "PSNR", "ms-ssim": "MS-SSIM"}
 
 
-def spread(paths: Sequence[Path], count: int = PICTURES) -> list[Path]:
+def spread(paths: Sequence[Path]) -> list[Path]:
     """Some of the pictures, spread evenly over all of them."""
-    count = min(count, len(paths))
+    count = min(PICTURES, len(paths))
     return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
 
 
@@ -69,24 +69,25 @@ def make_viewers(
         image = read_image(path).to(model.medians.device)
         quality_map = map_of(*image.shape[1:])
         middle = _middle(image, quality_map)
-        result, decoded = evaluate(model, name, image, EncodeRequest(index, quality_map=quality_map), real=True)
+        result, decoded = evaluate(model, name, image, request=EncodeRequest(index, quality_map=quality_map), real=True)
         title = f"{whole['name']}, with a region" if quality_map else whole["name"]
         versions = [Version("original", "8 bits a sample", _crop(image, middle))]
-        versions.append(_version(title, result, decoded, middle))
+        versions.append(_version(title, result, decoded, middle=middle))
         if quality_map:
             size = round(result.bpp * image.shape[1] * image.shape[2] / 8)
             plain = encode(model, image, EncodeRequest(bytes=size))
             result, decoded = evaluate_file(model, name, image, file=plain, encode_seconds=plain.seconds)
             result.psnr_inside, result.psnr_outside = psnr_by_region(image, decoded, quality_map.region)
-            versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle))
+            versions.append(_version(f"{whole['name']}, one quality", result, decoded, middle=middle))
         for codec in (anchors.CODECS[key] for key in codecs):
             own = [row for row in rows[codec.title] if row["image"] == name]
             if not own:
                 continue  # too large for its format
             quality = min(own, key=lambda row: abs(row["bpp"] - result.bpp))["index"]
-            versions.append(_version(codec.title, *anchors.measure(name, image.cpu(), codec, quality), middle))
+            theirs, decoded = anchors.measure(name, image.cpu(), codec, quality=quality)
+            versions.append(_version(codec.title, theirs, decoded, middle=middle))
         left = 2 if len(versions) > 2 else 0
-        found.append(Viewer(f"{name}, {result.width}×{result.height}", versions, left, 1))
+        found.append(Viewer(f"{name}, {result.width}×{result.height}", versions, left=left, right=1))
     return found
 
 
@@ -115,17 +116,10 @@ def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int
     return Version(codec, note, _crop(decoded, middle))
 
 
-def study(model: Codec | None, shown: list[Path]) -> list[rate_study.Study]:
-    """The R-λ model of those pictures that can be measured; none without variable-rate weights."""
-    return rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
-
-
 # Sections ------------------------------------------------------------------------------------
 
 
-def write_report(
-    folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]
-) -> Path:
+def write_report(folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]) -> Path:
     """Write the page and its plots, and return the page's path.
 
     Args:
@@ -135,7 +129,7 @@ def write_report(
     codecs = [whole, *whole["compared"]]
     from_papers = published() if is_kodak(whole) else []
     sections = [
-        _curves(folder, codecs, ours, from_papers),
+        _curves(folder, codecs, ours, from_papers=from_papers),
         _side_by_side(whole["summary"]),
         Section("Pictures", _PICTURES_TEXT, viewers=viewers) if viewers else None,
         _speed(whole["summary"]),
@@ -146,9 +140,8 @@ def write_report(
     pictures = len({row["image"] for row in whole.get("images", ())})
     lead = f"{whole['name']}, {whole['description']}. {pictures} pictures.{_in_short(whole['summary'])}"
     told = facts(whole) + [(f"curve of {codec['name']}", f"published: {codec['source']}") for codec in from_papers]
-    page = Page(f"Rate and distortion of {whole['name']}", lead, [s for s in sections if s], told)
-    write_page(page, folder / "index.html")
-    return folder / "index.html"
+    title = f"Rate and distortion of {whole['name']}"
+    return write_page(Page(title, lead, sections=[s for s in sections if s], facts=told), folder)
 
 
 def _in_short(summary: dict) -> str:
@@ -188,7 +181,7 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
         alt = f"{title} against bits per pixel of {names}; the tables below have losses and BD-rates"
         curves = codecs[:ours], codecs[ours:], shown
         name = f"rd_{metric.replace('-', '_')}"
-        plots.append(render(lambda c=curves, m=metric: rd_figure(*c, m), name, alt, folder))
+        plots.append(render(lambda c=curves, m=metric: rd_figure(*c, metric=m), name, alt=alt, folder=folder))
     rows = [
         [codec["name"], point.quality, _lambda(codec, point), point.bpp, point.psnr, ms_ssim_decibels(point)]
         for codec in codecs[:ours]
@@ -198,7 +191,7 @@ def _curves(folder: Path, codecs: list[dict], ours: int, from_papers: list[dict]
     text = "Higher and further left is better. MS-SSIM is averaged first, and then turned into decibels."
     if from_papers:
         text += " Dotted gray curves are published, not measured; their sources are at the end of the page."
-    return Section("Rate and distortion", text, plots, [Table("Means over the pictures", columns, rows)])
+    return Section("Rate and distortion", text, plots=plots, tables=[Table("Means over the pictures", columns, rows)])
 
 
 def _lambda(codec: dict, point: Point) -> float | None:
@@ -244,7 +237,7 @@ def _speed(summary: dict) -> Section | None:
     rows = [[codec["name"], *(codec[key] for key in keys)] for codec in summary["codecs"] if codec["encode_seconds"]]
     columns = [Column("codec"), Column("encode (s)", 3), Column("decode (s)", 3)]
     columns += [Column("encode (s per megapixel)", 3), Column("decode (s per megapixel)", 3)]
-    return _of_table("Speed", "", "Means over pictures and rates", columns, rows)
+    return Section("Speed", tables=[Table("Means over pictures and rates", columns, rows)]) if rows else None
 
 
 def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None:
@@ -266,8 +259,8 @@ def _rate_model(folder: Path, studies: list[rate_study.Study]) -> Section | None
         " paper's, the second is what rate control uses. A model holds where its slope is near one between all"
         " indexes (medians), not only in the mean."
     )
-    plot = render(lambda: rate_study.draw(studies), "rate_model", alt, folder)
-    return Section("The R-λ model", text, [plot], [Table("Means over these pictures", columns, rows)])
+    plot = render(lambda: rate_study.draw(studies), "rate_model", alt=alt, folder=folder)
+    return Section("The R-λ model", text, plots=[plot], tables=[Table("Means over these pictures", columns, rows)])
 
 
 def targets(folder: Path, codecs: list[dict]) -> Section | None:
@@ -282,8 +275,9 @@ def targets(folder: Path, codecs: list[dict]) -> Section | None:
     if not rows:
         return None
     alt = "Difference between the size of each file and its target in percent; the values are in the table"
-    plot = render(lambda: targets_figure([row[3] for row in rows]), "targets", alt, folder)
-    return Section("Rate control", "", [plot], [Table("Size of each file against its target", columns, rows)])
+    plot = render(lambda: targets_figure([row[3] for row in rows]), "targets", alt=alt, folder=folder)
+    table = Table("Size of each file against its target", columns, rows)
+    return Section("Rate control", plots=[plot], tables=[table])
 
 
 def per_picture(codecs: list[dict]) -> Section | None:
@@ -293,11 +287,8 @@ def per_picture(codecs: list[dict]) -> Section | None:
     keys = ("image", "width", "height", "index", "bpp", "psnr", "ms_ssim_db", "loss")
     keys += ("encode_seconds", "decode_seconds")
     rows = [[codec["name"], *(row[key] for key in keys)] for codec in codecs for row in codec.get("images", ())]
-    return _of_table("Every picture", "Press a title to sort by it.", "Every picture at every rate", columns, rows)
+    table = Table("Every picture at every rate", columns, rows)
+    return Section("Every picture", "Press a title to sort by it.", tables=[table]) if rows else None
 
 
 _QUALITY_COLUMNS = Column("bpp", 4), Column("PSNR (dB)", 2), Column("MS-SSIM (dB)", 2)
-
-
-def _of_table(title: str, text: str, caption: str, columns: list[Column], rows: list[list]) -> Section | None:
-    return Section(title, text, tables=[Table(caption, columns, rows)]) if rows else None

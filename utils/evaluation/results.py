@@ -61,17 +61,20 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A column of numbers: its title, width and digits, and the value of an item (None for a dash).
+    """A column of numbers: its title and format ("7.4f"), and the value of an item (None for a dash).
 
     `unit` converts what is shown, after the mean over items: MS-SSIM is averaged first and then turned into decibels,
     as CompressAI and the published curves do.
     """
 
     title: str
-    width: int
-    digits: int
+    format: str
     value: Callable[[Any], float | None]
     unit: Callable[[float], float] = float
+
+    @property
+    def width(self) -> int:
+        return int(self.format.split(".")[0])
 
 
 class TextTable:
@@ -92,8 +95,7 @@ class TextTable:
         cells = []
         for column in self.columns:
             value = mean(map(column.value, items))
-            number = "–" if value is None else f"{column.unit(value):.{column.digits}f}"
-            cells.append(f"{number:>{column.width}}")
+            cells.append(f"{'–':>{column.width}}" if value is None else f"{column.unit(value):{column.format}}")
         return " ".join([f"{name:<{self.width}}", *cells])
 
 
@@ -103,16 +105,16 @@ def decibels(ms_ssim: float) -> float:
 
 
 _COLUMNS = (
-    TextColumn("index", 5, 2, lambda result: result.index),
-    TextColumn("bpp", 8, 4, lambda result: result.bpp),
-    TextColumn("PSNR dB", 8, 2, lambda result: result.psnr),
-    TextColumn("MS-SSIM dB", 10, 2, lambda result: result.ms_ssim, decibels),
-    TextColumn("encode s", 9, 2, lambda result: result.encode_seconds),
-    TextColumn("decode s", 9, 2, lambda result: result.decode_seconds),
+    TextColumn("index", "5.2f", lambda result: result.index),
+    TextColumn("bpp", "8.4f", lambda result: result.bpp),
+    TextColumn("PSNR dB", "8.2f", lambda result: result.psnr),
+    TextColumn("MS-SSIM dB", "10.2f", lambda result: result.ms_ssim, unit=decibels),
+    TextColumn("encode s", "9.2f", lambda result: result.encode_seconds),
+    TextColumn("decode s", "9.2f", lambda result: result.decode_seconds),
 )
 _REGION_COLUMNS = (
-    TextColumn("inside dB", 9, 2, lambda result: result.psnr_inside),
-    TextColumn("outside dB", 10, 2, lambda result: result.psnr_outside),
+    TextColumn("inside dB", "9.2f", lambda result: result.psnr_inside),
+    TextColumn("outside dB", "10.2f", lambda result: result.psnr_outside),
 )
 
 

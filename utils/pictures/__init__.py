@@ -4,12 +4,6 @@ from utils.pictures.find import find_images, find_images_or_samples, part_of_dat
 from utils.pictures.read import ImageError, is_color, png_bytes, read_pixels
 
 __all__ = [
-    "ImageError",
-    "find_images",
-    "find_images_or_samples",
-    "is_color",
-    "part_of_data_set",
-    "png_bytes",
-    "read_pixels",
+    "ImageError", "find_images", "find_images_or_samples", "is_color", "part_of_data_set", "png_bytes", "read_pixels",
     "suffixes",
 ]

@@ -23,7 +23,7 @@ def suffixes() -> frozenset[str]:
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Pictures among files and folders, as `find_files`. ImageError where there is none."""
-    return find_files(paths, suffixes(), "pictures", ImageError)
+    return find_files(paths, suffixes(), what="pictures", error=ImageError)
 
 
 def part_of_data_set(paths: Iterable[str | Path], part: str) -> list[Path]:

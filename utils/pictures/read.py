@@ -41,10 +41,7 @@ class ImageError(UserError):
 
 
 def read_pixels(
-    source: str | Path | bytes,
-    background: str = "white",
-    max_pixels: int = MAX_PIXELS,
-    note: Note | None = None,
+    source: str | Path | bytes, background: str = "white", max_pixels: int = MAX_PIXELS, note: Note | None = None
 ) -> np.ndarray:
     """A picture as 8-bit sRGB, uint8 `[H, W, 3]`, upright by its EXIF tag.
 
@@ -66,10 +63,10 @@ def read_pixels(
         if not data:
             raise ImageError("is empty")
         if note is None:
-            return _read(data, background, max_pixels, lambda text, once=False: None)
+            return _read(data, background, max_pixels, note=lambda text, once=False: None)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            pixels = _read(data, background, max_pixels, note)
+            pixels = _read(data, background, max_pixels, note=note)
         for text in dict.fromkeys(str(warning.message) for warning in caught):
             note(text)
         return pixels
@@ -82,7 +79,7 @@ def read_pixels(
 
 def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
     try:
-        return _decode(data, background, max_pixels, note)
+        return _decode(data, background, max_pixels, note=note)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -94,7 +91,7 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
         ):
             if bare != data:
                 with contextlib.suppress(Exception):  # then these are not the cause
-                    pixels = _decode(bare, background, max_pixels, note)
+                    pixels = _decode(bare, background, max_pixels, note=note)
                     known = not isinstance(error, Image.UnidentifiedImageError)  # whose text names an object of Python
                     note(f"its {what} damaged and ignored{f' ({error})' if known else ''}")
                     return pixels
@@ -112,7 +109,7 @@ def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.nda
         image.load()
         frames = _frames(image)
         orientation = _orientation(image, note)
-        opaque = _blend(image, data, background, note)
+        opaque = _blend(image, data, background, note=note)
     if frames > 1:
         note(f"the first of {frames} frames is used")
     if orientation in _UPRIGHT:

@@ -93,7 +93,7 @@ def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tenso
     for row, source, half in zip(rows, probabilities, halves.tolist(), strict=True):
         row[: 2 * half + 1] = source[middle - half : middle + half + 1]
     beyond = (1 - rows.sum(1, keepdim=True)).clamp(min=0)
-    return gaussian._pmf_to_cdf(rows.float(), beyond.float(), 2 * halves + 1, longest)
+    return gaussian._pmf_to_cdf(rows.float(), beyond.float(), pmf_length=2 * halves + 1, max_length=longest)
 
 
 def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor]:

@@ -70,7 +70,7 @@ def make_objective(
         raise UserError(f"latents of {high.M} and {low.M} channels cannot be mapped: {high_file}, {low_file}")
     mapped = TCM_Mapped(**high.arguments, contextual=contextual)
     mapped.load_state_dict(mapped.state_dict() | high.state_dict())
-    return LatentMapObjective(mapped, low, lmbda or recorded or LADDER[0], settings)
+    return LatentMapObjective(mapped, low, lmbda=lmbda or recorded or LADDER[0], settings=settings)
 
 
 def _read_tcm(path: str) -> tuple[Codec, float | None]:

@@ -23,7 +23,7 @@ def draw_maps(index: Tensor, rate_uniform: Tensor, height: int, width: int, shar
     """
     size = height // CELL, width // CELL
     samples = zip(index.tolist(), rate_uniform.tolist(), strict=True)
-    cells = torch.stack([_draw_map(*sample, size, share) for sample in samples])
+    cells = torch.stack([_draw_map(own, uniform, size=size, share=share) for own, uniform in samples])
     return enlarge(cells, LATENTS_PER_CELL)[:, None]
 
 

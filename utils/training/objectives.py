@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models import Codec, VariableRate
 from models.coding.slice_coders import Quantization
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from models.large.bands import multiple
 from models.large.memory import send
 from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
@@ -62,11 +63,11 @@ class Objective(nn.Module):
         lmbda = self.lambdas(index, x)
         weights = None
         if self.map_share:
-            places = draw_maps(index, rate_uniform, *x.shape[2:], self.map_share)
+            places = draw_maps(index, rate_uniform, *x.shape[2:], share=self.map_share)
             weights = pixel_weights(places, lmbda, self.metric)
         with self.autocasting(x):
             out = self.model(x, places, Quantization(noise))
-        losses = rate_distortion(out, x, lmbda, self.metric, weights)
+        losses = rate_distortion(out, x, lmbda, metric=self.metric, weights=weights)
         aux = self.model.aux_loss()  # for the quantiles, on which no other term depends
         return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
 
@@ -98,7 +99,7 @@ class Objective(nn.Module):
         """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
         out = model(x, index)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
-        losses = rate_distortion(out, x, self.lambdas(index, x), self.metric)
+        losses = rate_distortion(out, x, self.lambdas(index, x), metric=self.metric)
         values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"]}
         if isinstance(model, VariableRate):
             values |= {name: out[name].mean() for name in ("log_m_ga", "log_m_gs")}
@@ -151,7 +152,7 @@ class EntropyObjective(Objective):
 
     def __init__(self, rates: Objective, kept: int) -> None:
         super().__init__(rates.model, rates.metric, rates.settings)
-        self.repeat = -(-kept // self.settings.batch_size) * self.settings.batch_size
+        self.repeat = multiple(kept, self.settings.batch_size)
         self.indexes = rates.indexes
         self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
         self.index = rates.index
@@ -226,7 +227,7 @@ class StaticObjective(LAEObjective):
             out = self.model(x, index, Quantization(noise))
             target = self._teacher_latents(x, index)
         lmbda = self.lambdas(index, x)
-        losses = rate_distortion(out, x, lmbda, self.metric)
+        losses = rate_distortion(out, x, lmbda, metric=self.metric)
         latent = (out["latent"] - target).square().mean()
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
         total = self.weighted(losses, lmbda) + self.latent_weight * latent + self.norm_weight * norms

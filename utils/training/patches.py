@@ -99,21 +99,21 @@ class PatchDataset(Dataset):
             path = self.paths[number]
             image = usable(self.cache[number] if number in self.cache else read(path), path, self.size)
             if isinstance(image, Tensor):
-                patch = random_crop(image, self.size, SCALED, random)
+                patch = random_crop(image, self.size, scaled=SCALED, random=random)
                 if lap:
                     random = np.random.default_rng((self.seed, position))
                 # Multiples of the golden ratio spread the rates of every batch evenly. The loss differs fourfold
                 # between rates, so rates drawn at random would be noise in the gradient.
                 spread = (position + 1) * GOLDEN + lap * 2**0.5  # a patch that comes again has another rate
                 uniform = torch.tensor([min(spread % 1, 1 - 2**-24)])  # float32 would round up to 1
-                return Batch(patch[None], uniform, [int(random.integers(2**62))], [key], unusable)
+                return Batch(patch[None], uniform, seeds=[int(random.integers(2**62))], keys=[key], unusable=unusable)
             unusable.append(image)
             number = int(random.integers(len(self.paths)))
         raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
 
     def of_size(self, size: tuple[int, int]) -> "PatchDataset":
         """The same photographs, cut to patches of another size."""
-        return PatchDataset(self.paths, size, self.seed, self.repeat, self.cache)
+        return PatchDataset(self.paths, size, self.seed, repeat=self.repeat, cache=self.cache)
 
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))
@@ -267,9 +267,9 @@ def collate(samples: Sequence[Batch]) -> Batch:
     return Batch(
         torch.cat([sample.patches for sample in samples]),
         torch.cat([sample.rate_uniform for sample in samples]),
-        [seed for sample in samples for seed in sample.seeds],
-        [key for sample in samples for key in sample.keys],
-        [text for sample in samples for text in sample.unusable],
+        seeds=[seed for sample in samples for seed in sample.seeds],
+        keys=[key for sample in samples for key in sample.keys],
+        unusable=[text for sample in samples for text in sample.unusable],
     )
 
 

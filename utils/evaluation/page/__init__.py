@@ -81,8 +81,8 @@ class Page:
     facts: Sequence[tuple[str, str]] = field(default_factory=list)
 
 
-def write_page(page: Page, path: Path) -> None:
-    """Write whole or not at all."""
+def write_page(page: Page, folder: Path) -> Path:
+    """Write `index.html` into a folder, whole or not at all; returns its path."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -92,8 +92,10 @@ def write_page(page: Page, path: Path) -> None:
     text = environment.get_template("page.html").render(
         page=page, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
     )
+    path = folder / "index.html"
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))  # names may be no UTF-8
+    return path
 
 
 def _hash(text: str) -> str:

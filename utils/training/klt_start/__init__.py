@@ -91,7 +91,7 @@ def klt_start(model: Codec, patches: Tensor, lmbda: float | None = None, wiener:
     if variable:
         write_lae(model.modnet_ga, 1)
         write_lae(model.modnet_gs, -1)
-    lost = WRITERS[backbone](model, x, scale, wiener)
+    lost = WRITERS[backbone](model, x, scale=scale, wiener=wiener)
     return {
         "stage": "klt start",
         "metric": model.metric,

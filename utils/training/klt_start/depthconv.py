@@ -1,6 +1,5 @@
 """The closed-form start of DepthConv: a KLT of 8×8 pixels, then one of 2×2 places of its coefficients."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,16 +35,16 @@ def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tenso
     out_of_fine = fine_basis[:, :, None, None]
     if wiener:
         u, weights = rounded_latents(model, y)
-        back = least_squares(u, blocks, back, weights)
-        out_of_fine = least_squares(F.pixel_shuffle(F.conv2d(u, back), 2), fine_blocks, out_of_fine, weights)
+        back = least_squares(u, blocks, transpose=back, weights=weights)
+        u = F.pixel_shuffle(F.conv2d(u, back), 2)
+        out_of_fine = least_squares(u, fine_blocks, transpose=out_of_fine, weights=weights)
     zero(up, 4 * k)
     up.weight[: 4 * k, :K] = back * gain.repeat_interleave(4).view(-1, 1, 1, 1)
     zero(out)
     out.weight[:, :k] = out_of_fine / gain.view(1, -1, 1, 1)
     out.bias.copy_(colors)
 
-    deviations = torch.zeros(model.M)
-    deviations[:K] = y.square().mean((0, 2, 3)).sqrt()
+    deviations = F.pad(y.square().mean((0, 2, 3)).sqrt(), (0, model.M - K))
     for i, part in enumerate(deviations.chunk(model.num_slices)):
         (head,) = model.slice_heads[i]
         zero(head)

@@ -28,7 +28,7 @@ def write(model: Hyperprior, x: Tensor, scale: float, wiener: bool) -> list[Tens
     for layer, basis, level in zip(up, reversed(bases), levels[-2::-1], strict=True):
         taps = basis[:, :, None, None] / (scale if layer is up[0] else 1)
         if wiener:
-            taps = least_squares(u, F.pixel_unshuffle(level, 2), taps, weights)
+            taps = least_squares(u, F.pixel_unshuffle(level, 2), transpose=taps, weights=weights)
         u = F.pixel_shuffle(F.conv2d(u, taps), 2)
         rows, k = taps.shape[:2]
         layer.weight.zero_()
@@ -39,9 +39,7 @@ def write(model: Hyperprior, x: Tensor, scale: float, wiener: bool) -> list[Tens
     for layer in (*model.g_a, *model.g_s):
         if isinstance(layer, GDN):  # β is 1 already
             layer.gamma.copy_(layer.gamma_reparam.init(torch.zeros_like(layer.gamma)))
-    deviations = torch.zeros(model.M)
-    deviations[: y.shape[1]] = y.square().mean((0, 2, 3)).sqrt()
     last = model.h_s[4]
     zero(last)
-    last.bias[: model.M] = deviations  # before the means, where there are any
+    last.bias[: y.shape[1]] = y.square().mean((0, 2, 3)).sqrt()  # before the means, where there are any
     return lost

@@ -16,15 +16,14 @@ def write(model: TCM, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:
     """Write the start into a model whose LAEs have theirs; arguments and result as `klt_start` says."""
     color, levels, bases, lost = hierarchy(x, (2 * model.N,) * 3 + (model.M,))
     y = scale * levels[-1]
-    _write_analysis(model, bases, levels, color, scale)
+    _write_analysis(model, bases, levels, color=color, scale=scale)
     backward = [F.pad(basis[:, :, None, None], (1, 1, 1, 1)) for basis in reversed(bases)]
     backward[0] /= scale
-    _write_synthesis(model, _wiener(model, y, levels, backward) if wiener else backward, color)
+    _write_synthesis(model, _wiener(model, y, levels, transposes=backward) if wiener else backward, color)
     for block in (*model.g_a, *model.g_s):
         if isinstance(block, ConvTransBlock):
             zero(block.conv1_2)
-    deviations = torch.zeros(model.M)
-    deviations[: y.shape[1]] = y.square().mean((0, 2, 3)).sqrt()
+    deviations = F.pad(y.square().mean((0, 2, 3)).sqrt(), (0, model.M - y.shape[1]))
     for i, part in enumerate(deviations.chunk(model.num_slices)):
         for transforms in (model.cc_mean_transforms, model.cc_scale_transforms, model.lrp_transforms):
             zero(transforms[i][-1])
@@ -74,6 +73,6 @@ def _wiener(model: TCM, y: Tensor, levels: list[Tensor], transposes: list[Tensor
     u, weights = rounded_latents(model, y)
     filters = []
     for level, transpose in zip(levels[-2::-1], transposes, strict=True):
-        filters.append(least_squares(u, F.pixel_unshuffle(level, 2), transpose, weights))
+        filters.append(least_squares(u, F.pixel_unshuffle(level, 2), transpose=transpose, weights=weights))
         u = F.pixel_shuffle(F.conv2d(u, filters[-1], padding=1), 2)
     return filters
