@@ -56,7 +56,7 @@ def train(
     quiet = not context.is_main
     state = read_run(folder) if args.resume else None
     if state:
-        take_over(args, state["settings"])
+        take_over(args, state)
     settings = make_settings(args, context.world_size)
     objective, history = make_objective(args, settings, context, state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
@@ -104,21 +104,24 @@ def train(
         print(f"{result}: {weights}{older}")
 
 
-def take_over(args: argparse.Namespace, settings: dict) -> None:
+def take_over(args: argparse.Namespace, state: dict) -> None:
     """Give the arguments of a resumed run what is decided at its beginning: the share of maps, and its checkpoint.
 
-    Runs of an earlier version may record neither.
+    Runs of earlier versions record neither, or the checkpoint beside their settings.
 
     Raises:
         UserError: another checkpoint was asked for.
     """
+    settings = state["settings"]
     if getattr(args, "map_share", 0.0) is None:
         args.map_share = settings.get("map_share", 0.0)
     if hasattr(args, "checkpoint"):
-        began_with = settings.get("checkpoint", args.checkpoint)
-        if args.checkpoint and (not began_with or Path(args.checkpoint).resolve() != Path(began_with).resolve()):
+        asked = args.checkpoint
+        began_with = settings.get("checkpoint", state.get("checkpoint", ""))
+        recorded = began_with != ""
+        if asked and recorded and (began_with is None or Path(asked).resolve() != Path(began_with).resolve()):
             told = f"this run began with {began_with or 'new weights'}, and --resume goes on from its own"
-            raise UserError(f"--checkpoint {args.checkpoint}: {told}: leave it out")
+            raise UserError(f"--checkpoint {asked}: {told}: leave it out")
         args.checkpoint = began_with
 
 

@@ -46,7 +46,8 @@ class RateController:
     def meet(self, target: Target, max_trials: int = 3) -> CodedTrial:
         """The file nearest to a target, or to a little below a cap.
 
-        Where the bits are not monotone in the index, SEARCHED files all over the range are made.
+        Where it is missed, and the bits are not monotone in the index or hardly differ at an end of the range,
+        SEARCHED files all over the range are made.
 
         Args:
             max_trials: as in `search`.

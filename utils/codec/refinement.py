@@ -1,9 +1,9 @@
 """DLM, the paper's encoder-side online training of one picture's latents (TCSVT 2025). The decoder stays as it is.
 
 y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
-σ, are always those of the symbols that a file would have, so its distortion is known at every step. Its bits are
-estimated: Gaussian likelihoods of the symbols, and a constant with which the first step has the size of the real file.
-Symbols have no gradient; in the rate the method's surrogate of rounding replaces them.
+σ, are always those of the symbols that a file would have, to rounding errors, so its distortion is known at every step.
+Its bits are estimated: Gaussian likelihoods of the symbols, and a constant with which the first step has the size of
+the real file. Symbols have no gradient; in the rate the method's surrogate of rounding replaces them.
 """
 
 import contextlib

@@ -69,17 +69,18 @@ class Objective(nn.Module):
             out = self.model(x, places, Quantization(noise))
         losses = rate_distortion(out, x, lmbda, metric=self.metric, weights=weights)
         aux = self.model.aux_loss()  # for the quantiles, on which no other term depends
-        return {"total": self.weighted(losses, lmbda) + aux, "aux": aux, **_means(losses)}
+        return {"total": self.weighted(losses["loss"], lmbda) + aux, "aux": aux, **_means(losses)}
 
     def begin_last_part(self) -> None:
         """Go on with maps, and with the published loss."""
         self.balance = 0.0
         self.map_share = self.settings.map_share
 
-    def weighted(self, losses: dict[str, Tensor], lmbda: Tensor) -> Tensor:
-        """The loss to minimize: that of each sample times (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
+    def weighted(self, loss: Tensor, lmbda: Tensor) -> Tensor:
+        """The loss to minimize, of the loss and the λ of each sample, `[B]`: the mean of each times
+        (λ / λ_mid)^−balance, with λ_mid = √(λ_first · λ_last)."""
         weights = (lmbda / middle_lambda(self.metric)) ** -self.balance
-        return (weights * losses["loss"]).mean()
+        return (weights * loss).mean()
 
     def autocasting(self, x: Tensor) -> torch.autocast:
         """A context of the run's precision, on the device of x."""
@@ -173,7 +174,7 @@ class EntropyObjective(Objective):
         pixels = x.shape[-2] * x.shape[-1]
         bpp_z = bits(out["likelihoods"]["z"]) / pixels
         bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
-        total = self.weighted({"bpp": bpp, "distortion": torch.zeros_like(bpp)}, self.lambdas(index, x))
+        total = self.weighted(bpp, self.lambdas(index, x))
         aux = self.model.aux_loss()
         return {"total": total + aux, "aux": aux, "bpp": bpp.detach().mean(), "bpp of z": bpp_z.detach().mean()}
 
@@ -230,7 +231,7 @@ class StaticObjective(LAEObjective):
         losses = rate_distortion(out, x, lmbda, metric=self.metric)
         latent = (out["latent"] - target).square().mean()
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
-        total = self.weighted(losses, lmbda) + self.latent_weight * latent + self.norm_weight * norms
+        total = self.weighted(losses["loss"], lmbda) + self.latent_weight * latent + self.norm_weight * norms
         return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
 
     def _teacher_latents(self, x: Tensor, index: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Settings:
     save_minutes: float = 5
     amp: str | None = None  # "bf16" or "fp16" autocast; the entropy models stay in float32
     seed: int = 0
-    checkpoint: str | None = None  # whose weights the run began with
+    checkpoint: str | None = ""  # whose weights the run began with; None: new ones; empty: not recorded
     trained_on: str = ""  # photographs, in words
     validated_on: str = ""
 
