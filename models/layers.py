@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, ResidualBlock
+from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -62,29 +62,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _learning_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The same with a bias that learns, for which PyTorch has no fused kernel on a CPU. Its composed one searches for
-    rows without any key, which do not exist here: in bfloat16 a training step took 1.4 times as long."""
+    """The same in bfloat16 with a bias that learns, for which PyTorch has no fused kernel on a CPU. Its composed one
+    searches for rows without any key, which do not exist here, and made a training step take 1.4 times as long."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1×1 convolution. With gradients on a CPU, outside autocast, it is a matrix product, whose gradients use all
-    cores; those of the convolution do not. Files are coded without gradients, and so by the convolution."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return F.conv2d(x, weight, bias)
-    matrix = weight.permute(0, 2, 3, 1).flatten(1)  # channels-last, as the weights are in training: so is its gradient
-    return F.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1×1 convolution, `[B, in_channels, H, W]` to `[B, out_channels, H, W]`."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _pointwise(x, self.weight, self.bias)
 
 
 class WMSA(nn.Module):
@@ -155,8 +136,9 @@ class WMSA(nn.Module):
         n, tokens, C = windows.shape
         qkv = self.embedding_layer(windows).view(n, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × [n, heads, p², d]
-        learns = q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad
-        attention = _learning_attention if learns else _attention
+        learns = torch.is_grad_enabled() and bias.requires_grad
+        composed = learns and q.device.type == "cpu" and q.dtype == torch.bfloat16
+        attention = _learning_attention if composed else _attention
         out = attention(q, k, v, bias)
         return self.linear(out.transpose(1, 2).reshape(n, tokens, C))
 
@@ -196,15 +178,15 @@ class ConvTransBlock(nn.Module):
         super().__init__()
         self.dims = conv_dim, trans_dim
         self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
-        self.conv1_1 = PointwiseConv(conv_dim + trans_dim, conv_dim + trans_dim)
-        self.conv1_2 = PointwiseConv(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
+        self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         # conv1_1 as two convolutions, whose outputs are contiguous; halves of one output would be copied later.
         weights = self.conv1_1.weight.split(self.dims)
         biases = self.conv1_1.bias.split(self.dims)
-        conv, trans = (_pointwise(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        conv, trans = (F.conv2d(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         local = self.conv_block(conv)
         local += conv
         trans = self.trans_block(trans.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -260,8 +242,8 @@ class SWAtten(AttentionBlock):
         for unit in (*self.conv_a, *self.conv_b[:-1]):
             unit.__class__ = ResidualUnit
         self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
-        self.in_conv = nn.Identity() if inter_dim is None else PointwiseConv(input_dim, inter_dim)
-        self.out_conv = nn.Identity() if inter_dim is None else PointwiseConv(inter_dim, output_dim)
+        self.in_conv = nn.Identity() if inter_dim is None else conv1x1(input_dim, inter_dim)
+        self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.in_conv(x)
@@ -284,6 +266,24 @@ class SubsampledConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :, ::2, ::2])
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1×1 convolution, `[B, in_channels, H, W]` to `[B, out_channels, H, W]`.
+
+    With gradients on a CPU, outside autocast, it is a matrix product, whose gradients use all cores; those of the
+    convolution do not. Files are coded without gradients, and so by the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        # Channels-last, as the weights are in training: so is the gradient then.
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
 
 
 class Float32Conv(nn.Conv2d):
