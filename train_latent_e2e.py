@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.cli.training_run import train
     from utils.training.latent_objective import make_objective
 
-    def make(args: argparse.Namespace, settings: "Settings", *_) -> tuple["LatentMapObjective", list]:
+    def make(args: argparse.Namespace, settings: "Settings", **_) -> tuple["LatentMapObjective", list]:
         return make_objective(args.high, args.low, args.map == "contextual", lmbda=args.lmbda, settings=settings), []
 
     train(args, make, result="high-rate codec with the map, for eval_vbr.py")

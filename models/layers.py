@@ -153,7 +153,7 @@ class Block(nn.Module):
         if (dim := input_dim) != output_dim:
             raise ValueError(f"a block adds to its input: output_dim is {input_dim} too, not {output_dim}")
         self.ln1 = nn.LayerNorm(dim)
-        self.msa = WMSA(dim, dim, head_dim, window_size, type)
+        self.msa = WMSA(dim, dim, head_dim=head_dim, window_size=window_size, type=type)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.ln2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -177,7 +177,9 @@ class ConvTransBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dims = conv_dim, trans_dim
-        self.trans_block = Block(trans_dim, trans_dim, head_dim, window_size, drop_path, type)
+        self.trans_block = Block(
+            trans_dim, trans_dim, head_dim=head_dim, window_size=window_size, drop_path=drop_path, type=type
+        )
         self.conv1_1 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv1_2 = conv1x1(conv_dim + trans_dim, conv_dim + trans_dim)
         self.conv_block = ResidualBlock(conv_dim, conv_dim)
@@ -208,8 +210,9 @@ class SwinBlock(nn.Module):
 
     def __init__(self, input_dim: int, output_dim: int, head_dim: int, window_size: int, drop_path: float) -> None:
         super().__init__()
-        self.block_1 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "W")
-        self.block_2 = Block(input_dim, output_dim, head_dim, window_size, drop_path, "SW")
+        sizes = dict(head_dim=head_dim, window_size=window_size, drop_path=drop_path)
+        self.block_1 = Block(input_dim, output_dim, **sizes, type="W")
+        self.block_2 = Block(input_dim, output_dim, **sizes, type="SW")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.block_1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -241,7 +244,9 @@ class SWAtten(AttentionBlock):
         super().__init__(width)
         for unit in (*self.conv_a, *self.conv_b[:-1]):
             unit.__class__ = ResidualUnit
-        self.non_local_block = SwinBlock(width, width, head_dim, window_size, drop_path)
+        self.non_local_block = SwinBlock(
+            width, width, head_dim=head_dim, window_size=window_size, drop_path=drop_path
+        )
         self.in_conv = nn.Identity() if inter_dim is None else conv1x1(input_dim, inter_dim)
         self.out_conv = nn.Identity() if inter_dim is None else conv1x1(inter_dim, output_dim)
 

@@ -182,7 +182,8 @@ class TCM(Codec):
 
         def stage(i: int, hyper: bool = False) -> list[nn.Module]:
             d, p, drop = (32, 4, [0.0] * c.config[i]) if hyper else (c.head_dim[i], 8, drops[i])
-            return [ConvTransBlock(N, N, d, p, rate, ("W", "SW")[n % 2]) for n, rate in enumerate(drop)]
+            sizes = dict(head_dim=d, window_size=p)
+            return [ConvTransBlock(N, N, **sizes, drop_path=x, type=("W", "SW")[n % 2]) for n, x in enumerate(drop)]
 
         def make_hyper_synthesis() -> nn.Sequential:
             up = ResidualBlockUpsample(c.hyper_channels, 2 * N, 2)
@@ -210,7 +211,8 @@ class TCM(Codec):
         widths = [M + step * min(i, c.max_support_slices) for i in range(c.num_slices)]
 
         def attention() -> nn.ModuleList:
-            return nn.ModuleList(nn.Sequential(SWAtten(w, w, 16, 8, 0, c.inter_dim)) for w in widths)
+            sizes = dict(head_dim=16, window_size=8, drop_path=0, inter_dim=c.inter_dim)
+            return nn.ModuleList(nn.Sequential(SWAtten(w, w, **sizes)) for w in widths)
 
         def transforms(extra: int = 0) -> nn.ModuleList:
             return nn.ModuleList(_slice_transforms(w + extra, c.slice_widths, step) for w in widths)

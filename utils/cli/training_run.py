@@ -58,7 +58,7 @@ def train(
     if state:
         take_over(args, state)
     settings = make_settings(args, context.world_size)
-    objective, history = make_objective(args, settings, context, state)
+    objective, history = make_objective(args, settings, context=context, state=state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
     if objective.metric == "ms-ssim" and min(sides) < MS_SSIM_SIDE:
         needed = f"a --patch-size and a --val-size of at least {MS_SSIM_SIDE}"
@@ -81,7 +81,7 @@ def train(
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]
     objective.to(context.device, memory_format=torch.channels_last)
     dataset = PatchDataset(paths, size, args.seed, repeat=objective.repeat, cache=cache)
-    found = read_all(held_out, (smallest, smallest), torch.device("cpu"), "validate on", quiet=quiet)
+    found = read_all(held_out, (smallest, smallest), torch.device("cpu"), purpose="validate on", quiet=quiet)
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs
     if context.is_main and (small := sum(min(image.shape[1:]) < args.val_size for image in validation)):
@@ -91,7 +91,7 @@ def train(
     settings.trained_on = describe(paths)
     settings.validated_on = f"{describe(held_out)} at {args.val_size}"
     photographs = Photographs(dataset, validation, args.num_workers)
-    trainer = Trainer(objective, photographs, folder, context, history)
+    trainer = Trainer(objective, photographs, folder=folder, context=context, history=history)
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers

@@ -179,7 +179,10 @@ class Trainer:
     def batches(self) -> Generator[Batch, None, None]:
         """The batches of this process, from the position that the run has at their first use."""
         batch = self.batch_size // self.context.world_size
-        return batches(self.dataset, batch, self.progress.patches, self.workers, self.context, lambda: self.stop)
+        start = self.progress.patches
+        return batches(
+            self.dataset, batch, start=start, workers=self.workers, context=self.context, stopped=lambda: self.stop
+        )
 
     def next_batch(self) -> Batch:
         """The next batch of this process. Prints photographs that could not be used."""
@@ -296,7 +299,10 @@ class Trainer:
         """Measure the EMA weights, write them for use, and log. The last time their coding tables are fitted too."""
         # Several processes must do the same, and a signal reaches them at different moments.
         alone = self.context.world_size == 1
-        found = validate(self.objective, self.ema.model, self.validation, self.context, lambda: self.stop and alone)
+        found = validate(
+            self.objective, self.ema.model, self.validation, context=self.context,
+            canceled=lambda: self.stop and alone,
+        )
         if found is None:
             self._print("stopped while validating; go on with --resume")
             return
@@ -310,7 +316,7 @@ class Trainer:
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
             history = [*self.history, self.record(result)]
-            export_model(self.folder / "model.pth.tar", self.ema.model, history, self._fit_tables if last else None)
+            export_model(self.folder / "model.pth.tar", self.ema.model, history, fit=self._fit_tables if last else None)
             self.finished = last
             self._draw_curves()
 
