@@ -208,3 +208,12 @@ assert Image.open(folder / "plot.png").size == (440, 330)
     process = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "module", ["evaluation.bd_rate", "evaluation.rate_study", "evaluation.report", "training.curves"]
+)
+def test_what_draws_can_be_imported_first_in_a_notebook(module):
+    command, own = [sys.executable, "-c", f"import utils.{module}"], {**os.environ, **NOTEBOOK}
+    process = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import utils.figures  # noqa: F401  # isort: skip  before Matplotlib, which bjontegaard imports
 import bjontegaard
 
 from utils import cli
