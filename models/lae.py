@@ -2,9 +2,9 @@
 
     y → y · m,    m = exp(softsign(f_λ(λ) + α · attn(y)))
 
-f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The LAE before synthesis has
-weights of its own, which learn to undo m. The paper's rate model follows, R(λ) = Σ log2 m(λ) + C bits over the places
-and channels of y (`RateModel` in utils/codec/rate_model.py). Names of classes and weights are the published ones.
+f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The LAE before synthesis has its
+own weights, and learns to scale back. The paper's rate model follows: R(λ) = Σ log2 m(λ) + C, in bits, with the sum
+over all elements of y (utils/codec/rate_model.py). Names of classes and weights are the published ones.
 """
 
 from collections.abc import Iterator

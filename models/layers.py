@@ -136,8 +136,7 @@ class WMSA(nn.Module):
         n, tokens, C = windows.shape
         qkv = self.embedding_layer(windows).view(n, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × [n, heads, p², d]
-        learns = torch.is_grad_enabled() and bias.requires_grad
-        composed = learns and q.device.type == "cpu" and q.dtype == torch.bfloat16
+        composed = bias.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
         attention = _learning_attention if composed else _attention
         out = attention(q, k, v, bias)
         return self.linear(out.transpose(1, 2).reshape(n, tokens, C))

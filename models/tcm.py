@@ -183,7 +183,7 @@ class TCM(Codec):
         def stage(i: int, hyper: bool = False) -> list[nn.Module]:
             d, p, drop = (32, 4, [0.0] * c.config[i]) if hyper else (c.head_dim[i], 8, drops[i])
             sizes = dict(head_dim=d, window_size=p)
-            return [ConvTransBlock(N, N, **sizes, drop_path=x, type=("W", "SW")[n % 2]) for n, x in enumerate(drop)]
+            return [ConvTransBlock(N, N, **sizes, drop_path=r, type=("W", "SW")[n % 2]) for n, r in enumerate(drop)]
 
         def make_hyper_synthesis() -> nn.Sequential:
             up = ResidualBlockUpsample(c.hyper_channels, 2 * N, 2)
