@@ -451,6 +451,24 @@ def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, start):
         assert read_checkpoint(folders[number] / "last.pth.tar")["progress"]["step"] >= 1
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCONT"), reason="there is no SIGSTOP here")
+def test_a_suspended_run_does_not_spend_its_budget(photos, checkpoint, tmp_path, start):
+    begin = time.monotonic()
+    run = tmp_path / "run"
+    process = start(run, *arguments(photos, run, "--checkpoint", checkpoint, "--max-steps", 100000))
+    wait_for(lambda: "%, step " in (run / "output").read_text(), process)
+    os.killpg(process.pid, signal.SIGSTOP)
+    trained = time.monotonic() - begin  # at most
+    time.sleep(trained + 3)
+    os.killpg(process.pid, signal.SIGCONT)
+    resumed = time.monotonic()
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0
+    trained += time.monotonic() - resumed
+    assert 0 < read_checkpoint(run / "last.pth.tar")["progress"]["seconds"] < trained
+
+
 def test_the_state_of_a_run_is_weights_too(photos, checkpoint, tmp_path, capsys):
     """With the coding tables of its own weights, and its own record: those it started from are stale."""
     state = train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 2, "-lr", 0.01, "--ema", 0)

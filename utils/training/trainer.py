@@ -358,15 +358,21 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGINT and SIGTERM end the run after the step; a second SIGINT at once."""
+        """SIGINT and SIGTERM end the run after the step, a second SIGINT at once. A suspended run does not train."""
 
         def handle(number: int, frame: object) -> None:
             self.stop = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+        def go_on(number: int, frame: object) -> None:
+            self.lap = time.monotonic()
+
+        handlers = {signal.SIGINT: handle, signal.SIGTERM: handle}
+        if hasattr(signal, "SIGCONT"):  # not on Windows
+            handlers[signal.SIGCONT] = go_on
         with contextlib.ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, handle))
+            for number, handler in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, handler))
             yield stack
 
     # Saving and resuming -----------------------------------------------------------------------
