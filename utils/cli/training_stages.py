@@ -96,10 +96,9 @@ def make_objective(
     if args.checkpoint and not state and context.is_main:
         print_weights(args.checkpoint)
     model, history = make_model(args, state, quiet=not context.is_main)
-    common = dict(metric=args.type, settings=settings)
     if args.teachers:
-        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), **common), history
+        return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), settings), history
     if args.stage == "lae":
-        return LAEObjective(model, **common), history
-    rates = FixedRateObjective(model, args.lmbda, **common) if args.lmbda else Objective(model, **common)
+        return LAEObjective(model, settings), history
+    rates = FixedRateObjective(model, args.lmbda, settings) if args.lmbda else Objective(model, settings)
     return EntropyObjective(rates, args.keep_latents) if args.stage == "entropy" else rates, history

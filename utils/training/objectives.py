@@ -26,8 +26,7 @@ class Objective(nn.Module):
     `requires_grad` off.
 
     Args:
-        model: to be trained, in place.
-        metric: "mse" or "ms-ssim".
+        model: to be trained, in place, for its `metric`.
         settings: those of the run.
 
     Attributes:
@@ -38,10 +37,10 @@ class Objective(nn.Module):
     repeat = 0  # number of patches to train on again and again; 0 for always new ones
     indexes: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
 
-    def __init__(self, model: Codec, metric: str = "mse", settings: Settings | None = None) -> None:
+    def __init__(self, model: Codec, settings: Settings | None = None) -> None:
         super().__init__()
         self.model = model
-        self.metric = metric
+        self.metric = model.metric
         self.settings = settings = settings or Settings()
         self.autocast = PRECISIONS.get(settings.amp)
         self.balance = settings.balance
@@ -123,8 +122,8 @@ class FixedRateObjective(Objective):
     stage = "base"
     indexes = (None,)
 
-    def __init__(self, model: Codec, lmbda: float, metric: str = "mse", settings: Settings | None = None) -> None:
-        super().__init__(model, metric, settings)
+    def __init__(self, model: Codec, lmbda: float, settings: Settings | None = None) -> None:
+        super().__init__(model, settings)
         self.lmbda = lmbda
 
     def index(self, rate_uniform: Tensor) -> None:
@@ -152,7 +151,7 @@ class EntropyObjective(Objective):
     stage = "entropy"
 
     def __init__(self, rates: Objective, kept: int) -> None:
-        super().__init__(rates.model, rates.metric, rates.settings)
+        super().__init__(rates.model, rates.settings)
         self.repeat = multiple(kept, self.settings.batch_size)
         self.indexes = rates.indexes
         self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
@@ -195,8 +194,8 @@ class LAEObjective(Objective):
 
     stage = "lae"
 
-    def __init__(self, model: VariableRate, metric: str = "mse", settings: Settings | None = None) -> None:
-        super().__init__(model, metric, settings)
+    def __init__(self, model: VariableRate, settings: Settings | None = None) -> None:
+        super().__init__(model, settings)
         model.requires_grad_(False)
         self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
 
@@ -212,10 +211,8 @@ class StaticObjective(LAEObjective):
     latent_weight = 0.03
     norm_weight = 1e-4
 
-    def __init__(
-        self, model: VariableRate, teachers: Sequence[Codec], metric: str = "mse", settings: Settings | None = None
-    ) -> None:
-        super().__init__(model, metric, settings)
+    def __init__(self, model: VariableRate, teachers: Sequence[Codec], settings: Settings | None = None) -> None:
+        super().__init__(model, settings)
         self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False)
         self.frozen = [self.teachers]
 
