@@ -100,7 +100,8 @@ class Codec(CompressionModel):
       `Float32Conv` makes it), and back. One convolution of g_a, not a depth-wise one, is larger than 1×1;
     - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
     - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
-    - the methods `hyper_synthesis`, `predict` and `correct`, which are what the slices compute by `run_networks`;
+    - the method `predict`, and `hyper_synthesis` and `correct` where they are not those of one network `h_s` and of
+      `lrp_transforms`: what the slices compute by `run_networks`;
     - `bytes_per_pixel`, memory of the widest tensor of g_a and g_s, for pictures that are computed in bands.
 
     Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py), so that pictures of any
@@ -145,7 +146,7 @@ class Codec(CompressionModel):
 
     def hyper_synthesis(self, z_hat: Tensor) -> Any:
         """Features of ẑ `[B, C, h/4, w/4]` for the slices; made by `synthesize_hyper`."""
-        raise NotImplementedError
+        return self.synthesize_hyper(self.h_s, z_hat)
 
     def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
         """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `correct` wants to see again.
@@ -159,7 +160,7 @@ class Codec(CompressionModel):
 
     def correct(self, i: int, context: Any, y_hat: Tensor) -> Tensor:
         """Slice i with its latent residual, `[B, M/S, h, w]`; context is the third value of `predict`."""
-        raise NotImplementedError
+        return y_hat + 0.5 * torch.tanh(self.run_networks([self.lrp_transforms[i]], context, y_hat))
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
         """The weights that `--transform-lr-factor` is for: they learn more slowly than the others."""

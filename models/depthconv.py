@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -185,9 +184,6 @@ class DepthConv(Codec):
                 if not isinstance(layer, DepthConvBlock):
                     yield from layer.parameters()
 
-    def hyper_synthesis(self, z_hat: Tensor) -> Tensor | Recomputed:
-        return self.synthesize_hyper(self.h_s, z_hat)
-
     def predict(
         self, i: int, hyper: Tensor | Recomputed, supports: list[Tensor], corrected: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -196,9 +192,6 @@ class DepthConv(Codec):
             return *found.float().chunk(2, 1), None
         features = self.run_networks([self.slice_transforms[i]], hyper, *supports)
         return *self.run_networks([self.slice_heads[i]], features).float().chunk(2, 1), features
-
-    def correct(self, i: int, context: Tensor, y_hat: Tensor) -> Tensor:
-        return y_hat + 0.5 * torch.tanh(self.run_networks([self.lrp_transforms[i]], context, y_hat))
 
 
 class DepthConv_VBR(VariableRate, DepthConv):

@@ -109,9 +109,6 @@ class Hyperprior(Codec):
 
     bytes_per_pixel = property(lambda self: float(self.config.N), doc="N channels at a quarter of the pixels.")
 
-    def hyper_synthesis(self, z_hat: Tensor) -> Tensor | Recomputed:
-        return self.synthesize_hyper(self.h_s, z_hat)
-
     def predict(
         self, i: int, hyper: Tensor | Recomputed, supports: list[Tensor], corrected: bool
     ) -> tuple[Tensor, Tensor, None]:

@@ -240,9 +240,6 @@ class TCM(Codec):
         a_mu = self.run_networks([self.atten_mean[i]], means, *supports)
         return self.run_networks([self.cc_mean_transforms[i]], a_mu).float(), sigma, a_mu
 
-    def correct(self, i: int, context: Tensor, y_hat: Tensor) -> Tensor:
-        return y_hat + 0.5 * torch.tanh(self.run_networks([self.lrp_transforms[i]], context, y_hat))
-
 
 class TCM_VBR(VariableRate, TCM):
     """TCM made variable-rate by an LAE after analysis and another before synthesis (TCSVT 2025). Arguments as TCM."""
