@@ -33,14 +33,6 @@ class Gain(nn.Module):
         return x * log_gain.exp(), log_gain.expand_as(x)
 
 
-class LatentMap(nn.Module):
-    """`g_a`: latent of the high rate to that of the low one; `g_s`: back."""
-
-    def __init__(self, M: int, contextual: bool) -> None:
-        super().__init__()
-        self.g_a, self.g_s = Gain(M, contextual), Gain(M, contextual)
-
-
 class TCM_Mapped(TCM):
     """A TCM with the map around its entropy model: the high-rate codec run at the low rate.
 
@@ -50,7 +42,7 @@ class TCM_Mapped(TCM):
     def __init__(self, *args, contextual: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.contextual = contextual
-        self.map = LatentMap(self.M, contextual)
+        self.map = nn.ModuleDict({name: Gain(self.M, contextual) for name in ("g_a", "g_s")})
 
     @property
     def arguments(self) -> dict:
