@@ -1,6 +1,5 @@
 """Pictures as tensors: reading, padding, cropping, saving."""
 
-import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from torch.nn import functional as F
 
 from models import STRIDE
 from utils.files import atomic_write
-from utils.messages import print_note
-from utils.pictures import ImageError, png_bytes, read_pixels
+from utils.pictures import png_bytes, read_pixels
 
 
 def read_image(path: str | Path, **options) -> Tensor:
@@ -29,15 +27,6 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 def to_pixels(image: Tensor) -> np.ndarray:
     """uint8 `[3, H, W]`, on any device, to uint8 `[H, W, 3]`, which may be the same memory."""
     return image.permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def read_images(paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | ImageError]]:
-    """Each path with its picture, or with the error that reading it gave; prints notes on pictures."""
-    for path in paths:
-        try:
-            yield path, read_image(path, note=functools.partial(print_note, path))
-        except ImageError as error:
-            yield path, error
 
 
 def to_float(image: Tensor) -> Tensor:

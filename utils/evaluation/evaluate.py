@@ -1,5 +1,6 @@
 """Rate, distortion and time of pictures, one at one rate: by code lengths, or from its file."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,8 +19,8 @@ from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
 from utils.evaluation.results import Result, decibels, short_names
-from utils.images import read_images
-from utils.messages import print_error
+from utils.images import read_image
+from utils.messages import print_error, print_note
 from utils.metrics import ms_ssim_value, psnr
 from utils.pictures import ImageError
 
@@ -43,7 +44,11 @@ def for_each(
     """
     names = names or short_names(paths)
     failed = set()
-    for path, image in read_images(paths):
+    for path in paths:
+        try:
+            image = read_image(path, note=functools.partial(print_note, path))
+        except ImageError as error:
+            image = error
         for job in jobs:
             result = None
             try:
