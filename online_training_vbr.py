@@ -234,11 +234,8 @@ def write_report(folder: Path, whole: dict) -> Path:
         plot = plots.render(lambda: plots.steps_figure(refined), "steps", alt=alt, folder=folder)
         text = "Change from the latents as the network makes them. A dot marks the step whose latents were coded."
         sections.insert(0, page.Section("Refinement", text, [plot]))
-    written = page.Page(
-        f"Online training of latents: {whole['name']}", lead=f"{whole['description']}.",
-        sections=[s for s in sections if s], facts=report.facts(whole),
-    )
-    return page.write_page(written, folder)
+    title = f"Online training of latents: {whole['name']}"
+    return page.write_page(folder, title, f"{whole['description']}.", sections=sections, facts=report.facts(whole))
 
 
 def run(

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.evaluation import anchors, rate_study
 from utils.evaluation.comparison import Point, is_kodak, ms_ssim_decibels, points, published, weights_of
 from utils.evaluation.evaluate import evaluate, evaluate_file
-from utils.evaluation.page import Column, Page, Section, Table, Version, Viewer, write_page
+from utils.evaluation.page import Column, Section, Table, Version, Viewer, write_page
 from utils.evaluation.plots import rd_figure, render, targets_figure
 from utils.evaluation.results import Result, decibels, short_names
 from utils.images import read_image, to_pixels
@@ -141,7 +141,7 @@ def write_report(folder: Path, whole: dict, ours: int, viewers: list[Viewer], st
     lead = f"{whole['name']}, {whole['description']}. {pictures} pictures.{_in_short(whole['summary'])}"
     told = facts(whole) + [(f"curve of {codec['name']}", f"published: {codec['source']}") for codec in from_papers]
     title = f"Rate and distortion of {whole['name']}"
-    return write_page(Page(title, lead, sections=[s for s in sections if s], facts=told), folder)
+    return write_page(folder, title, lead, sections=sections, facts=told)
 
 
 def _in_short(summary: dict) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -71,18 +71,15 @@ class Section:
     viewers: Sequence[Viewer] = ()
 
 
-@dataclass(frozen=True)
-class Page:
-    """A page: facts are pairs of a name and a value, at its end."""
+def write_page(
+    folder: Path, title: str, lead: str, sections: Sequence[Section | None], facts: Sequence[tuple[str, str]]
+) -> Path:
+    """Write a page as `index.html` into a folder, whole or not at all; returns its path.
 
-    title: str
-    lead: str
-    sections: Sequence[Section]
-    facts: Sequence[tuple[str, str]] = field(default_factory=list)
-
-
-def write_page(page: Page, folder: Path) -> Path:
-    """Write `index.html` into a folder, whole or not at all; returns its path."""
+    Args:
+        sections: those that are None are left out.
+        facts: pairs of a name and a value, at the end of the page.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -90,7 +87,8 @@ def write_page(page: Page, folder: Path) -> Path:
     environment.filters |= {"cell": _cell, "number": _number, "svg": _svg, "picture": _picture}
     style, script = ((_HERE / name).read_text() for name in ("page.css", "page.js"))
     text = environment.get_template("page.html").render(
-        page=page, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
+        title=title, lead=lead, sections=[section for section in sections if section], facts=facts,
+        style=style, script=script, style_hash=_hash(style), script_hash=_hash(script),
     )
     path = folder / "index.html"
     with atomic_write(path) as file:
