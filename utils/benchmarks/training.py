@@ -21,7 +21,7 @@ from utils.device import choose_kernels_for_training, pick_device
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.training.objectives import PRECISIONS, Objective
-from utils.training.patches import PatchDataset, Photographs
+from utils.training.patches import PatchDataset
 from utils.training.schedule import Settings
 from utils.training.trainer import Trainer, compile_networks
 
@@ -51,7 +51,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     sides = (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
-    trainer = Trainer(objective, Photographs(dataset), folder, context=context)
+    trainer = Trainer(objective, dataset, folder, context=context)
     if args.compile:
         compile_networks(objective.model)
     return trainer

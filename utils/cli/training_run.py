@@ -17,15 +17,7 @@ from utils.images import center_crop
 from utils.messages import print_note
 from utils.pictures import ImageError, find_images, part_of_data_set
 from utils.training.objectives import Objective
-from utils.training.patches import (
-    PatchDataset,
-    Photographs,
-    check_shared_memory,
-    decoded_gigabytes,
-    read,
-    read_all,
-    usable,
-)
+from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read, read_all, usable
 from utils.training.schedule import Settings
 from utils.training.trainer import Trainer, compile_networks, read_run
 
@@ -90,8 +82,10 @@ def train(
 
     settings.trained_on = describe(paths)
     settings.validated_on = f"{describe(held_out)} at {args.val_size}"
-    photographs = Photographs(dataset, validation, args.num_workers)
-    trainer = Trainer(objective, photographs, folder=folder, context=context, history=history)
+    trainer = Trainer(
+        objective, dataset, folder, context=context,
+        validation=validation, workers=args.num_workers, history=history,
+    )
     if state:
         trainer.resume(state)
         del state  # as large as the run's weights and optimizers

@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -120,20 +119,6 @@ class PatchDataset(Dataset):
         if self._pass[0] != epoch:
             self._pass = epoch, np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.paths))
         return int(self._pass[1][place])
-
-
-class Photographs(NamedTuple):
-    """What a run is trained and validated on.
-
-    Attributes:
-        training: its patches.
-        validation: uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
-        workers: processes that read photographs which are not cached.
-    """
-
-    training: PatchDataset
-    validation: Sequence[Tensor] = ()
-    workers: int = 0
 
 
 def read(path: Path) -> Tensor | str:

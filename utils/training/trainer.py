@@ -35,7 +35,7 @@ from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
-from utils.training.patches import Batch, Photographs, StoppedWaiting, batches
+from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches
 from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
@@ -75,17 +75,21 @@ class Trainer:
     Args:
         objective: on its device, with the settings of the run.
         folder: where the run is kept.
+        validation: photographs, uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
+        workers: processes that read photographs which are not cached.
         history: training records of the weights at the start.
     """
 
     def __init__(
-        self, objective: Objective, photographs: Photographs, folder: Path, context: DistContext,
-        history: Sequence[dict] = (),
+        self, objective: Objective, dataset: PatchDataset, folder: Path, context: DistContext,
+        validation: Sequence[Tensor] = (), workers: int = 0, history: Sequence[dict] = (),
     ) -> None:
         self.objective = objective
         self.model = objective.model
         self.settings = settings = objective.settings
-        self.dataset, self.validation, self.workers = photographs
+        self.dataset = dataset
+        self.validation = validation
+        self.workers = workers
         self.folder = folder
         self.context = context
         self.history = list(history)
