@@ -35,10 +35,6 @@ class Point(NamedTuple):
     mse: float
     ms_ssim: float | None
 
-    def distortion(self, metric: str) -> float | None:
-        """D of the loss, as `distortion_of`."""
-        return distortion_of(metric, self.mse, self.ms_ssim)
-
 
 def points(codec: dict) -> list[Point]:
     """The rates of a codec by rising bpp.
@@ -180,7 +176,8 @@ def least_losses(codec: dict, metric: str) -> list[float] | None:
     """
     if any(row.get("psnr_inside") is not None for row in codec.get("images", ())):
         return None
-    known = [(point.bpp, d) for point in points(codec) if (d := point.distortion(metric)) is not None]
+    found = [(point.bpp, distortion_of(metric, point.mse, point.ms_ssim)) for point in points(codec)]
+    known = [(bpp, d) for bpp, d in found if d is not None]
     return [min(bpp + lmbda * d for bpp, d in known) for lmbda in LADDERS[metric]] if known else None
 
 

@@ -18,7 +18,7 @@ from utils.codec.quality_map import psnr_by_region
 from utils.codec.request import EncodeRequest
 from utils.device import out_of_memory_as_value_error, timed
 from utils.distributed import DistContext
-from utils.evaluation.results import Result, decibels, short_names
+from utils.evaluation.results import Result, decibels, distortion_of, mse_of_psnr, short_names
 from utils.images import read_image
 from utils.messages import print_error, print_note
 from utils.metrics import ms_ssim_value, psnr
@@ -143,6 +143,6 @@ def _of_model(model: Codec, result: Result) -> Result:
     """A result with its loss; at a fixed rate without an index."""
     if not isinstance(model, VariableRate):
         result.index = None
-    elif (distortion := result.distortion(model.metric)) is not None:
+    elif (distortion := distortion_of(model.metric, mse_of_psnr(result.psnr), result.ms_ssim)) is not None:
         result.loss = result.bpp + index_to_lambda(result.index, model.metric) * distortion
     return result

@@ -36,10 +36,6 @@ class Result:
     psnr_inside: float | None = None
     psnr_outside: float | None = None
 
-    def distortion(self, metric: str) -> float | None:
-        """D of the loss, as `distortion_of`."""
-        return distortion_of(metric, mse_of_psnr(self.psnr), self.ms_ssim)
-
 
 def distortion_of(metric: str, mse: float, ms_ssim: float | None) -> float | None:
     """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
