@@ -23,11 +23,9 @@ from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
 
 
 @dataclass(frozen=True)
-class MeasuredFile:
-    """A file with its rate index, and the D of the loss (not λ · D) and the PSNR in dB of its decoded picture."""
+class MeasuredFile(CodedTrial):
+    """A file with the D of the loss (not λ · D) and the PSNR in dB of its decoded picture."""
 
-    data: bytes
-    index: float
     bpp: float
     distortion: float
     psnr: float
@@ -133,7 +131,7 @@ def encode(
     if request.refinement.steps:
         target = Target(first.bits) if request.keep_rate else target
         refinement = _refine(analyzed, first, request.refinement, target=target, on_step=on_step)
-        found = CodedTrial(refinement.after.index, refinement.after.data)
+        found = refinement.after
     error = None
     note = ""
     if target is not None:
@@ -162,7 +160,7 @@ def _refine(
         found = distortion(image, decoded, model.metric, weights=None if weights is None else weights[0])
         if found is None:
             raise ValueError(f"latents for MS-SSIM cannot be refined on sides of {MS_SSIM_SMALLEST} pixels or less")
-        return MeasuredFile(file.data, file.index, file.bits / pixels, distortion=found, psnr=psnr(image, decoded))
+        return MeasuredFile(file.index, file.data, file.bits / pixels, distortion=found, psnr=psnr(image, decoded))
 
     def loss(file: MeasuredFile) -> float:
         return file.bpp + index_to_lambda(before.index, model.metric) * file.distortion
