@@ -125,14 +125,6 @@ def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
     codecs.append(codec)
 
 
-def add_codecs(codecs: list[dict], file: str, found: list[dict]) -> None:
-    """Add the codecs of a file; those that it was compared with only where they are not known yet."""
-    known = [_identity(codec) for codec in codecs]
-    for number, codec in enumerate(found):
-        if not number or _identity(codec) not in known:
-            add_codec(codecs, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
-
-
 def weights_of(codec: dict) -> list[dict]:
     """Where the weights of a codec come from; of a classical codec nothing."""
     return codec.get("checkpoints", [codec["checkpoint"]] if "checkpoint" in codec else [])
@@ -154,7 +146,10 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
     for codec in codecs:
         add_codec(found, codec, codec.get("checkpoint", {}).get("fingerprint", "other weights"))
     for file, codecs in files:
-        add_codecs(found, file, codecs)
+        known = [_identity(codec) for codec in found]
+        for number, codec in enumerate(codecs):
+            if not number or _identity(codec) not in known:  # what it was compared with may be there already
+                add_codec(found, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
     return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
 
 
