@@ -15,8 +15,8 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ LONGEST_WAIT = 300  # seconds without a batch; then it is an error
 ADVICE = "give a container more (docker run --shm-size 2g), take fewer readers (-n), or none (-n 0)"
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Training patches.
 
     Attributes:
@@ -57,10 +56,6 @@ class Batch:
     seeds: list[int]
     keys: list[int]
     unusable: list[str]
-
-    def pin_memory(self) -> "Batch":
-        self.patches = self.patches.pin_memory()
-        return self
 
 
 class PatchDataset(Dataset):
