@@ -17,7 +17,7 @@ from utils.images import center_crop
 from utils.messages import print_note
 from utils.pictures import ImageError, find_images, part_of_data_set
 from utils.training.objectives import Objective
-from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read, read_all, usable
+from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read_all, usable
 from utils.training.schedule import Settings
 from utils.training.trainer import Trainer, compile_networks, read_run
 
@@ -128,14 +128,12 @@ def describe(paths: Sequence[Path]) -> str:
 def check_last_part(paths: list[Path], cache: dict, args: argparse.Namespace) -> None:
     """ImageError or UserError where the last part of a run could not begin: that would be hours later."""
     size = args.last_patch_size
-    found = (usable(cache[i] if i in cache else read(path), path, size) for i, path in enumerate(paths))
-    told = ""
-    for image in found:
-        if isinstance(image, Tensor):
+    for number, path in enumerate(paths):
+        found = usable(path, size, cache.get(number))
+        if isinstance(found, Tensor):
             break
-        told = image
     else:
-        raise ImageError(f"no photograph is left for the last part of the run; the last one tried: {told}")
+        raise ImageError(f"no photograph is left for the last part of the run; the last one tried: {found}")
     if not cache:
         check_shared_memory(args.num_workers, args.last_batch_size, size)
 
@@ -152,7 +150,7 @@ def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Pat
         step = max(20, -(-len(paths) // MAX_VALIDATION))
         groups = (paths[first : first + step] for first in range(0, len(paths), step))
         size = smallest, smallest
-        firsts = (next((p for p in group if isinstance(usable(read(p), p, size), Tensor)), None) for group in groups)
+        firsts = (next((p for p in group if isinstance(usable(p, size), Tensor)), None) for group in groups)
         held_out = [path for path in firsts if path]
         if not held_out:
             raise UserError(f"no photograph of {smallest}×{smallest} pixels or more is left to validate on")

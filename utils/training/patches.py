@@ -91,7 +91,7 @@ class PatchDataset(Dataset):
         unusable = []
         for _ in range(MAX_UNREADABLE):
             path = self.paths[number]
-            image = usable(self.cache[number] if number in self.cache else read(path), path, self.size)
+            image = usable(path, self.size, self.cache.get(number))
             if isinstance(image, Tensor):
                 patch = random_crop(image, self.size, scaled=SCALED, random=random)
                 if lap:
@@ -116,16 +116,16 @@ class PatchDataset(Dataset):
         return int(self._pass[1][place])
 
 
-def read(path: Path) -> Tensor | str:
-    """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be read."""
+def usable(path: Path, size: tuple[int, int], known: Tensor | str | None = None) -> Tensor | str:
+    """A photograph, uint8 `[3, H, W]`, or the reason why no patch of this size can be cut from it.
+
+    Args:
+        known: what this returned for the photograph before, perhaps of another size; None reads it.
+    """
     try:
-        return read_image(path)
+        image = read_image(path) if known is None else known
     except ImageError as error:
         return str(error)
-
-
-def usable(image: Tensor | str, path: Path, size: tuple[int, int]) -> Tensor | str:
-    """A photograph as `read` returned it, or the reason why no patch of this size can be cut from it."""
     if isinstance(image, Tensor) and (image.shape[1] < size[0] or image.shape[2] < size[1]):
         return f"{path}: {image.shape[2]}×{image.shape[1]} is smaller than a patch of {size[1]}×{size[0]}"
     return image
@@ -162,7 +162,7 @@ def read_all(
     cache: dict[int, Tensor | str] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.filterwarnings("ignore", module="PIL")  # about pictures that are read all the same
-        images = pool.map(lambda path: usable(read(path), path, size), paths)
+        images = pool.map(lambda path: usable(path, size), paths)
         bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=True if quiet else None)
         for number, image in enumerate(bar):
             if isinstance(image, str) and not quiet:
