@@ -28,11 +28,6 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor keeps `memory` alive
 
 
-def large_copy(x: Tensor) -> Tensor:
-    """A contiguous copy of x, in memory of `large_empty`."""
-    return large_empty(x.shape, x.dtype, x.device).copy_(x)
-
-
 def give_back_freed_memory() -> None:
     """Let glibc give all pages of the heap that hold nothing back to the system, as it keeps them by itself
     (utils/device.py); does nothing where there is no glibc."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.coding.slice_coders import QuantizedLatents, nearest_symbols
 from models.lambdas import index_to_lambda
-from models.large.memory import large_copy
+from models.large.memory import large_empty
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
@@ -91,7 +91,8 @@ class AnalyzedImage:
         """
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every slice, which goes when its symbols are there
-            y = [large_copy(part) for part in y.chunk(self.model.num_slices, 1)]
+            parts = y.chunk(self.model.num_slices, 1)
+            y = [large_empty(part.shape, part.dtype, part.device).copy_(part) for part in parts]
         return self.quantize_latents(index, y, z, complete=complete)
 
     def quantize_latents(
