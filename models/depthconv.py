@@ -20,8 +20,6 @@ from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv, PointwiseConv
 
-__all__ = ["DepthConv", "DepthConvBlock", "DepthConvConfig", "DepthConv_VBR"]
-
 CELL = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own
 

@@ -17,8 +17,6 @@ from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv
 
-__all__ = ["Hyperprior", "HyperpriorConfig", "Hyperprior_VBR"]
-
 
 @dataclass(frozen=True)
 class HyperpriorConfig(CodecConfig):

@@ -21,8 +21,6 @@ from models.large.bands import Footprint, computes_whole, footprint, multiple
 CHUNK, CHUNK_ON_GPU = 2**18, 2**26
 MAX_WINDOWS = 2**16 - 1  # in one call: CUDA's attention kernels have as many blocks in one dimension of their grid
 
-__all__ = ["WMSA", "Block", "ConvTransBlock", "Float32Conv", "PointwiseConv", "SWAtten", "SubsampledConv", "SwinBlock"]
-
 
 def _find_cut_windows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The windows of a rows × cols grid that a cyclic shift cuts: their numbers, and the kind of cut.

@@ -17,9 +17,7 @@ from models.lambdas import LADDERS
 from models.registry import model_class, recognize
 from models.state_dict import find_state_dict, without_tables
 from utils.errors import UserError
-from utils.files import BUNDLED, atomic_write, is_special
-
-__all__ = ["BUNDLED", "CheckpointError", "build_model", "describe", "export_model", "load_model", "read_checkpoint"]
+from utils.files import atomic_write, is_special
 
 FORMAT = "tcm-vbr/1"
 # What training scripts save beside tensors: classes that only hold values.

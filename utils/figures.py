@@ -13,8 +13,6 @@ if _backend is not None:
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = _backend
 
-__all__ = ["own_style"]
-
 
 @contextlib.contextmanager
 def own_style(**settings: object) -> Iterator[None]:
