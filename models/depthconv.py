@@ -22,6 +22,9 @@ from models.layers import Float32Conv, PointwiseConv
 
 CELL = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own
+# Largest hidden value of a block's feed-forward network; photographs stay below it. The gate makes it quadratic, so
+# that without a bound six blocks in a row turn what no photograph has, a halftone say, into infinity.
+LARGEST = 64.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class DepthConvConfig(CodecConfig):
 
 class DepthConvBlock(nn.Module):
     """Two residual parts on `[B, C, H, W]`: a depth-wise 3×3 convolution between two 1×1, then a gated feed-forward
-    network, SwiGLU (https://arxiv.org/abs/2002.05202), of 1×1 convolutions.
+    network, SwiGLU (https://arxiv.org/abs/2002.05202), of 1×1 convolutions, clipped to ±LARGEST.
 
     Both end in zeros, so that a new block is the identity until it learns.
     """
@@ -116,7 +119,7 @@ class DepthConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.leave(self.depthwise(F.silu(self.enter(x))))
-        return x + self.reduce(self.expand(x) * F.silu(self.gate(x)))
+        return x + self.reduce(F.hardtanh_(self.expand(x) * F.silu(self.gate(x)), -LARGEST, LARGEST))
 
 
 @footprint.register

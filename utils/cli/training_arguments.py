@@ -23,6 +23,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--val", nargs="+", metavar="DIR", help=f"photographs to validate on (default: every 20th training photograph, at most {MAX_VALIDATION})")
     add("--val-size", type=int, default=256, metavar="N", help="center crop of the validation photographs; a multiple of 128")
     add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
+    add("--synthetic-share", type=float, default=Settings.synthetic_share, metavar="P", help="share of the patches with a part that no photograph has: text, halftones, line art, noise, mosaics, stripes; so that screens and scans are coded too")
     add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process; on a GPU try 32 and more, with --amp --compile, as far as its memory goes")
     add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this (on a CPU with one copy for each process of torchrun), and read again and again by workers otherwise")
     add("-n", "--num-workers", type=int, metavar="W", help=f"processes that read photographs which are not kept (default: one for each core, at most {MAX_WORKERS}; cores are shared with the other processes of torchrun)")
@@ -77,6 +78,8 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
     whole = [path for path in args.dataset if not os.path.isdir(os.path.join(path, "test"))]  # else DIR/train is meant
     if whole and args.val and {*map(os.path.realpath, whole)} <= {*map(os.path.realpath, args.val)}:
         raise UserError("--val names the folders of -d: no photograph would be left to train on")
+    if not 0 <= args.synthetic_share <= 1:
+        raise UserError(f"--synthetic-share must lie in [0, 1], not {args.synthetic_share:g}")
     if not 0 <= args.last_share < 1:
         raise UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
     if args.last_share and args.schedule != "cosine":

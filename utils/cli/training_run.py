@@ -72,7 +72,9 @@ def train(
     if start and not state:
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]
     objective.to(context.device, memory_format=torch.channels_last)
-    dataset = PatchDataset(paths, size, args.seed, repeat=objective.repeat, cache=cache)
+    dataset = PatchDataset(
+        paths, size, args.seed, objective.repeat, cache=cache, synthetic_share=settings.synthetic_share
+    )
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), purpose="validate on", quiet=quiet)
     validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
     del found  # whole photographs

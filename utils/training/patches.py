@@ -30,6 +30,7 @@ from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import read_image
 from utils.pictures import ImageError
+from utils.training.synthetic import add_synthetic
 
 GOLDEN = (5**0.5 - 1) / 2
 MAX_UNREADABLE = 1000  # photographs in a row that cannot be used
@@ -67,16 +68,19 @@ class PatchDataset(Dataset):
         size: height and width of a patch.
         repeat: number of patches after which they come again, with other rates and noise; 0 for always new ones.
         cache: decoded photographs by number, or why one cannot be used. The others are read when needed.
+        synthetic_share: share of the patches with a part that no photograph has.
     """
 
     def __init__(
-        self, paths: Sequence[Path], size: tuple[int, int], seed: int, repeat: int = 0, cache: dict | None = None
+        self, paths: Sequence[Path], size: tuple[int, int], seed: int, repeat: int = 0, cache: dict | None = None,
+        synthetic_share: float = 0.0,
     ) -> None:
         self.paths = list(paths)
         self.size = size
         self.seed = seed
         self.repeat = repeat
         self.cache: dict[int, Tensor | str] = cache or {}
+        self.synthetic_share = synthetic_share
         self._pass = (-1, np.empty(0, np.int64))
 
     def __getitem__(self, position: int) -> Batch:
@@ -94,6 +98,8 @@ class PatchDataset(Dataset):
             image = usable(path, self.size, self.cache.get(number))
             if isinstance(image, Tensor):
                 patch = random_crop(image, self.size, scaled=SCALED, random=random)
+                if self.synthetic_share and random.random() < self.synthetic_share:
+                    patch = add_synthetic(patch, random)
                 if lap:
                     random = np.random.default_rng((self.seed, position))
                 # Multiples of the golden ratio spread the rates of every batch evenly. The loss differs fourfold
@@ -107,7 +113,8 @@ class PatchDataset(Dataset):
 
     def of_size(self, size: tuple[int, int]) -> "PatchDataset":
         """The same photographs, cut to patches of another size."""
-        return PatchDataset(self.paths, size, self.seed, repeat=self.repeat, cache=self.cache)
+        share = self.synthetic_share
+        return PatchDataset(self.paths, size, self.seed, self.repeat, cache=self.cache, synthetic_share=share)
 
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))

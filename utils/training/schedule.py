@@ -22,6 +22,7 @@ class Settings:
     transform_factor: float = 1.0  # that of `Codec.transform_parameters`, in the same units
     balance: float = 0.0  # the loss of each sample is weighted by (λ / λ_mid)^−balance; 0 is the published loss
     map_share: float = 0.0  # share of patches with an index that differs from place to place; with a last part, of its
+    synthetic_share: float = 0.0  # share of patches with a part that no photograph has
     last_share: float = 0.0  # share of the budget: the last part, on other patches and without balance
     last_patch_size: tuple[int, int] = (256, 256)
     last_batch_size: int = 8  # as batch_size

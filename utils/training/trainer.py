@@ -329,6 +329,7 @@ class Trainer:
         model.to(self.device, memory_format=torch.channels_last)
         settings = self.settings  # not `self.last_part`: a run that is resumed after its last step has not begun it
         dataset = self.dataset.of_size(settings.last_patch_size if settings.last_share else settings.patch_size)
+        dataset.synthetic_share = 0.0
         try:
             with out_of_memory_as_value_error():
                 fit_tables(model, first_batches(dataset, self.progress.patches), self.objective.indexes)
