@@ -94,9 +94,38 @@ def test_folders_and_a_rerun(codec, photos, tmp_path, capsys):
     pictures = (tmp_path / "pictures").rglob("*.png")
     assert {str(path.relative_to(tmp_path / "pictures")) for path in pictures} == {f"{name[:-5]}.png" for name in names}
     assert codec("info", tmp_path / "coded") == 0
+
+
+def test_pictures_of_one_name_keep_their_suffixes_and_each_is_coded_once(codec, photos, tmp_path):
     (photos / "p1.jpg").write_bytes((photos / "p1.png").read_bytes())
+    assert codec("encode", photos, photos / "p2.png", tmp_path / "coded") == 0
+    names = {path.name for path in (tmp_path / "coded").iterdir()}
+    assert names == {f"p{i}.tvbr" for i in range(8) if i != 1} | {"p1.png.tvbr", "p1.jpg.tvbr"}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "p3.png").write_bytes((photos / "p3.png").read_bytes())
     with pytest.raises(cli.UserError, match="would both become"):
-        codec("encode", photos, tmp_path / "other")
+        codec("encode", photos, tmp_path / "more", tmp_path / "coded")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (["-l", 1], ["-l", 2], "was made at index 1, not 2"),
+        (["-l", 1], ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], "was made without a region"),
+        (["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], ["-l", 1], "was made with a region"),
+        (["-l", 1], ["--max-bytes", 150], "and 150 are asked for"),
+        (["-l", 1], ["--target-bytes", 20000], "and 20000 are asked for"),
+    ],
+)
+def test_a_rerun_names_what_was_made_with_other_settings(codec, photos, tmp_path, capsys, before, now, said):
+    folder = tmp_path / "coded"
+    assert codec("encode", photos / "p0.png", f"{folder}/", *before) == 0
+    data = (folder / "p0.tvbr").read_bytes()
+    assert codec("encode", photos / "p0.png", folder, *before) == 0
+    assert "error" not in capsys.readouterr().err
+    assert codec("encode", photos / "p0.png", folder, *now) == 1
+    assert f"{folder / 'p0.tvbr'}: " in (told := capsys.readouterr().err) and said in told
+    assert (folder / "p0.tvbr").read_bytes() == data
 
 
 def test_a_folder_of_one_picture_is_a_folder(codec, photos, tmp_path, capsys):

@@ -80,14 +80,18 @@ def margins(height: int, width: int) -> tuple[int, int, int, int]:
     return padding
 
 
-def padded_bands(image: Tensor, height: int) -> Iterator[Tensor]:
-    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of this height."""
+def padded_bands(image: Tensor, height: int, mode: str = "constant") -> Iterator[Tensor]:
+    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of this height.
+
+    Args:
+        mode: as in `torch.nn.functional.pad`: "constant" for zeros, "replicate" for the colors at the edge.
+    """
     whole = image.shape[1]
     left, right, top, bottom = margins(*image.shape[1:])
     for start in range(-top, whole + bottom, height):
         end = min(start + height, whole + bottom)
         inside = to_float(image[:, max(0, start) : min(end, whole)])
-        yield F.pad(inside, (left, right, max(0, -start), max(0, end - whole)))
+        yield F.pad(inside, (left, right, max(0, -start), max(0, end - whole)), mode=mode)
 
 
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:

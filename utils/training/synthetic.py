@@ -121,7 +121,9 @@ def blocks(pixels: Pixels, random: np.random.Generator) -> Pixels:
     colors = random.integers(0, 256, (random.integers(2, 9), 3), dtype=np.uint8)
     colors[:2] = _two_colors(random)
     rows, cols = (-(-length // side) for length in pixels.shape[:2])
-    grid = np.indices((rows, cols)).sum(0) % 2 if random.random() < 0.2 else random.integers(len(colors), size=(rows, cols))
+    grid = random.integers(len(colors), size=(rows, cols))
+    if random.random() < 0.2:
+        grid = np.indices((rows, cols)).sum(0) % 2
     whole = colors[grid].repeat(side, 0).repeat(side, 1)
     return whole[: pixels.shape[0], : pixels.shape[1]]
 
