@@ -26,7 +26,7 @@ from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
-from utils.images import pad, read_image, to_float
+from utils.images import margins, pad, read_image, to_float
 from utils.metrics import psnr
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,16 @@ def test_the_papers_rounding(codec, photos, checkpoint, tmp_path):
     assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--nearest") == 0
     model, image = load_model(checkpoint), read_image(photos / "p0.png")
     assert unpack(file.read_bytes()).y == model.compress(pad(to_float(image)), 1.5, portable=True)["strings"][0][0]
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_what_is_around_a_picture_repeats_its_edges(checkpoint, photos, nearest):
+    """But for `nearest`, which has the published zeros."""
+    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    mode = "constant" if nearest else "replicate"
+    padded = torch.nn.functional.pad(to_float(image), margins(*image.shape[1:]), mode=mode)
+    with torch.no_grad():
+        torch.testing.assert_close(AnalyzedImage(model, image, nearest=nearest).y_before_lae, model.features(padded))
 
 
 def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):

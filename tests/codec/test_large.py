@@ -18,7 +18,7 @@ from utils.codec.refinement import UNITS, _differentiate, _training_latents
 from utils.codec.request import EncodeRequest, RefinementSettings
 from utils.codec.tiles import cut_tiles
 from utils.evaluation.evaluate import evaluate
-from utils.images import crop, join_bands, pad, padded_bands, to_float, to_uint8
+from utils.images import crop, join_bands, margins, pad, padded_bands, to_float, to_uint8
 from utils.metrics import ms_ssim_value, mse
 
 
@@ -49,6 +49,9 @@ def test_padding_in_bands(tall):
     for rows in (128, 256, 768):
         parts = list(padded_bands(tall, rows))
         assert torch.equal(torch.cat(parts, 2), pad(to_float(tall)))
+        parts = list(padded_bands(tall, rows, mode="replicate"))
+        padded = torch.nn.functional.pad(to_float(tall), margins(*tall.shape[1:]), mode="replicate")
+        assert torch.equal(torch.cat(parts, 2), padded)
         assert torch.equal(join_bands(parts, 701, 187), tall)
         assert torch.equal(join_bands((part for whole in parts for part in whole.split(5, 2)), 701, 187), tall)
     small = tall[:, :1, :1]
@@ -164,7 +167,7 @@ def gradients(
     for latent in latents:
         latent.grad = torch.zeros_like(latent)
     sums = [0.0, 0.0, 0.0]
-    with _training_latents(model, 0, 0, picture.device):
+    with _training_latents(model, 0):
         for tile in cut_tiles(image.height, image.width):
             found = _differentiate(image, tile, 2.0, latents, lambda x: x + 0.1, 1.0)
             sums = [total + value for total, value in zip(sums, found, strict=True)]

@@ -1,6 +1,8 @@
 """DLM: the latents of one picture are refined by gradient descent, and the weights stay as they are."""
 
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -115,11 +117,23 @@ def test_refinement_is_never_worse_and_what_it_says(varied, picture, method):
     assert after.bpp == 8 * len(result.data) / picture[0].numel()
     # Latent and loss belong together: what the chosen step claims is what its file has.
     claimed = steps[result.refinement.chosen]
-    assert after.bpp == pytest.approx(claimed.bpp, rel=2e-3)
+    assert after.bpp == pytest.approx(claimed.bpp, rel=4e-3)
     assert after.distortion == pytest.approx(claimed.mse, rel=0.02)
     assert result.refinement.chosen > 0 and result.refinement.loss_change < 0
     lmbda = index_to_lambda(3.0)
     assert after.bpp + lmbda * after.distortion < before.bpp + lmbda * before.distortion
+
+
+@pytest.mark.parametrize("method", SURROGATES)
+def test_pictures_may_be_refined_in_threads(varied, picture, method):
+    """Of one model: the same files as one after the other, and no gradients in the weights."""
+    pictures = [picture.roll(shift, 2) for shift in (0, 40, 80)]
+    request = request_of(2.0, 3, method=method)
+    expected = [encode(varied, one, request).data for one in pictures]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: encode(varied, one, request).data, pictures))
+    assert found == expected
+    assert all(p.requires_grad and p.grad is None for p in varied.parameters())
 
 
 def test_steps_that_make_it_worse_leave_the_plain_file(varied, picture):
@@ -155,7 +169,7 @@ def test_checkpointing_gives_the_same_gradients(tiny, image):
 def test_pictures_of_a_megapixel_and_more_are_refined_in_less_memory(made_tiny):
     """As docs/rate_control.md says."""
     for height, width, sparing in ((896, 1024, False), (1024, 1024, True), (1280, 1280, True)):
-        with _training_latents(made_tiny, height * width, 0, torch.device("cpu")):
+        with _training_latents(made_tiny, height * width):
             assert made_tiny.checkpointing == sparing
     assert not made_tiny.checkpointing
 
@@ -361,7 +375,7 @@ def test_the_papers_learning_rate_is_better_than_its_half_and_its_double():
 
 def test_annealing_cools(varied, picture, monkeypatch):
     seen = []
-    monkeypatch.setitem(SURROGATES, "sga", lambda x, temperature: seen.append(temperature) or x)
+    monkeypatch.setitem(SURROGATES, "sga", lambda x, temperature, random: seen.append(temperature) or x)
     encode(varied, picture, request_of(3.0, 2, method="sga"))
     assert seen == sorted(seen, reverse=True) and seen[0] > 2 * seen[-1] > 0
 
@@ -380,3 +394,17 @@ def test_only_the_original_pixels_count(varied, picture):
     decoded = decode(varied, whole.write(trial).data)
     assert seen[0].mse == pytest.approx(mse(picture, decoded), rel=0.02)
     assert seen[0].bpp == pytest.approx(trial.bits / (100 * 120), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: RefinementSettings(2, "adam"), "methods sgd, noise, sga, not 'adam'"),
+        (lambda: RefinementSettings(2, "sgd", -5), "must be positive, not -5"),
+        (lambda: EncodeRequest(index="2"), "index must be a number, not '2'"),
+        (lambda: EncodeRequest(max_bytes=True), "max_bytes must be a number, not True"),
+    ],
+)
+def test_a_request_says_at_once_what_is_wrong(make, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models import Codec
 from models.coding.slice_coders import Quantization, Surrogate, ste_round
@@ -48,19 +47,26 @@ UNITS = 16, 64  # pixels per place of y and of z
 Latents = tuple[Tensor, Tensor]  # y `[1, M, h, w]` and z
 
 
-def gumbel_round(x: Tensor, temperature: float) -> Tensor:
+def gumbel_round(x: Tensor, temperature: float, random: torch.Generator | None = None) -> Tensor:
     """A random mixture of floor and ceiling, the nearer one the likelier (Yang, Bamler & Mandt, NeurIPS 2020)."""
     low = x.detach().floor()
     up = (x - low).clamp(1e-4, 1 - 1e-4)
     logits = torch.stack([-torch.atanh(up), -torch.atanh(1 - up)], -1) / temperature
-    return low + F.gumbel_softmax(logits, tau=temperature)[..., 1]
+    # PyTorch's gumbel_softmax takes no generator.
+    gumbel = -torch.empty_like(logits).exponential_(generator=random).log()
+    return low + ((logits + gumbel) / temperature).softmax(-1)[..., 1]
+
+
+def add_noise(x: Tensor, temperature: float, random: torch.Generator | None = None) -> Tensor:
+    """x with uniform noise in ±½, as in training, at any temperature."""
+    return x + torch.rand(x.shape, generator=random, device=x.device) - 0.5
 
 
 # Method → differentiable stand-in for round(x), at a temperature.
-SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "noise": lambda x, temperature: x + torch.rand_like(x) - 0.5,  # as in training
+SURROGATES: dict[str, Callable[[Tensor, float, torch.Generator | None], Tensor]] = {
+    "noise": add_noise,
     "sga": gumbel_round,
-    "sgd": lambda x, temperature: ste_round(x),  # straight-through: the gradient is that of x
+    "sgd": lambda x, temperature, random=None: ste_round(x),  # straight-through: the gradient is that of x
 }
 
 
@@ -159,7 +165,6 @@ def descend(
     model = image.model
     tiles = cut_tiles(image.height, image.width)
     lmbda = index_to_lambda(start.index, model.metric)
-    device = image.image.device
     y, z = image.latents(start.index)
     step_size = settings.learning_rate or METHODS[settings.method].learning_rate
     step_size *= CONTROLLED_STEP if constraint else 1
@@ -178,11 +183,12 @@ def descend(
     def rank(step: Step) -> tuple[float, float]:
         return constraint.rank(step.bpp, step.distortion) if constraint else (0.0, step.loss)
 
-    with _training_latents(model, max(tile.outer_pixels for tile in tiles), settings.seed, device=device):
+    random = torch.Generator(image.image.device).manual_seed(settings.seed)
+    with _training_latents(model, max(tile.outer_pixels for tile in tiles)):
         for number in range(settings.steps + 1):
             progress = number / max(1, settings.steps)
             temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** progress
-            surrogate = functools.partial(SURROGATES[settings.method], temperature=temperature)
+            surrogate = functools.partial(SURROGATES[settings.method], temperature=temperature, random=random)
             y.grad, z.grad = torch.zeros_like(y), torch.zeros_like(z)
             sums = [0.0, 0.0, 0.0]  # coded bits, and MSE and distortion, weighed by the tiles' pixels
             with torch.set_grad_enabled(number < settings.steps):
@@ -248,9 +254,11 @@ def _differentiate(
     losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, metric=model.metric, weights=weights)
     share = tile.pixels / image.pixels
     if torch.is_grad_enabled():
-        (share * (losses["loss"] + (rate_weight - 1) * losses["bpp"]).sum()).backward()
-        for (latent, unit), part in zip(pairs, parts, strict=True):
-            latent.grad[tile.outer(unit)] += part.grad
+        loss = share * (losses["loss"] + (rate_weight - 1) * losses["bpp"]).sum()
+        # Not backward(), which would add to the gradients of weights that another thread has just given back.
+        gradients = torch.autograd.grad(loss, parts)
+        for (latent, unit), gradient in zip(pairs, gradients, strict=True):
+            latent.grad[tile.outer(unit)] += gradient
     coded = float(sum(bits(likelihoods) for likelihoods in out["coded_likelihoods"].values()))
     return coded, *(share * float(losses[name].detach()) for name in ("mse", "distortion"))
 
@@ -272,16 +280,14 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: fl
 
 
 @contextlib.contextmanager
-def _training_latents(model: Codec, pixels: int, seed: int, device: torch.device) -> Iterator[None]:
-    """Gradients of latents alone, in bounded memory, with random numbers of a seed."""
+def _training_latents(model: Codec, pixels: int) -> Iterator[None]:
+    """Gradients of latents alone, in bounded memory."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     before = model.checkpointing
     model.checkpointing = pixels >= CHECKPOINTING_PIXELS
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+        yield
     finally:
         model.checkpointing = before
         for p in trained:

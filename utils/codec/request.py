@@ -1,6 +1,7 @@
 """What is asked of the encoder: a rate index or a target size, and a refinement. Plain data."""
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ class RefinementSettings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"refinement has 0 steps or more, not {self.steps}")
+        if self.method not in METHODS:
+            raise ValueError(f"refinement has the methods {', '.join(METHODS)}, not {self.method!r}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"a learning rate must be positive, not {self.learning_rate:g}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class EncodeRequest:
     nearest: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("index", "bpp", "bytes", "max_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
+                raise ValueError(f"{name} must be a number, not {value!r}")
         targets = [value for value in (self.bpp, self.bytes, self.max_bytes) if value is not None]
         if len(targets) + (self.index is not None) > 1:
             raise ValueError("one rate index or one target, not several of them")

@@ -143,7 +143,7 @@ def wrong_channels(pixels: Pixels, random: np.random.Generator) -> Pixels:
     if random.random() < 0.3:
         return 255 - pixels
     if random.random() < 0.5:
-        return pixels[..., random.permutation(3)]
+        return np.roll(pixels, random.integers(1, 3), -1)
     return _shift_channels(pixels, int(random.integers(1, 5)))
 
 
