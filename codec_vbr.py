@@ -187,7 +187,7 @@ def info(source: Path) -> str:
         share = 1 - coded.offsets.count(0) / len(coded.offsets)
         rate += f" and a map of {lowest:g} to {highest:g} that differs from it in {share:.0%} of the picture"
     return (
-        f"version {data[4]}, {coded.width}×{coded.height}, {len(data)} bytes, "
+        f"version {data[4]}, {coded.width}×{coded.height}{', gray' if coded.gray else ''}, {len(data)} bytes, "
         f"{8 * len(data) / (coded.width * coded.height):.4f} bpp, {rate}, z {len(coded.z)} bytes, y {len(coded.y)} bytes, "
         f"side information {len(coded.side_info.scales)} bytes, weights {coded.fingerprint.hex()}"
     )
@@ -255,7 +255,7 @@ def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Call
     from utils.images import to_pixels
 
     pixels, seconds = timed(lambda: to_pixels(decode(model, coded)), model.medians.device)
-    write_bytes(target, png_bytes(pixels))
+    write_bytes(target, png_bytes(pixels[..., 0] if coded.gray else pixels))
     return f"{pixels.shape[1]}×{pixels.shape[0]}, {seconds:.2f} s"
 
 

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,24 @@ def test_the_papers_rounding(codec, photos, checkpoint, tmp_path):
     assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--nearest") == 0
     model, image = load_model(checkpoint), read_image(photos / "p0.png")
     assert unpack(file.read_bytes()).y == model.compress(pad(to_float(image)), 1.5, portable=True)["strings"][0][0]
+
+
+def test_a_picture_without_colors_has_none_again(codec, photos, checkpoint, tmp_path, capsys):
+    gray = tmp_path / "gray.png"
+    Image.open(photos / "p0.png").convert("L").save(gray)
+    file, back = tmp_path / "a.tvbr", tmp_path / "back.png"
+    assert codec("encode", gray, file, "-l", 1.5) == 0 and codec("decode", file, back) == 0
+    with Image.open(back) as decoded:
+        assert decoded.mode == "L" and decoded.size == Image.open(gray).size
+    model, data = load_model(checkpoint), file.read_bytes()
+    image = decode(model, data)
+    assert torch.equal(image[0], image[1]) and torch.equal(image, read_image(back))
+    colored = decode(model, replace(unpack(data), gray=False)).float()
+    assert not torch.equal(colored[0], colored[1])
+    assert torch.equal(image[0].float(), colored.mean(0).round())
+    codec("info", file)
+    assert "190×170, gray, " in capsys.readouterr().out
+    assert not unpack(encode(model, read_image(photos / "p0.png"), EncodeRequest(1.5)).data).gray
 
 
 @pytest.mark.parametrize("nearest", [False, True])

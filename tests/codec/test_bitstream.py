@@ -55,6 +55,9 @@ def test_a_file_returns_what_it_was_given():
     assert SMALL.shape == (6, 8)
     fixed = CodedImage(**vars(SMALL) | {"index": None})
     assert unpack(pack(fixed)) == fixed
+    for other in (SMALL, fixed):
+        gray = CodedImage(**vars(other) | {"gray": True})
+        assert unpack(pack(gray)) == gray and len(pack(gray)) == len(data)
 
 
 def test_what_is_no_file_is_refused():

@@ -47,6 +47,7 @@ class AnalyzedImage:
         rate_model: the R-λ model, which also scales the latent; None at a fixed rate.
         quality_map: where the index differs from that of the file; None where it is the same everywhere.
         choose: makes the symbols.
+        gray: whether the picture has no colors, which a file says, as decoded channels are never quite equal.
 
     Args:
         nearest: as in `EncodeRequest`.
@@ -60,6 +61,7 @@ class AnalyzedImage:
         self.image = image
         self.quality_map = quality_map
         self.choose = nearest_symbols if nearest else model.choose_symbols
+        self.gray = torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
         self.height, self.width = image.shape[1:]
         self.pixels = self.height * self.width
         if quality_map and quality_map.region.shape != (self.height, self.width):
@@ -125,6 +127,6 @@ class AnalyzedImage:
         (side_info,) = coded["side_info"]
         image = CodedImage(
             width=self.width, height=self.height, index=trial.index, y=y, z=z,
-            fingerprint=self.model.fingerprint, side_info=side_info, offsets=self.offsets(trial.index),
+            fingerprint=self.model.fingerprint, side_info=side_info, offsets=self.offsets(trial.index), gray=self.gray,
         )
         return CodedTrial(trial.index, pack(image))

@@ -15,7 +15,8 @@ from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC = b"TVBR"
 VERSION = 3
-FIXED_RATE, MAP = 1, 2  # flags: made by a fixed-rate codec, whose index means nothing; with a map of rate indexes
+# Flags: made by a fixed-rate codec, whose index means nothing; with a map of rate indexes; of a picture without colors.
+FIXED_RATE, MAP, GRAY = 1, 2, 4
 STEPS = 16  # per index: offsets are multiples of 1/16
 
 # Magic, version, flags, width, height, index, fingerprint, lengths of z and of the side information, CRC of symbols.
@@ -33,7 +34,7 @@ class CodedImage:
     """Contents of a file: size in pixels, rate index (None for a fixed rate), streams, weights, side information.
 
     Where the index differs from place to place there are `offsets`, int8 steps of 1/16 for each element of z's grid,
-    row by row: the index there is index + offset / 16.
+    row by row: the index there is index + offset / 16. `gray` says that the three channels of the picture were equal.
     """
 
     width: int
@@ -44,6 +45,7 @@ class CodedImage:
     fingerprint: bytes
     side_info: SideInfo
     offsets: bytes = b""
+    gray: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +58,7 @@ def pack(coded: CodedImage) -> bytes:
     if not (0 < coded.width <= MAX_SIDE and 0 < coded.height <= MAX_SIDE):
         raise ValueError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {coded.width}×{coded.height}")
     scales = coded.side_info.scales
-    flags = FIXED_RATE if coded.index is None else MAP if coded.offsets else 0
+    flags = (FIXED_RATE if coded.index is None else MAP if coded.offsets else 0) | (GRAY if coded.gray else 0)
     header = _HEADER.pack(
         MAGIC, VERSION, flags, coded.width, coded.height, coded.index or 0.0, coded.fingerprint,
         len(coded.z), len(scales), coded.side_info.crc,
@@ -83,7 +85,7 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
     if zlib.crc32(payload, zlib.crc32(header)) != crc:
         raise BitstreamError("the file is damaged: its checksum does not fit")
     _, _, flags, width, height, index, fingerprint, z_length, scales_length, symbols_crc = _HEADER.unpack(header)
-    if flags not in (0, FIXED_RATE, MAP):
+    if flags & ~GRAY not in (0, FIXED_RATE, MAP):
         raise BitstreamError(f"the file uses features (flags {flags:#x}) of a newer program")
     map_length = 0
     if flags & MAP and len(payload) >= _MAP_LENGTH.size:
@@ -103,7 +105,8 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
     scales = payload[map_length + z_length : start]
     y = payload[start:]
     side_info = SideInfo(scales, symbols_crc)
-    coded = CodedImage(width, height, index, y=y, z=z, fingerprint=fingerprint, side_info=side_info)
+    gray = bool(flags & GRAY)
+    coded = CodedImage(width, height, index, y=y, z=z, fingerprint=fingerprint, side_info=side_info, gray=gray)
     if flags & MAP:
         coded = replace(coded, offsets=_unpack_offsets(payload[_MAP_LENGTH.size : map_length], coded))
     return coded

@@ -1,5 +1,6 @@
 """From a file to its picture."""
 
+import torch
 from torch import Tensor
 
 from models import Codec, VariableRate
@@ -38,7 +39,10 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
     if coded.offsets:
         index = index_of_places(coded.index, coded.offsets, coded.shape)
     y_hat = model.decode_latents([[coded.y], [coded.z]], coded.shape, [coded.side_info])
-    return picture_of(model, y_hat, index, height=coded.height, width=coded.width)
+    image = picture_of(model, y_hat, index, height=coded.height, width=coded.width)
+    if coded.gray:
+        image[:] = (image.sum(0, dtype=torch.int16) + 1) // 3  # the mean of the channels, to the nearest
+    return image
 
 
 def picture_of(model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:

@@ -205,7 +205,7 @@ def is_color(name: str) -> bool:
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """uint8 `[H, W, 3]` as a PNG file."""
+    """uint8 `[H, W, 3]`, or gray `[H, W]`, as a PNG file."""
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, format="PNG")
     return png.getvalue()
