@@ -22,9 +22,10 @@ from models.layers import Float32Conv, PointwiseConv
 
 CELL = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own
-# Largest hidden value of a block's feed-forward network; photographs stay below it. The gate makes it quadratic, so
-# that without a bound six blocks in a row turn what no photograph has, a halftone say, into infinity.
-LARGEST = 64.0
+# Bound of the hidden values of a block's feed-forward network. The gate makes them quadratic, so that without a bound six
+# blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it in few places of the
+# slices' networks, and nowhere in the transforms.
+LARGEST = 4.0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The shipped weights: size and training record of the files, and more bits at every higher index."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from utils.evaluation.evaluate import evaluate
 from utils.files import BUNDLED
 from utils.images import read_image
 from utils.pictures import find_images_or_samples
+from utils.training.synthetic import KINDS
 
 SHIPPED = {"depthconv": BUNDLED, "small": BUNDLED.with_name("tcm_vbr_small.pth.tar")}  # by preset
 
@@ -69,3 +71,15 @@ def test_real_files_cost_what_was_estimated(bundled, photo):
     assert torch.equal(decoded, expected)
     assert real.bpp == pytest.approx(estimated.bpp, abs=16 * 8 / photo[0].numel())  # the coder writes whole words
     assert real.psnr > 30
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_what_is_no_photograph_is_coded_too(bundled, photo, kind):
+    """Of bounded size, and as a picture; None is noise of full contrast, a color for each pixel."""
+    random = np.random.default_rng(1)
+    pixels = photo.permute(1, 2, 0).numpy()
+    made = kind(pixels, random) if kind else random.integers(0, 256, pixels.shape, dtype=np.uint8)
+    image = torch.from_numpy(made.copy()).permute(2, 0, 1)
+    for index in (0.0, 5.0):
+        result, _ = evaluate(bundled, "made", image, EncodeRequest(index), real=True)
+        assert result.bpp < 8 and result.psnr > 8, (index, result.bpp, result.psnr)
