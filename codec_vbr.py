@@ -9,14 +9,15 @@
     python codec_vbr.py info coded/*.tvbr                           # the headers, without weights
     cat photo.png | python codec_vbr.py encode - - | python codec_vbr.py decode - - > back.png
 
-Several inputs, or a folder, go to a folder; a rerun leaves what is finished alone, and names what was made with other
-settings. Files are written whole or not at all. What cannot be coded is named, the others go on, and the exit status
+Several inputs, or a folder, go to a folder; where photo.png is beside photo.jpg, to photo.png.tvbr and photo.jpg.tvbr. A
+rerun leaves what is finished alone, and names what has another index or size than asked for. Files are written whole or not at all. What cannot be coded is named, the others go on, and the exit status
 is 1.
 """
 
 import argparse
 import contextlib
 import functools
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from models.coding.side_info import DecodingError
-from models.lambdas import MAX_INDEX
 from utils import cli
 from utils.cli.encoding_arguments import (
     add_map_arguments,
@@ -115,7 +115,10 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     Raises:
         UserError: two would be written to one file, or several to standard output, or a picture not as PNG.
     """
-    sources = list({file.resolve(): (file, folder) for file, folder in find(args)}.values())  # each file once
+    once: dict[str, tuple[Path, Path]] = {}
+    for file, folder in find(args):
+        once.setdefault(os.path.abspath(file), (file, folder))
+    sources = list(once.values())
     output = Path(args.output)
     to_folder = len(args.inputs) > 1 or Path(args.inputs[0]).is_dir() or output.is_dir() or args.output.endswith("/")
     if not to_folder:
@@ -128,11 +131,11 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
         raise cli.UserError("standard output takes one picture")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"{output}: is a file; several pictures need a folder")
-    shorter = Counter(output / folder / source.stem for source, folder in sources)
+    stems = Counter(folder / source.stem for source, folder in sources)
     found: dict[Path, Path] = {}
     for source, folder in sources:
-        alone = shorter[output / folder / source.stem] == 1  # photo.jpg beside photo.png becomes photo.jpg.tvbr
-        name = "stdin" if str(source) == "-" else source.stem if alone else source.name
+        name = source.stem if stems[folder / source.stem] == 1 else source.name
+        name = "stdin" if str(source) == "-" else name
         target = output / folder / f"{name}{suffix}"
         if target in found:
             raise cli.UserError(f"{source} and {found[target]} would both become {target}")
@@ -140,28 +143,29 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     return [(source, target) for target, source in found.items()], True
 
 
-def made_otherwise(file: Path, args: argparse.Namespace) -> bool:
-    """Whether a finished file is not what is asked for, as far as its header and size tell; prints how it differs."""
+def check_finished(file: Path, args: argparse.Namespace) -> bool:
+    """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not."""
     request = args.request
     try:
         data = file.read_bytes()
         coded = unpack(data, max_pixels=2**32)
     except (OSError, ValueError) as error:
         print_error(file, f"{error}; --force makes it again")
-        return True
+        return False
     target = request.target(coded.width * coded.height)
-    bits = 8 * len(data)
-    in_reach = coded.index is not None and 0 < coded.index < MAX_INDEX
-    found = ""
-    if None not in (coded.index, request.index) and abs(coded.index - request.index) > 1e-4:
-        found = f"was made at index {coded.index:g}, not {request.index:g}"
+    indexes = coded.index, request.index
+    difference = ""
+    if None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
+        difference = f"was made at index {coded.index:g}, not {request.index:g}"
     elif bool(coded.offsets) != bool(args.region or args.roi):
-        found = "was made with a region" if coded.offsets else "was made without a region"
-    elif target and (not target.allows(bits) or in_reach and target.distance(bits) > 3 * CLOSE_TO_CAP):
-        found = f"has {len(data)} bytes, and {target.bits / 8:.0f} are asked for"
-    if found:
-        print_error(file, f"{found}; --force makes it again")
-    return bool(found)
+        difference = "was made with a region" if coded.offsets else "was made without a region"
+    elif target and not target.allows(8 * len(data)):
+        difference = f"has {len(data)} bytes, more than {request.max_bytes}"
+    elif target and target.distance(8 * len(data)) > 3 * CLOSE_TO_CAP:  # which may be out of reach
+        print_note(file, f"has {len(data)} bytes, and {target.bits / 8:.0f} are asked for; --force makes it again")
+    if difference:
+        print_error(file, f"{difference}; --force makes it again")
+    return not difference
 
 
 def read_bytes(path: Path) -> bytes:
@@ -287,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
         work = [(source, target) for source, target in work if target not in done]
-    others = [made_otherwise(target, args) for target in sorted(done)] if args.command == "encode" else []
+    fitting = [check_finished(target, args) for target in sorted(done)] if args.command == "encode" else []
 
     @functools.cache
     def load_from(path: Path) -> "Codec":
@@ -331,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
 
     jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
-    return 0 if all(list(bar)) and not any(others) else 1
+    return 0 if all([*fitting, *bar]) else 1
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from models.layers import Float32Conv, PointwiseConv
 
 CELL = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own
-# Bound of the hidden values of a block's feed-forward network. The gate makes them quadratic, so that without a bound six
-# blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it in few places of the
-# slices' networks, and nowhere in the transforms.
+# Bound of the hidden values of a block's feed-forward network. The gate makes them quadratic, so that without a bound
+# six blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it in few places of
+# the slices' networks, and nowhere in the transforms.
 LARGEST = 4.0
 
 

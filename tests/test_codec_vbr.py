@@ -27,7 +27,7 @@ from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
-from utils.images import margins, pad, read_image, to_float
+from utils.images import crop, margins, pad, padded_bands, read_image, to_float
 from utils.metrics import psnr
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,14 +85,26 @@ def test_a_picture_without_colors_has_none_again(codec, photos, checkpoint, tmp_
     assert not unpack(encode(model, read_image(photos / "p0.png"), EncodeRequest(1.5)).data).gray
 
 
-@pytest.mark.parametrize("nearest", [False, True])
-def test_what_is_around_a_picture_repeats_its_edges(checkpoint, photos, nearest):
-    """But for `nearest`, which has the published zeros."""
+def test_what_is_around_a_picture_has_the_colors_of_its_edges(checkpoint, photos):
+    """Smoothed along the edges; with `nearest` it has the published zeros."""
     model, image = load_model(checkpoint), read_image(photos / "p0.png")
-    mode = "constant" if nearest else "replicate"
-    padded = torch.nn.functional.pad(to_float(image), margins(*image.shape[1:]), mode=mode)
+    height, width = image.shape[1:]
+    left, right, top, bottom = margins(height, width)
+    (padded,) = padded_bands(image, 10**6, extend=True)
+    x = to_float(image)
+    assert padded.shape[2] % 128 == padded.shape[3] % 128 == 0
+    assert torch.equal(crop(padded, height, width), x)
+    for row, column, expected in (
+        (0, left + 50, x[0, :, 0, 34:67].mean(1)),  # above the middle of a window of 33 pixels
+        (-1, left + 50, x[0, :, -1, 34:67].mean(1)),
+        (top + 60, 0, x[0, :, 44:77, 0].mean(1)),
+        (top + 60, -1, x[0, :, 44:77, -1].mean(1)),
+    ):
+        torch.testing.assert_close(padded[0, :, row, column], expected)
     with torch.no_grad():
-        torch.testing.assert_close(AnalyzedImage(model, image, nearest=nearest).y_before_lae, model.features(padded))
+        for nearest, whole in ((False, padded), (True, pad(x))):
+            analyzed = AnalyzedImage(model, image, nearest=nearest)
+            torch.testing.assert_close(analyzed.y_before_lae, model.features(whole))
 
 
 def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):
@@ -134,6 +146,10 @@ def test_pictures_of_one_name_keep_their_suffixes_and_each_is_coded_once(codec, 
     (tmp_path / "more" / "p3.png").write_bytes((photos / "p3.png").read_bytes())
     with pytest.raises(cli.UserError, match="would both become"):
         codec("encode", photos, tmp_path / "more", tmp_path / "coded")
+    for name in ("one", "two"):  # links are pictures of their own
+        (tmp_path / "more" / f"{name}.png").symlink_to(tmp_path / "more" / "p3.png")
+    assert codec("encode", tmp_path / "more", tmp_path / "links") == 0
+    assert {path.name for path in (tmp_path / "links").iterdir()} == {"p3.tvbr", "one.tvbr", "two.tvbr"}
 
 
 @pytest.mark.parametrize(
@@ -142,8 +158,7 @@ def test_pictures_of_one_name_keep_their_suffixes_and_each_is_coded_once(codec, 
         (["-l", 1], ["-l", 2], "was made at index 1, not 2"),
         (["-l", 1], ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], "was made without a region"),
         (["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], ["-l", 1], "was made with a region"),
-        (["-l", 1], ["--max-bytes", 150], "and 150 are asked for"),
-        (["-l", 1], ["--target-bytes", 20000], "and 20000 are asked for"),
+        (["-l", 1], ["--max-bytes", 150], "more than 150"),
     ],
 )
 def test_a_rerun_names_what_was_made_with_other_settings(codec, photos, tmp_path, capsys, before, now, said):
@@ -153,8 +168,17 @@ def test_a_rerun_names_what_was_made_with_other_settings(codec, photos, tmp_path
     assert codec("encode", photos / "p0.png", folder, *before) == 0
     assert "error" not in capsys.readouterr().err
     assert codec("encode", photos / "p0.png", folder, *now) == 1
-    assert f"{folder / 'p0.tvbr'}: " in (told := capsys.readouterr().err) and said in told
+    assert f"error: {folder / 'p0.tvbr'}: " in (told := capsys.readouterr().err) and said in told
     assert (folder / "p0.tvbr").read_bytes() == data
+
+
+@pytest.mark.parametrize("settings", [["-l", 3, "-t", 3, "--keep-rate"], ["--target-bytes", 120], ["--max-bytes", 3000]])
+def test_a_rerun_with_the_same_settings_succeeds(codec, photos, tmp_path, capsys, settings):
+    Image.open(photos / "p0.png").resize((40, 40)).save(tmp_path / "small.png")
+    for _ in range(2):
+        assert codec("encode", tmp_path / "small.png", f"{tmp_path / 'coded'}/", *settings) == 0
+    told = capsys.readouterr().err
+    assert "1 of 1 are finished" in told and ("note: " in told) == ("--target-bytes" in settings)
 
 
 def test_a_folder_of_one_picture_is_a_folder(codec, photos, tmp_path, capsys):

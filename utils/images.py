@@ -13,6 +13,8 @@ from models import STRIDE
 from utils.files import atomic_write
 from utils.pictures import png_bytes, read_pixels
 
+SMOOTHED = 16  # neighbors on either side that an edge is averaged with before it goes on around the picture
+
 
 def read_image(path: str | Path, **options) -> Tensor:
     """A picture as `read_pixels` reads it, with its options: uint8 `[3, H, W]`. ImageError where it cannot be read."""
@@ -80,18 +82,34 @@ def margins(height: int, width: int) -> tuple[int, int, int, int]:
     return padding
 
 
-def padded_bands(image: Tensor, height: int, mode: str = "constant") -> Iterator[Tensor]:
-    """`pad(to_float(image))` of uint8 `[3, H, W]`, in bands of this height.
+def padded_bands(image: Tensor, height: int, extend: bool = False) -> Iterator[Tensor]:
+    """uint8 `[3, H, W]` as float in [0, 1] with sides that are multiples of 128, in bands of this height.
 
     Args:
-        mode: as in `torch.nn.functional.pad`: "constant" for zeros, "replicate" for the colors at the edge.
+        extend: put the colors of its edges around the picture, smoothed along the edge; else as `pad(to_float(image))`.
     """
     whole = image.shape[1]
     left, right, top, bottom = margins(*image.shape[1:])
+    edges = image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]
+    first, last, west, east = (_smoothed(edge.float() / 255) for edge in edges)
     for start in range(-top, whole + bottom, height):
         end = min(start + height, whole + bottom)
-        inside = to_float(image[:, max(0, start) : min(end, whole)])
-        yield F.pad(inside, (left, right, max(0, -start), max(0, end - whole)), mode=mode)
+        rows = slice(max(0, start), min(end, whole))
+        above = max(0, -start)
+        below = max(0, end - whole)
+        inside = to_float(image[:, rows])
+        if not extend:
+            yield F.pad(inside, (left, right, above, below))
+            continue
+        sides = [edge[None, :, rows, None].expand(-1, -1, -1, n) for edge, n in ((west, left), (east, right))]
+        ends = [F.pad(edge, (left, right), mode="replicate")[None, :, None] for edge in (first, last)]
+        middle = torch.cat((sides[0], inside, sides[1]), 3)
+        yield torch.cat((ends[0].expand(-1, -1, above, -1), middle, ends[1].expand(-1, -1, below, -1)), 2)
+
+
+def _smoothed(edge: Tensor) -> Tensor:
+    """An edge `[3, n]`, each pixel averaged with SMOOTHED on either side; the last one repeats."""
+    return F.avg_pool1d(F.pad(edge, (SMOOTHED, SMOOTHED), mode="replicate"), 2 * SMOOTHED + 1, stride=1)
 
 
 def join_bands(bands: Iterable[Tensor], height: int, width: int) -> Tensor:

@@ -18,7 +18,7 @@ from utils.codec.refinement import UNITS, _differentiate, _training_latents
 from utils.codec.request import EncodeRequest, RefinementSettings
 from utils.codec.tiles import cut_tiles
 from utils.evaluation.evaluate import evaluate
-from utils.images import crop, join_bands, margins, pad, padded_bands, to_float, to_uint8
+from utils.images import crop, join_bands, pad, padded_bands, to_float, to_uint8
 from utils.metrics import ms_ssim_value, mse
 
 
@@ -49,13 +49,13 @@ def test_padding_in_bands(tall):
     for rows in (128, 256, 768):
         parts = list(padded_bands(tall, rows))
         assert torch.equal(torch.cat(parts, 2), pad(to_float(tall)))
-        parts = list(padded_bands(tall, rows, mode="replicate"))
-        padded = torch.nn.functional.pad(to_float(tall), margins(*tall.shape[1:]), mode="replicate")
-        assert torch.equal(torch.cat(parts, 2), padded)
+        extended = torch.cat(list(padded_bands(tall, rows, extend=True)), 2)
+        assert torch.equal(extended, torch.cat(list(padded_bands(tall, 10**6, extend=True)), 2))
         assert torch.equal(join_bands(parts, 701, 187), tall)
         assert torch.equal(join_bands((part for whole in parts for part in whole.split(5, 2)), 701, 187), tall)
     small = tall[:, :1, :1]
-    assert torch.equal(join_bands(padded_bands(small, 128), 1, 1), small)
+    for extend in (False, True):
+        assert torch.equal(join_bands(padded_bands(small, 128, extend), 1, 1), small)
     assert torch.equal(crop(pad(to_float(small)), 1, 1), to_float(small))
 
 

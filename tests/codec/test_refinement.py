@@ -117,7 +117,7 @@ def test_refinement_is_never_worse_and_what_it_says(varied, picture, method):
     assert after.bpp == 8 * len(result.data) / picture[0].numel()
     # Latent and loss belong together: what the chosen step claims is what its file has.
     claimed = steps[result.refinement.chosen]
-    assert after.bpp == pytest.approx(claimed.bpp, rel=4e-3)
+    assert after.bpp == pytest.approx(claimed.bpp, rel=4e-3)  # ten bytes of so small a file
     assert after.distortion == pytest.approx(claimed.mse, rel=0.02)
     assert result.refinement.chosen > 0 and result.refinement.loss_change < 0
     lmbda = index_to_lambda(3.0)
@@ -403,6 +403,9 @@ def test_only_the_original_pixels_count(varied, picture):
         (lambda: RefinementSettings(2, "sgd", -5), "must be positive, not -5"),
         (lambda: EncodeRequest(index="2"), "index must be a number, not '2'"),
         (lambda: EncodeRequest(max_bytes=True), "max_bytes must be a number, not True"),
+        (lambda: RefinementSettings("3"), "steps must be a whole number, not '3'"),
+        (lambda: RefinementSettings(3, learning_rate="5"), "learning_rate must be a number, not '5'"),
+        (lambda: EncodeRequest(1.0, max_trials=2.5), "max_trials must be a whole number, not 2.5"),
     ],
 )
 def test_a_request_says_at_once_what_is_wrong(make, said):

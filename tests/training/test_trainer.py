@@ -459,7 +459,7 @@ def test_a_suspended_run_does_not_spend_its_budget(photos, checkpoint, tmp_path,
     wait_for(lambda: "%, step " in (run / "output").read_text(), process)
     os.killpg(process.pid, signal.SIGSTOP)
     trained = time.monotonic() - begin  # at most
-    time.sleep(trained + 3)
+    time.sleep(trained + 15)  # longer than saving may take
     os.killpg(process.pid, signal.SIGCONT)
     resumed = time.monotonic()
     time.sleep(1)

@@ -69,8 +69,8 @@ class AnalyzedImage:
         left, right, top, bottom = margins(self.height, self.width)
         height = top + self.height + bottom
         width = left + self.width + right
-        # Nobody sees what is around the picture: repeated edges cost less than an edge to the published black.
-        bands = padded_bands(image, model.band_height(width, height), mode="constant" if nearest else "replicate")
+        # Nobody sees what is around the picture, and its own colors cost less than an edge to the published black.
+        bands = padded_bands(image, model.band_height(width, height), extend=not nearest)
         self.y_before_lae = model.features_of_bands(bands, height)
         variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None

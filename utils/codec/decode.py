@@ -39,13 +39,19 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
     if coded.offsets:
         index = index_of_places(coded.index, coded.offsets, coded.shape)
     y_hat = model.decode_latents([[coded.y], [coded.z]], coded.shape, [coded.side_info])
-    image = picture_of(model, y_hat, index, height=coded.height, width=coded.width)
-    if coded.gray:
-        image[:] = (image.sum(0, dtype=torch.int16) + 1) // 3  # the mean of the channels, to the nearest
-    return image
+    return picture_of(model, y_hat, index, height=coded.height, width=coded.width, gray=coded.gray)
 
 
-def picture_of(model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int) -> Tensor:
-    """The picture of a quantized latent `[1, M, h, w]`, uint8 `[3, height, width]` on the model's device."""
+def picture_of(
+    model: Codec, y_hat: Tensor, index: Tensor | float | None, height: int, width: int, gray: bool = False
+) -> Tensor:
+    """The picture of a quantized latent `[1, M, h, w]`, uint8 `[3, height, width]` on the model's device.
+
+    Args:
+        gray: all channels are to be their mean.
+    """
     band_height = model.band_height(16 * y_hat.shape[3], 16 * y_hat.shape[2])
-    return join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), band_height), height, width)
+    image = join_bands(model.synthesize_bands(y_hat, model.resolve_index(index, 1), band_height), height, width)
+    if gray:
+        image[:] = (image.sum(0, dtype=torch.int16) + 1) // 3  # to the nearest
+    return image

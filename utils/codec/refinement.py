@@ -9,6 +9,7 @@ the real file. Symbols have no gradient; in the rate the method's surrogate of r
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -255,7 +256,6 @@ def _differentiate(
     share = tile.pixels / image.pixels
     if torch.is_grad_enabled():
         loss = share * (losses["loss"] + (rate_weight - 1) * losses["bpp"]).sum()
-        # Not backward(), which would add to the gradients of weights that another thread has just given back.
         gradients = torch.autograd.grad(loss, parts)
         for (latent, unit), gradient in zip(pairs, gradients, strict=True):
             latent.grad[tile.outer(unit)] += gradient
@@ -279,16 +279,20 @@ def _move_to_rate(image: AnalyzedImage, index: float, latents: Latents, bits: fl
     return best
 
 
+_refining = threading.Lock()
+
+
 @contextlib.contextmanager
 def _training_latents(model: Codec, pixels: int) -> Iterator[None]:
-    """Gradients of latents alone, in bounded memory."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    before = model.checkpointing
-    model.checkpointing = pixels >= CHECKPOINTING_PIXELS
-    try:
-        yield
-    finally:
-        model.checkpointing = before
-        for p in trained:
-            p.requires_grad_(True)
+    """Gradients of latents alone, in bounded memory. In one thread at a time, as the model is told so."""
+    with _refining:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        before = model.checkpointing
+        model.checkpointing = pixels >= CHECKPOINTING_PIXELS
+        try:
+            yield
+        finally:
+            model.checkpointing = before
+            for p in trained:
+                p.requires_grad_(True)

@@ -124,9 +124,10 @@ def evaluate_file(
 def estimate(model: Codec, image: Tensor, index: float | None, nearest: bool = False) -> tuple[float, Tensor]:
     """Bits of a file by its code lengths, some bytes off (`CODER_BITS`), and its picture, without coding."""
     model.resolve_index(index, 1)  # may refuse it
-    trial = AnalyzedImage(model, image, nearest=nearest).quantize(index, last=True, complete=True)
-    height, width = image.shape[1:]
-    return trial.bits, picture_of(model, trial.quantized.y_hat, index, height=height, width=width)
+    analyzed = AnalyzedImage(model, image, nearest=nearest)
+    trial = analyzed.quantize(index, last=True, complete=True)
+    y_hat = trial.quantized.y_hat
+    return trial.bits, picture_of(model, y_hat, index, *image.shape[1:], gray=analyzed.gray)
 
 
 def result_of(name: str, image: Tensor, decoded: Tensor, count: float, index: float | None, **seconds: float) -> Result:

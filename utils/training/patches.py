@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,10 +110,9 @@ class PatchDataset(Dataset):
             number = int(random.integers(len(self.paths)))
         raise ImageError(f"no photograph is left to train on; the last one tried: {unusable[-1]}")
 
-    def of_size(self, size: tuple[int, int]) -> "PatchDataset":
+    def of_size(self, size: tuple[int, int], synthetic_share: float) -> "PatchDataset":
         """The same photographs, cut to patches of another size."""
-        share = self.synthetic_share
-        return PatchDataset(self.paths, size, self.seed, self.repeat, cache=self.cache, synthetic_share=share)
+        return PatchDataset(self.paths, size, self.seed, self.repeat, self.cache, synthetic_share)
 
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))
@@ -222,20 +220,21 @@ def batches(
         worker_init_fn=_start_worker,
         timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
     ))
-    asked = time.monotonic()
+    looks = 0  # not the time since the last batch, most of which a run may have been suspended
     while True:
         try:
             found = next(loader)
         except RuntimeError as error:
             if stopped():
                 raise StoppedWaiting from None
-            waited = time.monotonic() - asked
+            looks += 1
+            waited = looks * SECONDS_BETWEEN_LOOKS
             if "timed out" in str(error) and waited < LONGEST_WAIT:
                 continue
-            told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
+            told = f"nothing came for {waited} s" if "timed out" in str(error) else str(error).splitlines()[0]
             raise UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
         yield found
-        asked = time.monotonic()
+        looks = 0
 
 
 def check_shared_memory(workers: int, batch: int, size: tuple[int, int]) -> None:

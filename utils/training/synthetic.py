@@ -60,7 +60,7 @@ def mosaic(pixels: Pixels, random: np.random.Generator) -> Pixels:
 
 def gaussian_noise(pixels: Pixels, random: np.random.Generator) -> Pixels:
     noisy = pixels + random.normal(0, random.uniform(10, 120), pixels.shape)
-    return noisy.clip(0, 255).astype(np.uint8)
+    return noisy.clip(0, 255).round().astype(np.uint8)
 
 
 def impulse_noise(pixels: Pixels, random: np.random.Generator) -> Pixels:
@@ -132,7 +132,7 @@ def few_levels(pixels: Pixels, random: np.random.Generator) -> Pixels:
     """Posterized, or enlarged from few pixels without interpolation."""
     if random.random() < 0.5:
         step = 255 / random.integers(1, 8)
-        return (np.round(pixels / step) * step).astype(np.uint8)
+        return (np.round(pixels / step) * step).round().astype(np.uint8)
     side = int(random.integers(2, 9))
     rows, cols = (np.arange(length) // side * side for length in pixels.shape[:2])
     return pixels[rows][:, cols]

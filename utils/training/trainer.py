@@ -154,11 +154,11 @@ class Trainer:
         self.progress.step += 1
         self.progress.patches += self.batch_size
         self.progress.seconds += seconds
-        self.progress.waiting += waiting
+        self.progress.waiting += min(waiting, seconds)  # a run may have been suspended while it waited
         self.all_stop = bool(stop)
         times = {
             "patches a second": self.batch_size / seconds,
-            "share of the time waiting for patches": waiting / seconds,
+            "share of the time waiting for patches": min(1.0, waiting / seconds),
         }
         return dict(zip(logged, numbers, strict=True)) | {"learning rate": rate} | times
 
@@ -170,7 +170,7 @@ class Trainer:
         self.batches.close()
         del self.batches
         self.prefetched = None
-        self.dataset = self.dataset.of_size(self.settings.last_patch_size)
+        self.dataset = self.dataset.of_size(self.settings.last_patch_size, self.settings.synthetic_share)
 
     def ema_decay(self) -> float:
         """Rises from zero at the first step, as a constant decay would keep the first weights for long."""
@@ -231,7 +231,6 @@ class Trainer:
                     self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
                     return
                 minutes = self.progress.seconds / 60
-                paused = time.monotonic()
                 if minutes >= next_validation:
                     next_validation = minutes + self.settings.validate_minutes
                     self.save()
@@ -242,7 +241,7 @@ class Trainer:
                 else:
                     continue
                 self.context.gather(None)  # the main process writes; the others would count the wait as training
-                self.lap += time.monotonic() - paused
+                self.lap = time.monotonic()
             bar.close()
             self.save()  # first: what follows may be interrupted
             self.validate(last=True)
@@ -328,8 +327,8 @@ class Trainer:
         """Fit the coding tables of weights for use to the first patches of the run."""
         model.to(self.device, memory_format=torch.channels_last)
         settings = self.settings  # not `self.last_part`: a run that is resumed after its last step has not begun it
-        dataset = self.dataset.of_size(settings.last_patch_size if settings.last_share else settings.patch_size)
-        dataset.synthetic_share = 0.0
+        size = settings.last_patch_size if settings.last_share else settings.patch_size
+        dataset = self.dataset.of_size(size, synthetic_share=0.0)
         try:
             with out_of_memory_as_value_error():
                 fit_tables(model, first_batches(dataset, self.progress.patches), self.objective.indexes)
