@@ -35,7 +35,10 @@ from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
 from utils.pictures import ImageError
+from utils.training import trainer
+from utils.training.fit_tables import first_batches
 from utils.training.objectives import Objective, StaticObjective
+from utils.training.patches import batches
 from utils.training.schedule import Progress, Settings, in_last_part, learning_rate
 from utils.training.trainer import Trainer, compile_networks
 
@@ -436,6 +439,26 @@ def test_killed_at_any_moment_a_run_goes_on_exactly(photos, checkpoint, tmp_path
     assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "validation.jsonl").read_text().splitlines()]
     assert steps == [8]
+
+
+def test_the_share_of_synthetic_patches_is_for_training_and_not_for_tables(photos, checkpoint, tmp_path, monkeypatch):
+    shares = []
+
+    def first(dataset, *more):
+        shares.append(dataset.synthetic_share)
+        return first_batches(dataset, *more)
+
+    def batches_of(dataset, *args, **kwargs):
+        shares.append(dataset.synthetic_share)
+        return batches(dataset, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "first_batches", first)
+    monkeypatch.setattr(trainer, "batches", batches_of)
+    more = ["--synthetic-share", 0.5, "--max-steps", 2, "--last-part", 0.5, "--last-patch-size", 128]
+    train(photos, tmp_path / "run", "--checkpoint", checkpoint, *more)
+    assert shares == [0.5, 0.5, 0.0]
+    with pytest.raises(cli.UserError, match="--synthetic-share must lie in"):
+        train(photos, tmp_path / "other", "--checkpoint", checkpoint, "--max-steps", 2, "--synthetic-share", 1.5)
 
 
 def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, start):
