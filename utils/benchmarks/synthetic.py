@@ -18,15 +18,16 @@ from utils.training.synthetic import KINDS
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("out", metavar="DIR", help="folder for the pictures")
-    parser.add_argument("-d", "--dataset", nargs="+", metavar="PATH", help="photographs, the first of which is used (default: those of scikit-image)")
-    parser.add_argument("--seed", type=cli.whole_number, default=0, help="of what is drawn")
+    add = parser.add_argument
+    add("out", metavar="DIR", help="folder for the pictures")
+    add("-d", "--data", nargs="+", metavar="PICTURE", help="photograph to change (default: one of scikit-image's)")
+    add("--seed", type=cli.whole_number, default=0, help="of what is drawn")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    photograph = to_pixels(read_image(find_images_or_samples(args.dataset)[0]))
+    photograph = to_pixels(read_image(find_images_or_samples(args.data)[0]))
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
