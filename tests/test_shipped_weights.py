@@ -82,4 +82,4 @@ def test_what_is_no_photograph_is_coded_too(bundled, photo, kind):
     image = torch.from_numpy(made.copy()).permute(2, 0, 1)
     for index in (0.0, 5.0):
         result, _ = evaluate(bundled, "made", image, EncodeRequest(index), real=True)
-        assert result.bpp < 8 and result.psnr > 8, (index, result.bpp, result.psnr)
+        assert result.bpp < 8 and result.psnr > 5, (index, result.bpp, result.psnr)
