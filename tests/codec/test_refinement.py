@@ -411,3 +411,15 @@ def test_only_the_original_pixels_count(varied, picture):
 def test_a_request_says_at_once_what_is_wrong(make, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         make()
+
+
+def test_latents_whose_file_is_off_the_rate_are_moved_to_it(varied, picture, monkeypatch):
+    """Though their step claims the rate: its bits are an estimate."""
+    image = AnalyzedImage(varied, picture)
+    start = image.write(image.quantize(2.0))
+    y, z = image.latents(2.0)
+    step = Step(1, start.bits / image.pixels, mse=10.0, distortion=10.0, loss=1.0)
+    monkeypatch.setattr(refinement, "descend", lambda *args, **more: ([step], step, (1.1 * y, z), (y, z)))
+    candidates, _ = refine(image, start, RefinementSettings(1), target=Target(start.bits))
+    off, moved = (abs(trial.bits / start.bits - 1) for trial, _ in candidates)
+    assert off > REFINED_TOLERANCE > moved

@@ -134,13 +134,16 @@ def refine(
     """
     constraint = None if target is None else RateConstraint.of_target(target, start, image.pixels)
     steps, best, best_latents, last_latents = descend(image, start, settings, constraint=constraint, on_step=on_step)
+    wanted = constraint.bpp * image.pixels if constraint and constraint.controlled else None
     candidates = []
     last = steps[-1]
     with contextlib.suppress(ValueError):  # latents that cannot be coded
         if best.number:
-            candidates.append((image.quantize_latents(start.index, *best_latents), best))
-        if constraint and constraint.controlled and abs(last.bpp / constraint.bpp - 1) > REFINED_TOLERANCE:
-            wanted = constraint.bpp * image.pixels
+            trial = image.quantize_latents(start.index, *best_latents)
+            candidates.append((trial, best))
+            if wanted and abs(trial.bits / wanted - 1) > REFINED_TOLERANCE:  # a step's bits are an estimate
+                candidates.append((_move_to_rate(image, start.index, best_latents, bits=wanted), best))
+        if wanted and last is not best and abs(last.bpp / constraint.bpp - 1) > REFINED_TOLERANCE:
             candidates.append((_move_to_rate(image, start.index, last_latents, bits=wanted), last))
     return candidates, steps
 
