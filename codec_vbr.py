@@ -10,8 +10,8 @@
     cat photo.png | python codec_vbr.py encode - - | python codec_vbr.py decode - - > back.png
 
 Several inputs, or a folder, go to a folder; where photo.png is beside photo.jpg, to photo.png.tvbr and photo.jpg.tvbr. A
-rerun leaves what is finished alone, and names what has another index or size than asked for. Files are written whole or not at all. What cannot be coded is named, the others go on, and the exit status
-is 1.
+rerun leaves what is finished alone, and names what has another index or size than asked for. Files are written whole or
+not at all. What cannot be coded is named, the others go on, and the exit status is 1.
 """
 
 import argparse
