@@ -44,7 +44,7 @@ def test_a_data_set_has_the_share_of_them_that_is_asked_for():
 
     def patches(share: float) -> torch.Tensor:
         dataset = PatchDataset(["a.png"], (128, 128), seed=0, cache=cache, synthetic_share=share)
-        return torch.cat([dataset.of_size((128, 128))[i].patches for i in range(60)])
+        return torch.cat([dataset.of_size((128, 128), share)[i].patches for i in range(60)])
 
     plain = patches(0)
     changed = [(patches(share) != plain).flatten(1).any(1).float().mean() for share in (0, 0.3, 1)]

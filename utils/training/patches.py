@@ -231,7 +231,7 @@ def batches(
             waited = looks * SECONDS_BETWEEN_LOOKS
             if "timed out" in str(error) and waited < LONGEST_WAIT:
                 continue
-            told = f"nothing came for {waited} s" if "timed out" in str(error) else str(error).splitlines()[0]
+            told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
             raise UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
         yield found
         looks = 0
