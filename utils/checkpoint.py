@@ -172,9 +172,15 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", variable_ra
     Raises:
         CheckpointError: names what does not fit, also a fixed-rate model where variable_rate is required.
     """
-    model = build_model(read_checkpoint(path), path)
+    model = model_to_code_with(read_checkpoint(path), path, device)
     if variable_rate and not isinstance(model, VariableRate):
         kind = f"a fixed-rate {type(model).__name__}"
         raise CheckpointError(f"{path}: {kind}; rate targets and refinement need variable-rate weights")
+    return model
+
+
+def model_to_code_with(checkpoint: dict, path: str | Path, device: torch.device | str) -> Codec:
+    """`load_model` for a checkpoint that was read already."""
+    model = build_model(checkpoint, path)
     model.update()
     return model.to(device, memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.coding.tables import rounded_gaussians
-from utils.checkpoint import build_model, describe, find_state_dict, read_checkpoint
+from utils.checkpoint import describe, find_state_dict, model_to_code_with, read_checkpoint
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.pictures import find_images, part_of_data_set
@@ -113,9 +113,7 @@ def refit(weights: str, folders: list[str], size: tuple[int, int], seed: int, de
         UserError: the weights or the photographs cannot be used.
     """
     checkpoint = read_checkpoint(weights)
-    model = build_model(checkpoint, weights)
-    model.update()
-    model.to(pick_device(device), memory_format=torch.channels_last)
+    model = model_to_code_with(checkpoint, weights, pick_device(device))
     paths = find_images(part_of_data_set(folders, "train"))
     indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
     try:
