@@ -135,8 +135,7 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     found: dict[Path, Path] = {}
     for source, folder in sources:
         name = source.stem if stems[folder / source.stem] == 1 else source.name
-        name = "stdin" if str(source) == "-" else name
-        target = output / folder / f"{name}{suffix}"
+        target = output / folder / f"{'stdin' if name == '-' else name}{suffix}"
         if target in found:
             raise cli.UserError(f"{source} and {found[target]} would both become {target}")
         found[target] = source

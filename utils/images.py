@@ -88,23 +88,24 @@ def padded_bands(image: Tensor, height: int, extend: bool = False) -> Iterator[T
     Args:
         extend: put the colors of its edges around the picture, smoothed along the edge; else as `pad(to_float(image))`.
     """
-    whole = image.shape[1]
-    left, right, top, bottom = margins(*image.shape[1:])
-    edges = image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]
-    first, last, west, east = (_smoothed(edge.float() / 255) for edge in edges)
+    whole, width = image.shape[1:]
+    left, right, top, bottom = margins(whole, width)
+    if extend:
+        edges = image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]
+        first, last, west, east = (_smoothed(edge.float() / 255) for edge in edges)
+        first, last = (F.pad(edge, (left, right), mode="replicate") for edge in (first, last))
     for start in range(-top, whole + bottom, height):
         end = min(start + height, whole + bottom)
-        rows = slice(max(0, start), min(end, whole))
         above = max(0, -start)
         below = max(0, end - whole)
-        inside = to_float(image[:, rows])
-        if not extend:
-            yield F.pad(inside, (left, right, above, below))
-            continue
-        sides = [edge[None, :, rows, None].expand(-1, -1, -1, n) for edge, n in ((west, left), (east, right))]
-        ends = [F.pad(edge, (left, right), mode="replicate")[None, :, None] for edge in (first, last)]
-        middle = torch.cat((sides[0], inside, sides[1]), 3)
-        yield torch.cat((ends[0].expand(-1, -1, above, -1), middle, ends[1].expand(-1, -1, below, -1)), 2)
+        inside = slice(start + above, end - below)
+        band = F.pad(to_float(image[:, inside]), (left, right, above, below))
+        if extend:
+            band[0, :, above : end - below - start, :left] = west[:, inside, None]
+            band[0, :, above : end - below - start, left + width :] = east[:, inside, None]
+            band[0, :, :above] = first[:, None]
+            band[0, :, end - below - start :] = last[:, None]
+        yield band
 
 
 def _smoothed(edge: Tensor) -> Tensor:
