@@ -133,7 +133,7 @@ def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(checkpoint, 
     assert bpp == sorted(bpp) and [point.bpp for point in comparison.points(fixed)] == pytest.approx(bpp)
     assert "4 fixed-rate TCMs" in capsys.readouterr().out
     report = ["--report", str(tmp_path / "page"), "--checkpoint", *files, checkpoint]
-    assert eval_vbr.main([*arguments, *report]) == 0
+    assert eval_vbr.main(["-d", str(photos / "p0.png"), *report]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
     assert "4 fixed-rate TCMs" in page and "; 8.pth.tar, fingerprint" in page and 'class="viewer"' not in page
 

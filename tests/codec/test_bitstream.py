@@ -280,25 +280,26 @@ def test_the_coder_is_handed_four_million_symbols_at_a_time(tiny, monkeypatch):
     assert sum(seen) == len(symbols) and 2**21 < max(seen) <= 2**22
 
 
-@pytest.mark.parametrize(("length", "symbols", "refused"), [(4 * 10**6, 512, True), (4 * 10**6, 7 * 10**5, False)])
-def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end(length, symbols, refused):
+def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end():
     """Runs in another process: a decoder that reads beyond its stream may crash, and the other tests must go on."""
-    program = f"""
+    program = """
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from models.coding.tables import CodingTables, open_stream
 bottleneck = EntropyBottleneck(1)
 bottleneck.update()
 tables = CodingTables(bottleneck)
-try:
-    tables.from_stream(open_stream(bytes([255]) * {length}, {symbols}), torch.zeros({symbols}, dtype=torch.int32))
-    print("decoded")
-except ValueError as error:
-    print(error)
+for symbols in (512, 7 * 10**5):
+    try:
+        tables.from_stream(open_stream(bytes([255]) * 4 * 10**6, symbols), torch.zeros(symbols, dtype=torch.int32))
+        print("decoded")
+    except ValueError as error:
+        print(error)
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert ("too long for its" if refused else "decoded") in run.stdout
+    few, many = run.stdout.splitlines()
+    assert "too long for its" in few and many == "decoded"
 
 
 def test_larger_differences_are_an_error(tiny, picture, monkeypatch):

@@ -237,7 +237,7 @@ def test_refinement_weighs_errors_by_the_map(varied, picture, mask):
     assert weights.shape == (1, 1, HEIGHT, WIDTH)
     assert weights[0, 0, 100, 60] == pytest.approx(index_to_lambda(4.0) / index_to_lambda(1.0))
     assert weights[0, 0, 0, 0] == pytest.approx(1)
-    result = encode(varied, picture, EncodeRequest(1.0, refinement=RefinementSettings(6), quality_map=quality_map))
+    result = encode(varied, picture, EncodeRequest(1.0, refinement=RefinementSettings(3), quality_map=quality_map))
     refinement = result.refinement
     decoded = decode(varied, refinement.before.data)
     assert refinement.before.distortion == pytest.approx(mse(picture, decoded, weights[0]))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval_vbr
 import online_training_vbr
@@ -32,18 +33,21 @@ def without_times(file):
     [(eval_vbr, ["--anchors", "jpeg", "-l", "0", "5"]), (online_training_vbr, ["-t", "2", "-l", "1", "4"])],
     ids=["eval_vbr", "online_training_vbr"],
 )
-def test_two_processes_find_what_one_does(script, options, photos, varied_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it: sums over threads round differently
+def test_two_processes_find_what_one_does(script, options, photos, varied_checkpoint, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun does: sums over threads round differently
     (photos / "p1.png").write_bytes(b"broken")  # shares are of all pictures, and results of those that can be read
     pictures = [str(photos / f"p{i}.png") for i in range(4)]
     common = ["-d", *pictures, "--checkpoint", varied_checkpoint, *options, "--json"]
-    name = f"{script.__name__}.py"
-    commands = {"one": [sys.executable, name], "two": [*TORCHRUN, name]}
-    for key, command in commands.items():
-        whole = [*command, *common, str(tmp_path / f"{key}.json")]
-        done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and "p1.png" in done.stderr, done.stderr
-    one, two = (without_times(tmp_path / f"{key}.json") for key in commands)
+    command = [*TORCHRUN, f"{script.__name__}.py", *common, str(tmp_path / "two.json")]
+    two = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert script.main([*common, str(tmp_path / "one.json")]) == 1  # here, while the processes start
+    finally:
+        torch.set_num_threads(threads)
+        told = two.communicate(timeout=300)[1]
+    assert two.returncode == 1 and "p1.png" in told and "p1.png" in capsys.readouterr().err, told
+    one, two = (without_times(tmp_path / f"{key}.json") for key in ("one", "two"))
     assert len(one["images"]) == 6
     assert one == two
 

@@ -111,6 +111,7 @@ class Slow(PatchDataset):
 
 def test_a_wait_for_readers_hears_a_stop_and_has_a_limit(photos, monkeypatch):
     monkeypatch.setattr(patches, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long a worker may take to end
     dataset, context = Slow(find_images([photos]), (128, 128), 0), DistContext(torch.device("cpu"))
     calls = iter([False, True])
     with pytest.raises(patches.StoppedWaiting):
