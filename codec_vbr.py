@@ -142,8 +142,11 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     return [(source, target) for target, source in found.items()], True
 
 
-def check_finished(file: Path, args: argparse.Namespace) -> bool:
-    """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not."""
+def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
+    """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not.
+
+    fingerprint: of the weights that are asked for.
+    """
     request = args.request
     try:
         data = file.read_bytes()
@@ -154,7 +157,9 @@ def check_finished(file: Path, args: argparse.Namespace) -> bool:
     target = request.target(coded.width * coded.height)
     indexes = coded.index, request.index
     difference = ""
-    if None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
+    if coded.fingerprint != fingerprint:
+        difference = f"was made with other weights ({coded.fingerprint.hex()}) than {args.checkpoint}"
+    elif None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
         difference = f"was made at index {coded.index:g}, not {request.index:g}"
     elif bool(coded.offsets) != bool(args.region or args.roi):
         difference = "was made with a region" if coded.offsets else "was made without a region"
@@ -290,7 +295,6 @@ def main(argv: list[str] | None = None) -> int:
     if done:
         print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
         work = [(source, target) for source, target in work if target not in done]
-    fitting = [check_finished(target, args) for target in sorted(done)] if args.command == "encode" else []
 
     @functools.cache
     def load_from(path: Path) -> "Codec":
@@ -332,6 +336,10 @@ def main(argv: list[str] | None = None) -> int:
         weights = f"weights that are not in {BUNDLED.parent.name}/" + (f" ({fingerprint.hex()})" if fingerprint else "")
         raise ValueError(f"encoded with {weights}: name them with --checkpoint")
 
+    fitting = []
+    if done and args.command == "encode":
+        fingerprint = use(args.checkpoint).fingerprint
+        fitting = [check_finished(target, args, fingerprint) for target in sorted(done)]
     jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all([*fitting, *bar]) else 1

@@ -172,6 +172,15 @@ def test_a_rerun_names_what_was_made_with_other_settings(codec, photos, tmp_path
     assert (folder / "p0.tvbr").read_bytes() == data
 
 
+def test_a_rerun_with_other_weights_names_what_the_former_made(codec, photos, varied_checkpoint, tmp_path, capsys):
+    folder = str(tmp_path / "coded")
+    assert codec("encode", photos / "p0.png", f"{folder}/") == 0
+    pictures = [str(photos / f"p{i}.png") for i in range(2)]
+    assert codec_vbr.main(["encode", *pictures, folder, "--checkpoint", varied_checkpoint, "--device", "cpu"]) == 1
+    assert "p0.tvbr: was made with other weights" in capsys.readouterr().err
+    assert len(list((tmp_path / "coded").iterdir())) == 2
+
+
 @pytest.mark.parametrize("settings", [["-l", 3, "-t", 3, "--keep-rate"], ["--target-bytes", 120]])
 def test_a_rerun_with_the_same_settings_succeeds(codec, photos, tmp_path, capsys, settings):
     Image.open(photos / "p0.png").resize((40, 40)).save(tmp_path / "small.png")

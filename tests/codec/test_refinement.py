@@ -404,6 +404,7 @@ def test_only_the_original_pixels_count(varied, picture):
         (lambda: EncodeRequest(index="2"), "index must be a number, not '2'"),
         (lambda: EncodeRequest(max_bytes=True), "max_bytes must be a number, not True"),
         (lambda: RefinementSettings("3"), "steps must be a whole number, not '3'"),
+        (lambda: RefinementSettings(None), "steps must be a whole number, not None"),
         (lambda: RefinementSettings(3, learning_rate="5"), "learning_rate must be a number, not '5'"),
         (lambda: EncodeRequest(1.0, max_trials=2.5), "max_trials must be a whole number, not 2.5"),
     ],

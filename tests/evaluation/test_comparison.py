@@ -71,7 +71,8 @@ def test_deltas_of_the_first_against_the_others():
     assert "no ms-ssim" in rows["far"]["bd_ms-ssim"]["rate"]["reason"]
     assert "3 rising points" in rows["few"]["bd_psnr"]["rate"]["reason"]
     lines = comparison.table(whole["summary"]).splitlines()
-    assert "-10.0" in lines[2] and len(lines) == 6
+    assert "-10.0" in lines[2] and len(lines) == 8 and "BD-rate against few: a curve has 3 rising" in lines[-1]
+    assert [row["rates"] for row in whole["summary"]["codecs"]] == [5, 5, 5, 3]
 
 
 def tcm(number: int, *images: str, metric: str = "mse") -> dict:

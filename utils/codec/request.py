@@ -27,11 +27,16 @@ METHODS = {
 }
 
 
-def _check(value: object, name: str, kind: type = numbers.Real) -> None:
-    """ValueError where a value is neither None nor a number of this kind."""
-    if isinstance(value, bool) or not isinstance(value, kind | None):
-        wanted = "a whole number" if kind is numbers.Integral else "a number"
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+def _check(value: object, name: str) -> None:
+    """ValueError where a value is neither None nor a number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+
+
+def _check_whole(value: object, name: str) -> None:
+    """ValueError where a value is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class RefinementSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.steps, "steps", numbers.Integral)
+        _check_whole(self.steps, "steps")
         _check(self.learning_rate, "learning_rate")
         if self.steps < 0:
             raise ValueError(f"refinement has 0 steps or more, not {self.steps}")
@@ -102,7 +107,7 @@ class EncodeRequest:
     def __post_init__(self) -> None:
         for name in ("index", "bpp", "bytes", "max_bytes"):
             _check(getattr(self, name), name)
-        _check(self.max_trials, "max_trials", numbers.Integral)
+        _check_whole(self.max_trials, "max_trials")
         targets = [value for value in (self.bpp, self.bytes, self.max_bytes) if value is not None]
         if len(targets) + (self.index is not None) > 1:
             raise ValueError("one rate index or one target, not several of them")

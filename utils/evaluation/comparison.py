@@ -177,7 +177,7 @@ def least_losses(codec: dict, metric: str) -> list[float] | None:
 
 
 def compare(codecs: list[dict], metric: str = "mse") -> dict:
-    """What the tables show, in plain values: the least losses and seconds of every codec, and the first against it.
+    """What the tables show, in plain values: rates, least losses and seconds of every codec, and the first against it.
 
     Args:
         metric: the loss is for "mse" or "ms-ssim".
@@ -185,7 +185,8 @@ def compare(codecs: list[dict], metric: str = "mse") -> dict:
     found = []
     for codec in codecs:
         losses = least_losses(codec, metric)
-        row = {"name": codec["name"], "least_loss": losses, "mean_loss": mean(losses or [])}
+        row = {"name": codec["name"], "rates": len(points(codec))}
+        row |= {"least_loss": losses, "mean_loss": mean(losses or [])}
         rows = codec.get("images", ())
         megapixels = mean(row["width"] * row["height"] / 1e6 for row in rows)
         for key in ("encode_seconds", "decode_seconds"):
@@ -220,6 +221,7 @@ def table(summary: dict) -> str:
             for i, lmbda in enumerate(summary["lambdas"])
         ),
         TextColumn("mean", "6.3f", lambda row: row["mean_loss"]),
+        TextColumn("rates", "5.0f", lambda row: row["rates"]),
         TextColumn("BD-rate %", "9.1f", delta("psnr", "rate")),
         TextColumn("BD-PSNR", "7.2f", delta("psnr", "quality")),
         TextColumn("MS-SSIM %", "9.1f", delta("ms-ssim", "rate")),
@@ -227,8 +229,11 @@ def table(summary: dict) -> str:
         TextColumn("decode s", "8.2f", lambda row: row["decode_seconds"]),
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
-    note = f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"
-    return "\n".join([lines.header, *(lines.row(row["name"], [row]) for row in summary["codecs"]), note])
+    notes = [f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"]
+    for row in summary["codecs"][1:]:
+        if row["bd_psnr"]["rate"]["value"] is None:
+            notes.append(f"no BD-rate against {row['name']}: {row['bd_psnr']['rate']['reason']}")
+    return "\n".join([lines.header, *(lines.row(row["name"], [row]) for row in summary["codecs"]), *notes])
 
 
 def ms_ssim_decibels(point: Point) -> float | None:
