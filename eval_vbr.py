@@ -29,7 +29,7 @@ from utils.cli.encoding_arguments import (
     map_of_arguments,
 )
 from utils.codec.request import EncodeRequest
-from utils.evaluation.results import Result, checkpoint_name, file_stem, mean, results_table, to_json
+from utils.evaluation.results import Result, check_stems, checkpoint_name, file_stem, mean, results_table, to_json
 from utils.files import BUNDLED, check_output_file, check_output_folder, json_output
 from utils.messages import print_weights
 from utils.pictures import find_images, find_images_or_samples
@@ -147,6 +147,8 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         check_output_folder(folder)
     paths = find_images_or_samples(args.data) if args.measure else []
     shown = report.named(find_images(args.show), paths) if args.show else report.spread(paths)
+    if args.save:
+        check_stems(paths)
     earlier = [(file, comparison.read_codecs(file)) for file in args.compare]
     known = anchors.available(args.anchors)
     files = args.checkpoint if args.measure else []

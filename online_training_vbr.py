@@ -26,6 +26,7 @@ from utils.evaluation.results import (
     Result,
     TextColumn,
     TextTable,
+    check_stems,
     checkpoint_name,
     decibels,
     file_stem,
@@ -106,7 +107,7 @@ def code(model: "VariableRate", image_name: str, image: "Tensor", request: Encod
     refinement = encoded.refinement
     seconds = encoded.seconds + (refinement.seconds if refinement else 0)
     result, decoded = evaluate_file(model, image_name, image, file=encoded, encode_seconds=seconds)
-    plain = result
+    plain = replace(result, encode_seconds=encoded.seconds)
     if refinement and refinement.chosen:
         plain, _ = evaluate_file(model, image_name, image, file=refinement.before, encode_seconds=encoded.seconds)
     error = None if encoded.error is None else 100 * encoded.error
@@ -251,6 +252,8 @@ def run(
         check_output_folder(folder)
     context = DistContext.from_environment(args.device, sharing=True)
     paths = find_images_or_samples(args.data)
+    if args.out or args.save:
+        check_stems(paths)
     model = load_model(args.checkpoint, context.device, variable_rate=True)
     if context.is_main:
         print_weights(args.checkpoint)

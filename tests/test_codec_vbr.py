@@ -199,6 +199,10 @@ def test_a_folder_of_one_picture_is_a_folder(codec, photos, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "coded").iterdir()] == ["p0.tvbr"]
 
 
+def test_a_device_is_no_finished_file(codec, photos):
+    assert codec("encode", photos / "p0.png", os.devnull) == 0
+
+
 def test_long_names_and_names_that_are_no_utf8(codec, photos, tmp_path):
     for name in ("x" * 250, os.fsdecode(b"caf\xe9")):
         source = photos / "p0.png"

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import tempfile
 import threading
@@ -23,9 +24,10 @@ import online_training_vbr
 from models import TCM
 from tests.conftest import TINY
 from utils import checkpoint as checkpoint_module
+from utils import cli
 from utils.checkpoint import CheckpointError, export_model, load_model, read_checkpoint
 from utils.evaluation.results import decibels
-from utils.files import atomic_write, check_output_file, remove_left_over
+from utils.files import atomic_write, check_output_file, remove_left_over, write_json
 from utils.images import crop, pad, read_image, save_image, to_uint8
 from utils.metrics import ms_ssim_value, psnr
 
@@ -285,6 +287,28 @@ def test_json_to_standard_output_is_alone_there(script, photos, checkpoint, tmp_
     told = capsys.readouterr()
     assert json.loads(told.out)["images"][0]["image"] == "p0.png"
     assert "mean of 1" in told.err and not Path("-").exists()
+
+
+def test_a_pipe_that_is_named_by_its_number_is_written_to():
+    """As /dev/stdout before a pipe, and as the >(…) of a shell: their names resolve to what cannot be opened."""
+    ours, theirs = os.pipe()
+    path = f"/dev/fd/{theirs}"
+    check_output_file(path)
+    write_json(path, {"bpp": 1})
+    os.close(theirs)
+    with open(ours) as file:
+        assert json.load(file) == {"bpp": 1}
+
+
+@pytest.mark.parametrize(("script", "option"), [(eval_vbr, "--save"), (online_training_vbr, "--out")])
+def test_pictures_whose_files_would_have_one_name_are_refused(script, option, photos, checkpoint, tmp_path):
+    for name in ("d/a.png", "e/a.png", "f/d_a.png"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(photos / "p0.png", tmp_path / name)
+    stem = f"{tmp_path.as_posix().strip('/')}/d/a.png".replace("/", "_")
+    (tmp_path / "f" / "d_a.png").rename(tmp_path / "f" / stem)
+    with pytest.raises(cli.UserError, match="would have the name of what is written for .*a.png"):
+        script.main(["-d", str(tmp_path), "--checkpoint", checkpoint, option, str(tmp_path / "out")])
 
 
 def test_a_folder_that_nobody_may_write_to_is_named(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from utils.messages import print_note
 
 MAX_SIDE = 2**16 - 1  # pixels: the file format has 16 bits for each side
 MAX_PIXELS = 2**28  # pictures and files of more pixels are refused, as they may be an attack, unless a user allows more
+_UMASK = os.umask(0)  # once, as it cannot be read without being changed for all threads
+os.umask(_UMASK)
 BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "depthconv_vbr.pth.tar"  # the default weights
 
 
@@ -77,11 +79,12 @@ def is_special(path: Path) -> bool:
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name when the block ends; on an error an older file stays as it was."""
-    path = Path(path).resolve()  # a symbolic link keeps pointing to the file
-    if is_special(path):
+    path = Path(path)
+    if is_special(path):  # /dev/stdout too, which resolves to a name that cannot be opened
         with path.open("wb") as device:
             yield device
         return
+    path = path.resolve()  # a symbolic link keeps pointing to the file
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=_temporary(path.name), dir=path.parent)
     try:
@@ -89,9 +92,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock out others who share the folder
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's 0600 would lock out others who share the folder
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

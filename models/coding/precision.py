@@ -1,6 +1,7 @@
 """The arithmetic of everything that steers entropy coding."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,15 +15,41 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+_lock = threading.Lock()
+_inside = 0  # threads that compute in full float32 now
+_before = contextlib.ExitStack()  # sets the switches back
+
+
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Compute in full float32, as TF32 or bfloat16 would steer the decoder, and on a GPU without cuDNN's autotuning.
+
+    PyTorch's switches are of the process: the first thread sets them, and the last one sets them back.
+    """
+    global _inside
+    with without_autocast():
+        with _lock:
+            if not _inside:
+                _before.enter_context(_full_float32())
+            _inside += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                _inside -= 1
+                if not _inside:
+                    _before.close()
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Set the switches, and set them back.
 
     PyTorch 2.9 has a switch `fp32_precision` for all libraries, for each of them, and for each of its operations.
     Only these are touched there: it refuses to read the older ones where a program has set both.
     """
     if not hasattr(backends, "fp32_precision"):
-        with without_autocast(), _full_float32_before_2_9():
+        with _full_float32_before_2_9():
             yield
         return
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -30,7 +57,7 @@ def deterministic() -> Iterator[None]:
     # Global switches first: unset ones inherit.
     switches = (backends, cudnn, cudnn.conv, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
     values += [(switch, "fp32_precision", "ieee") for switch in switches]
-    with without_autocast(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for owner, name, value in values:
             if (before := getattr(owner, name)) != value:
                 stack.callback(setattr, owner, name, before)

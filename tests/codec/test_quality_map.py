@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import struct
 import zlib
 
@@ -20,7 +21,7 @@ from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import BitstreamError, CodedImage, pack, unpack
 from utils.codec.decode import decode
 from utils.codec.encode import encode
-from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region, read_region
+from utils.codec.quality_map import QualityMap, index_of_places, psnr_by_region, read_region, region_of_boxes
 from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.images import crop, to_uint8
@@ -81,6 +82,16 @@ def test_a_map_belongs_to_one_size_and_has_one_index(varied, picture, mask):
     for rate in ({}, {"index": 4.0, "above": 1.0}):
         with pytest.raises(ValueError, match="exactly one of them"):
             QualityMap.from_region(mask, **rate)
+    for rate in ({"index": 5.5}, {"index": -1.0}, {"above": math.inf}):
+        with pytest.raises(ValueError, match=r"a region('s index must lie in| lies a number)"):
+            QualityMap.from_region(mask, **rate)
+
+
+def test_a_box_lies_in_its_picture():
+    assert region_of_boxes([(1, 0, 2, 1)], 2, 3).tolist() == [[0, 1, 1], [0, 0, 0]]
+    for box in ((-1, 0, 2, 1), (0, 0, 0, 1), (2, 0, 2, 1), (0, 1, 1, 2)):
+        with pytest.raises(ValueError, match="does not lie within the picture, 3×2"):
+            region_of_boxes([box], 2, 3)
 
 
 def test_a_mask_may_be_as_large_as_its_picture(mask, tmp_path, monkeypatch):

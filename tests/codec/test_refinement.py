@@ -136,6 +136,13 @@ def test_pictures_may_be_refined_in_threads(varied, picture, method):
     assert all(p.requires_grad and p.grad is None for p in varied.parameters())
 
 
+def test_a_gray_picture_is_refined_as_it_is_decoded(varied, picture):
+    gray = picture[:1].expand(3, -1, -1)
+    result = encode(varied, gray, request_of(3.0, 2))
+    claimed = result.refinement.steps[0].mse
+    assert claimed == pytest.approx(mse(gray, decode(varied, result.refinement.before.data)), rel=2e-3)
+
+
 def test_steps_that_make_it_worse_leave_the_plain_file(varied, picture):
     result = encode(varied, picture, request_of(3.0, 3, method="sgd", learning_rate=1e7))
     assert result.refinement.chosen == 0 and result.refinement.after == result.refinement.before

@@ -60,6 +60,19 @@ def test_a_program_that_uses_tf32_decodes_in_float32(restored, switched):
 
 
 @new_switches
+def test_a_thread_that_leaves_keeps_the_switches_of_one_that_stays(restored):
+    SWITCHES["convolutions"]().fp32_precision = "tf32"
+    before = precisions()
+    first, second = deterministic(), deterministic()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(precisions().values()) == {"ieee"}
+    second.__exit__(None, None, None)
+    assert precisions() == before
+
+
+@new_switches
 def test_a_switch_that_follows_another_still_does_afterwards():
     """In a new process: whoever has set a switch once has ended its following another."""
     code = """

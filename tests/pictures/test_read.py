@@ -206,12 +206,12 @@ def test_the_first_of_several_frames(smooth, format):
     assert np.abs(pixels.astype(int) - np.asarray(smooth)).mean() < 12  # a GIF has 256 colors
 
 
-def tiff16(values: np.ndarray, photometric: int) -> bytes:
+def tiff16(values: np.ndarray, photometric: int, sample_format: int = 1) -> bytes:
     """A TIFF file of 16-bit gray samples, its ten tags written out."""
     height, width = values.shape
     pixels = values.astype("<u2").tobytes()
-    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, photometric), (273, 8 + 2 + 12 * 9 + 4), (277, 1)]
-    tags += [(278, height), (279, len(pixels))]
+    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, photometric), (273, 8 + 2 + 12 * 10 + 4), (277, 1)]
+    tags += [(278, height), (279, len(pixels)), (339, sample_format)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + pixels
 
@@ -220,6 +220,28 @@ def test_white_may_be_zero():
     values = np.array([[0, 257 * 100], [257 * 200, 65535]])
     assert read(tiff16(values, 1))[0][..., 0].tolist() == [[0, 100], [200, 255]]
     assert read(tiff16(values, 0))[0][..., 0].tolist() == [[255, 155], [55, 0]]
+
+
+def test_12_bits_are_a_range_of_their_own():
+    """Two samples in three bytes, as scanners write them."""
+    values = [0, 1000, 2000, 4095]
+    pixels = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in zip(values[::2], values[1::2], strict=True))
+    file = tiff16(np.zeros((1, 4)), 1).replace(struct.pack("<HHII", 258, 4, 1, 16), struct.pack("<HHII", 258, 4, 1, 12))
+    file = file.replace(struct.pack("<HHII", 279, 4, 1, 8), struct.pack("<HHII", 279, 4, 1, 6))[:-8] + pixels
+    assert read(file)[0][0, :, 0].tolist() == [0, 62, 125, 255]
+
+
+def test_signed_samples_are_refused():
+    with pytest.raises(ImageError, match="signed integer samples from 0 to 32767, whose range is not known"):
+        read(tiff16(np.array([[0, 32767]]), 1, sample_format=2))
+
+
+def test_the_transparency_of_16_bits_is_that_of_8():
+    for kind in (np.uint8, np.uint16):
+        file = io.BytesIO()
+        Image.fromarray(np.array([[0, 100]], kind) * kind(np.iinfo(kind).max // 255)).save(file, "PNG", transparency=0)
+        pixels, notes = read(file.getvalue())
+        assert pixels[..., 0].tolist() == [[255, 100]] and "its transparent pixels are put on white" in " ".join(notes)
 
 
 def test_16_bit_samples_of_a_large_picture():

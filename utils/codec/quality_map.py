@@ -5,6 +5,7 @@ itself. So an index for each place is as good as one for all, and R = Σ log m +
 """
 
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class QualityMap:
     def __post_init__(self) -> None:
         if (self.index is None) == (self.above is None):
             raise ValueError("a region needs either index or above, exactly one of them")
+        if self.index is not None and not 0 <= self.index <= MAX_INDEX:
+            raise ValueError(f"a region's index must lie in [0, {MAX_INDEX:g}], not {self.index:g}")
+        if self.above is not None and not math.isfinite(self.above):
+            raise ValueError(f"a region lies a number of indexes above the rest, not {self.above}")
 
     @classmethod
     def from_region(cls, region: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
@@ -91,7 +96,7 @@ def region_of_boxes(boxes: Iterable[tuple[int, int, int, int]], height: int, wid
     """A region of rectangles (x, y, width, height), float32 `[height, width]`. ValueError where one leaves it."""
     region = np.zeros((height, width), np.float32)
     for x, y, box_width, box_height in boxes:
-        if x + box_width > width or y + box_height > height:
+        if min(x, y) < 0 or min(box_width, box_height) < 1 or x + box_width > width or y + box_height > height:
             box = f"{x},{y},{box_width},{box_height}"
             raise ValueError(f"--roi {box} does not lie within the picture, {width}×{height}")
         region[y : y + box_height, x : x + box_width] = 1

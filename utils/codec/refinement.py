@@ -253,6 +253,8 @@ def _differentiate(
     quantization = Quantization(surrogate=surrogate, choose=image.choose, use_scale_table=True)
     out = model.forward_fromlatent(*parts, index=places, quantization=quantization)
     out["x_hat"] = tile.inside(out["x_hat"]).clamp(0, 1)
+    if image.gray:  # as its file is decoded
+        out["x_hat"] = out["x_hat"].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     for kind in ("likelihoods", "coded_likelihoods"):
         out[kind] = {name: out[kind][name][tile.core(unit)] for name, unit in zip("yz", UNITS, strict=True)}
     losses = rate_distortion(out, to_float(image.image[tile.picture]), lmbda, metric=model.metric, weights=weights)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.files import finite
 
 
@@ -128,6 +129,15 @@ def short_names(paths: list[Path]) -> dict[Path, str]:
 def file_stem(image: str, index: float | None) -> str:
     """The name, without a suffix, of a file that is written for a picture, by its short name, at an index."""
     return image.strip("/").replace("/", "_") + ("" if index is None else f"_index{index:g}")
+
+
+def check_stems(paths: list[Path]) -> None:
+    """UserError where files that are written for two pictures would have one name, as those of a/b.png and a_b.png."""
+    first: dict[str, Path] = {}
+    for path, name in short_names(paths).items():
+        other = first.setdefault(file_stem(name, None), path)
+        if other != path:
+            raise UserError(f"{path}: what is written for it would have the name of what is written for {other}")
 
 
 # Fields of a result by CompressAI's names, and two that it does not know.

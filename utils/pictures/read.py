@@ -33,6 +33,7 @@ _UPRIGHT = {
 }
 _PHOTOMETRIC = 262  # TIFF
 _BITS = 258  # TIFF
+_SAMPLE_FORMAT = 339  # TIFF
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP"}
 
 
@@ -120,9 +121,12 @@ def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.nda
 def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Image.Image:
     """The picture in sRGB, its transparent pixels on the background."""
     color = to_srgb(_eight_bits(image), data, note)
-    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info) or image.mode.startswith("I"):
+    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info):
         return color
-    alpha = image.convert("RGBA").getchannel("A")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow cannot convert
+        alpha = Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
+    else:
+        alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] == 255:
         return color
     note(f"its transparent pixels are put on {background}; said once", once=True)
@@ -140,10 +144,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     highest = samples.max()
     if not np.isfinite([lowest, highest]).all():  # a NaN anywhere makes both NaN
         raise ImageError("it has samples that are not numbers")
-    largest = 1 if image.mode == "F" else 65535
-    told = tags.get(_BITS, (16,))[0] <= 16 or image.mode == "F"
+    bits = tags.get(_BITS, (16,))[0]
+    largest = 1 if image.mode == "F" else 2 ** min(bits, 16) - 1
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    told = bits <= 16 and not signed or image.mode == "F"
     if not told or lowest < 0 or highest > largest:
-        kind = "floating-point" if image.mode == "F" else "integer"
+        kind = "floating-point" if image.mode == "F" else "signed integer" if signed else "integer"
         extent = f"from {lowest:g} to {highest:g}"
         raise ImageError(f"it has {kind} samples {extent}, whose range is not known: 0 to {largest} would be")
     scaled = np.empty(samples.shape, np.uint8)
