@@ -31,7 +31,7 @@ from utils.cli.encoding_arguments import (
 from utils.codec.request import EncodeRequest
 from utils.evaluation.results import Result, check_stems, checkpoint_name, file_stem, mean, results_table, to_json
 from utils.files import BUNDLED, check_output_file, check_output_folder, json_output
-from utils.messages import print_weights
+from utils.messages import print_note, print_weights
 from utils.pictures import find_images, find_images_or_samples
 
 if TYPE_CHECKING:
@@ -127,9 +127,12 @@ def measure(
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.index and (loss := mean(result.loss for result in results)) is not None:
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
+        small = {result.image for result in results if result.ms_ssim is None}
+        if 0 < len(small) < len({result.image for result in results}):
+            print_note("MS-SSIM", f"{len(small)} pictures are too small for it, so it is of fewer pictures than the rest, and there is no curve of it")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
     codec = to_json(groups, checkpoint_name(file), description=kind, results=results)
-    return codec | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
+    return codec | {"metric": model.metric, "model": type(model).__name__, "checkpoint": origin(file, model)}, failed
 
 
 def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[dict], None]) -> int:

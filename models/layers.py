@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, ResidualBlock, conv1x1
+from compressai.layers import GDN, AttentionBlock, ResidualBlock, conv1x1
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -285,6 +285,14 @@ class PointwiseConv(nn.Conv2d):
         # Channels-last, as the weights are in training: so is the gradient then.
         matrix = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(x.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
+
+
+class Float32GDN(GDN):
+    """A GDN that stays in float32 under autocast: it squares its input, and float16 ends at 65,504."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class Float32Conv(nn.Conv2d):

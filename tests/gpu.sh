@@ -40,10 +40,13 @@ validation=(${2:+--val "$2"})
 
 title() { printf '\n== %s\n' "$*"; }
 
-train() { # NAME SCRIPT ARGUMENTS: a run in its own folder
+train() { # NAME [OPTIONS] SCRIPT ARGUMENTS: a run in its own folder
     title "training: $1"
-    "$python" "$2" -d "$photographs" ${validation[@]+"${validation[@]}"} --device $device --save_path "$work/$1" \
-        --max-steps $steps --warmup 10 --amp "${batch[@]}" "${sides[@]}" "${@:3}"
+    local name=$1 command=()
+    shift
+    while [ "${1%.py}" = "$1" ]; do command+=("$1") && shift; done
+    "$python" ${command[@]+"${command[@]}"} "$1" -d "$photographs" ${validation[@]+"${validation[@]}"} --device $device \
+        --save_path "$work/$name" --max-steps $steps --warmup 10 --amp "${batch[@]}" "${sides[@]}" "${@:2}"
 }
 
 title tests
@@ -52,6 +55,16 @@ title tests
 train entropy train_vbr.py --stage entropy --keep-latents 64
 train joint train_vbr.py --checkpoint "$work/entropy/model.pth.tar"
 train compiled train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --compile
+train last train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --compile --patch-size 128 --last-part 0.5 --last-patch-size 256
+train fp16 train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --amp fp16
+train readers train_vbr.py --preset depthconv --cache-gb 0 -n 2
+train resumed train_vbr.py --preset depthconv --max-steps 1
+train resumed train_vbr.py --preset depthconv --resume
+train ms-ssim train_vbr.py --preset depthconv --type ms-ssim --patch-size 256 --val-size 256
+train lae train_vbr.py --stage lae --checkpoint "$work/entropy/model.pth.tar"
+if [ $device = cuda ] && [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
+    train several -m torch.distributed.run --standalone --nproc-per-node=2 train_vbr.py --preset depthconv
+fi
 train base train_vbr.py --stage base --lambda 0.013
 train map train_latent_e2e.py --high "$work/base/model.pth.tar" --low "$work/base/model.pth.tar"
 

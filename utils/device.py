@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import os
 import platform
 import sys
 import time
@@ -28,6 +29,11 @@ def pick_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
     return torch.device(name)
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def clock(device: "torch.device") -> float:

@@ -41,6 +41,9 @@ class DistContext:
         found = pick_device(device)
         missing = [name for name in ENVIRONMENT if name not in os.environ]
         if os.environ.get("WORLD_SIZE", "1") == "1" and missing:
+            if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+                told = f"srun has started {tasks} tasks, which do not know of each other"
+                raise UserError(f"{told}: start one a machine, and processes with torchrun (docs/training.md)")
             return cls(found)
         if missing:
             told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set"

@@ -36,6 +36,13 @@ def test_files_of_a_target_make_one_point_though_their_indexes_differ():
     assert point.bpp == pytest.approx(0.6) and point.mse == pytest.approx(20) and point.quality == pytest.approx(2.5)
 
 
+def test_there_is_no_ms_ssim_of_fewer_pictures_than_the_bits_are_of():
+    small = codec("c", [result(0, 0.2, 10, ms_ssim=0.95), result(0, 2.0, 10, "thumbnail")])
+    (point,) = comparison.points(small)
+    assert point.ms_ssim is None and point.bpp == pytest.approx(1.1)
+    assert "ms-ssim-rgb" not in small["results"]
+
+
 def test_a_perfect_ms_ssim_has_no_place_on_a_curve():
     rates = [[result(i, 2.0**i, 10 / 2**i, ms_ssim=1 - (0.1 / 2**i if i < 4 else 0))] for i in range(5)]
     rows = comparison.compare([codec("one", *rates), codec("two", *rates)])["codecs"]
@@ -91,6 +98,10 @@ def test_models_of_one_rate_are_joined_where_they_make_a_curve():
     assert [one["file"] for one in found[0]["checkpoints"]] == ["0", "1", "2", "3"]
     assert [point.bpp for point in comparison.points(found[0])] == [0.1, 0.2, 0.4, 0.8]
     assert comparison.join_fixed_rates(four[:3]) == four[:3]
+    mixed = [one | {"model": "Hyperprior"} for one in four[:2]] + four[2:]
+    assert comparison.join_fixed_rates(mixed) == mixed
+    (other,) = comparison.join_fixed_rates([one | {"model": "DepthConv"} for one in four])
+    assert other["name"] == "4 fixed-rate DepthConvs"
 
 
 def test_curves_of_other_weights_are_not_taken_for_one(tmp_path):

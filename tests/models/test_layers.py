@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from models import layers
-from models.layers import WMSA, ConvTransBlock, SWAtten
+from models.layers import WMSA, ConvTransBlock, Float32GDN, SWAtten
+
+
+def test_gdn_squares_what_float16_cannot_hold():
+    x = torch.full((1, 4, 2, 2), 300.0)
+    gdn = Float32GDN(4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(gdn(x.half()), gdn(x)) and torch.isfinite(gdn(x)).all()
 
 
 def attention_by_definition(m: WMSA, x: torch.Tensor, p: int, shifted: bool) -> torch.Tensor:

@@ -115,6 +115,16 @@ def test_a_signal_reaches_all_processes_at_one_step(photos, checkpoint, tmp_path
     assert step == len(losses(folder))
 
 
+def test_tasks_of_srun_do_not_become_so_many_runs_in_one_folder(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert DistContext.from_environment("cpu").world_size == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UserError, match="srun has started 8 tasks, which do not know of each other: .* torchrun"):
+        DistContext.from_environment("cpu")
+
+
 def test_a_number_of_processes_without_torchrun_is_one_line(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -121,10 +121,23 @@ def test_a_wait_for_readers_hears_a_stop_and_has_a_limit(photos, monkeypatch):
         next(patches.batches(dataset, 1, 0, 1, context))
 
 
+def test_an_error_of_the_device_is_not_taken_for_one_of_readers(photos, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(patches, "random_crop", broken)
+    paths = find_images([photos])
+    cached = PatchDataset(paths, SIZE, 0, cache=read_all(paths, SIZE, CPU))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(batches(cached, 2, 0, 0, DistContext(CPU)))
+
+
 def test_too_little_shared_memory_is_said_at_once(photos, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     dataset = PatchDataset(find_images([photos]), (128, 128), 0)
-    with pytest.raises(cli.UserError, match=r"9 MiB of batches .*, 1 MiB of shared memory are free; .*--shm-size"):
-        next(patches.batches(dataset, 100, 0, 1, DistContext(torch.device("cpu"))))
+    for processes, needed in ((1, "9 MiB"), (2, "19 MiB")):  # of one machine
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        with pytest.raises(cli.UserError, match=rf"{needed} of batches .*, 1 MiB of shared .* free; .*--shm-size"):
+            next(patches.batches(dataset, 100, 0, 1, DistContext(torch.device("cpu"))))
     cached = PatchDataset(dataset.paths, SIZE, 0, cache=read_all(dataset.paths, SIZE, CPU))
     assert len(next(batches(cached, 2, 0, 1, DistContext(CPU))).patches) == 2

@@ -1,5 +1,6 @@
 """Training in one process: stages, budget, resume, and what goes wrong."""
 
+import argparse
 import json
 import math
 import os
@@ -25,10 +26,12 @@ import train_vbr
 from models import TCM, TCM_VBR
 from models.lambdas import LADDERS
 from models.latent_map import TCM_Mapped
+from models.layers import Float32GDN
 from models.state_dict import without_tables
 from tests.conftest import TINY, shake
 from utils import cli
 from utils.checkpoint import CheckpointError, build_model, describe, export_model, load_model, read_checkpoint
+from utils.cli.training_arguments import add_run_arguments, check_run_arguments
 from utils.cli.training_stages import read_teachers
 from utils.codec.encode import encode
 from utils.codec.request import EncodeRequest
@@ -589,7 +592,9 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(photos, checkpoi
     build_model(state, "last.pth.tar")
 
 
-def test_autocast_leaves_the_entropy_models_in_float32(photos, tmp_path, losses):
+def test_autocast_leaves_the_entropy_models_in_float32(photos, tmp_path, losses, monkeypatch):
+    squared, forward = [], Float32GDN.forward
+    monkeypatch.setattr(Float32GDN, "forward", lambda gdn, x: squared.append(x.shape) or forward(gdn, x))
     torch.manual_seed(0)
     export_model(tmp_path / "fresh.pth.tar", TCM_VBR(**TINY), [])
     more = ["--checkpoint", tmp_path / "fresh.pth.tar", "--max-steps", 1, "-bs", 1]  # fp16 takes long on a CPU
@@ -601,6 +606,26 @@ def test_autocast_leaves_the_entropy_models_in_float32(photos, tmp_path, losses)
         record = read_checkpoint(tmp_path / precision / "model.pth.tar")["training"][-1]
         assert record["settings"]["amp"] == precision
         assert record["skipped_steps"] == (precision == "fp16")  # the scale of its gradients is found by halving
+        assert bool(squared) == (precision == "fp16")
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 0.5)
+    with pytest.raises(cli.UserError, match="too large for float16 at any scale: --amp bf16 has their range"):
+        train(photos, tmp_path / "lost", *more, "--amp", "fp16")
+
+
+def test_the_step_that_compiles_is_not_counted(photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.cli.training_run.compile_networks", lambda model: None)
+    more = ["--checkpoint", checkpoint, "--compile", "--max-steps"]
+    one, two = (train(photos, tmp_path / f"{steps}", *more, steps)["progress"]["seconds"] for steps in (1, 2))
+    assert one == 0 < two
+
+
+def test_the_last_part_has_as_many_pixels_a_step():
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, "nowhere")
+    for more, expected in (([], 2), (["--last-batch-size", "3"], 3), (["--patch-size", "512"], 8), (["-bs", "2"], 1)):
+        args = parser.parse_args(["-d", "photos", "-e", "1", "--patch-size", "128", *more])
+        check_run_arguments(args)
+        assert args.last_batch_size == expected
 
 
 def test_no_clipping_is_not_no_training(photos, checkpoint, tmp_path):

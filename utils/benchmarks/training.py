@@ -45,7 +45,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     """A trainer of random weights on random photographs."""
     context = DistContext(pick_device(args.device))
     size = (args.patch_size, args.patch_size)
-    settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp)
+    settings = Settings(max_steps=10**6, batch_size=args.batch_size, patch_size=size, amp=args.amp, map_share=0.2)
     objective = Objective(from_preset(args.preset), settings=settings)
     objective.to(context.device, memory_format=torch.channels_last)
     sides = (3, 2 * args.patch_size, 2 * args.patch_size)

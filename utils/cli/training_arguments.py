@@ -8,12 +8,15 @@ from pathlib import Path
 
 from models import STRIDE
 from utils import cli
+from utils.device import local_processes
 from utils.errors import UserError
 from utils.files import check_output_folder
 from utils.training.schedule import Settings
 
 MAX_VALIDATION = 24  # photographs, where none are named
-MAX_WORKERS = 8  # processes that read photographs, where no number is given
+MAX_WORKERS = 16  # processes that read photographs, where no number is given
+CACHE_GB = 4  # decoded photographs that are kept, where no number is given
+CACHE_SHARE = 0.2  # of a GPU's memory, likewise
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
@@ -25,7 +28,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="height and width of a patch, or its one side; multiples of 128")
     add("--synthetic-share", type=float, default=Settings.synthetic_share, metavar="P", help="share of the patches with a part that no photograph has: text, halftones, line art, noise, mosaics, stripes; so that screens and scans are coded too")
     add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step and process; on a GPU try 32 and more, with --amp --compile, as far as its memory goes")
-    add("--cache-gb", type=float, default=4, metavar="G", help="decoded photographs are kept on the device when they all fit in this (on a CPU with one copy for each process of torchrun), and read again and again by workers otherwise")
+    add("--cache-gb", type=float, metavar="G", help=f"decoded photographs are kept on the device when they all fit in this (on a CPU with one copy for each process of torchrun), and read again and again by workers otherwise (default: {CACHE_GB}, and on a GPU {CACHE_SHARE:.0%} of its memory)".replace("%", "%%"))
     add("-n", "--num-workers", type=int, metavar="W", help=f"processes that read photographs which are not kept (default: one for each core, at most {MAX_WORKERS}; cores are shared with the other processes of torchrun)")
 
     add = parser.add_argument_group("budget: the learning rate ends with whichever ends first; 0 is none").add_argument
@@ -35,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
 
     add("--last-part", dest="last_share", type=float, default=Settings.last_share, metavar="P", help="share of the budget, at its end, for other patches: with a quarter of the peak learning rate, which then falls to zero, without --balance, and alone with --map-share")
     add("--last-patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="their height and width, or one side")
-    add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: --batch-size)")
+    add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: as many pixels as before, so a quarter of --batch-size where sides are doubled)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
@@ -84,10 +87,6 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         raise UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
     if args.last_share and args.schedule != "cosine":
         raise UserError("--last-part needs --schedule cosine")
-    if args.last_batch_size is None:
-        args.last_batch_size = args.batch_size
-    if args.last_batch_size < 1:
-        raise UserError("--last-batch-size must be at least 1")
     for name in ("patch_size", "last_patch_size"):
         sides = getattr(args, name)
         if len(sides) > 2:
@@ -99,6 +98,11 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         for side in sides if isinstance(sides, tuple) else [sides]:
             if side <= 0 or side % STRIDE:
                 raise UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
+    if args.last_batch_size is None:  # what fits in a GPU's memory now must fit in the last part
+        pixels, last_pixels = math.prod(args.patch_size), math.prod(args.last_patch_size)
+        args.last_batch_size = min(args.batch_size, max(1, args.batch_size * pixels // last_pixels))
+    if args.last_batch_size < 1:
+        raise UserError("--last-batch-size must be at least 1")
     if args.num_workers is None:
         args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
@@ -109,11 +113,6 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         raise UserError(f"{last}: nothing to resume")
     if not args.resume and last.exists():
         raise UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def default_workers() -> int:

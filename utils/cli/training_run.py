@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models import STRIDE, Codec
-from utils.cli.training_arguments import MAX_VALIDATION, local_processes, make_settings
-from utils.device import choose_kernels_for_training
+from utils.cli.training_arguments import CACHE_GB, CACHE_SHARE, MAX_VALIDATION, make_settings
+from utils.device import choose_kernels_for_training, local_processes
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import center_crop
@@ -62,6 +62,10 @@ def train(
     gigabytes = decoded_gigabytes(paths)
     cache = None
     copies = local_processes() if context.device.type == "cpu" else 1  # each process has its own
+    if args.cache_gb is None:
+        args.cache_gb = CACHE_GB
+        if context.device.type == "cuda":
+            args.cache_gb = CACHE_SHARE * torch.cuda.get_device_properties(context.device).total_memory / 1e9
     if copies * gigabytes <= args.cache_gb:
         cache = read_all(paths, size, context.device, quiet=quiet)
     elif context.is_main:
@@ -93,6 +97,7 @@ def train(
         del state  # as large as the run's weights and optimizers
     if args.compile:
         compile_networks(objective.model)
+        trainer.compiled = True
     trainer.run()
     context.close()
     if context.is_main and (weights := folder / "model.pth.tar").exists():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.lambdas import MAX_INDEX, index_to_lambda
+from models.large.memory import send
 from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
 from utils.images import pad
@@ -162,7 +163,7 @@ def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
         places: index of every place of the latents, `[B, 1, h, w]`.
         lmbda: λ of each image, `[B]`.
     """
-    return enlarge(index_to_lambda(places, metric).to(lmbda.device) / lmbda.view(-1, 1, 1, 1), PIXELS_PER_LATENT)
+    return enlarge(send(index_to_lambda(places, metric), lmbda.device) / lmbda.view(-1, 1, 1, 1), PIXELS_PER_LATENT)
 
 
 def psnr_by_region(image: Tensor, decoded: Tensor, region: np.ndarray) -> tuple[float, float]:

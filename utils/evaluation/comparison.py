@@ -14,7 +14,7 @@ from typing import NamedTuple
 from models.lambdas import LADDERS
 from utils.errors import UserError
 from utils.evaluation.bd_rate import MIN_POINTS, delta_quality, delta_rate, key_of, pictures, points_of, rising
-from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mse_of_psnr
+from utils.evaluation.results import TextColumn, TextTable, decibels, distortion_of, mean, mean_of_all, mse_of_psnr
 from utils.files import finite, read_json
 from utils.messages import print_note
 
@@ -54,20 +54,21 @@ def points(codec: dict) -> list[Point]:
     for rows in groups.values():
         index, bpp, psnr, ms_ssim = zip(*rows, strict=True)
         mse = mean(0.0 if value is None else mse_of_psnr(value) for value in psnr)  # JSON has no infinity
-        mean_psnr = None if None in psnr else mean(psnr)
-        found.append(Point(quality=mean(index), bpp=mean(bpp), psnr=mean_psnr, mse=mse, ms_ssim=mean(ms_ssim)))
+        means = dict(psnr=mean_of_all(psnr), ms_ssim=mean_of_all(ms_ssim))
+        found.append(Point(quality=mean(index), bpp=mean(bpp), mse=mse, **means))
     return sorted(found, key=lambda point: point.bpp)
 
 
 def join_fixed_rates(codecs: list[dict]) -> list[dict]:
-    """Join fixed-rate models (same metric and pictures, at least four) into one curve, in the place of the first.
+    """Join fixed-rate models (same network, metric and pictures, at least four) to a curve, in the place of the first.
 
     Their checkpoints are a list, in the order of the points.
     """
     groups = defaultdict(list)
     for number, codec in enumerate(codecs):
         fixed = "index" not in codec["results"]
-        groups[("fixed", codec["metric"], frozenset(pictures(codec))) if fixed else number].append(codec)
+        kind = "fixed", codec.get("model"), codec["metric"], frozenset(pictures(codec))
+        groups[kind if fixed else number].append(codec)
     curves = [group for group in groups.values() if len(group) >= MIN_POINTS]
     joined = {id(group[0]): _one_curve(group) for group in curves}
     absorbed = {id(codec) for group in curves for codec in group[1:]}
@@ -78,8 +79,9 @@ def _one_curve(codecs: list[dict]) -> dict:
     codecs = sorted(codecs, key=lambda codec: codec["results"]["bpp"][0])
     keys = [key for key in codecs[0]["results"] if all(key in codec["results"] for codec in codecs)]
     metric = codecs[0]["metric"]
+    network = codecs[0].get("model", "TCM")
     return {
-        "name": f"{len(codecs)} fixed-rate TCMs" + (" for MS-SSIM" if metric == "ms-ssim" else ""),
+        "name": f"{len(codecs)} fixed-rate {network}s" + (" for MS-SSIM" if metric == "ms-ssim" else ""),
         "description": codecs[0]["description"],
         "results": {key: [codec["results"][key][0] for codec in codecs] for key in keys},
         "images": [row | {"point": number} for number, codec in enumerate(codecs) for row in codec["images"]],

@@ -56,6 +56,12 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def mean_of_all(values: Iterable[float | None]) -> float | None:
+    """Mean of values; None where one is missing, as it would be of other pictures than the means beside it."""
+    values = list(values)
+    return None if None in values else mean(values)
+
+
 @dataclass(frozen=True)
 class TextColumn:
     """A column of numbers: its title and format ("7.4f"), and the value of an item (None for a dash).
@@ -155,7 +161,10 @@ def to_json(groups: list[list[Result]], name: str, description: str, results: li
     """
     groups = [group for group in groups if group]
     point = {id(result): number for number, group in enumerate(groups) for result in group}
-    means = {key: finite([mean(getattr(r, field) for r in group) for group in groups]) for key, field in FIELDS.items()}
+    means = {
+        key: finite([mean_of_all(getattr(result, field) for result in group) for group in groups])
+        for key, field in FIELDS.items()
+    }
     results = results or [result for group in groups for result in group]
     return {
         "name": name,

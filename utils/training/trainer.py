@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compressai.layers import GDN
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import Codec
+from models.layers import Float32GDN
 from models.state_dict import without_tables
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.device import out_of_memory_as_value_error, processor
@@ -40,6 +42,7 @@ from utils.training.schedule import Progress, Settings, budget_used, in_last_par
 from utils.training.validation import log_validation, validate
 
 SECONDS_PER_LINE = 60  # between lines of progress, where there is no terminal for a bar
+LONG_WAIT = 0.2  # share of the time in which patches were waited for, from which on it is told
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
 
 
@@ -95,6 +98,10 @@ class Trainer:
         self.history = list(history)
         self.device = context.device
         self.progress = Progress()
+        if settings.amp == "fp16":
+            for module in self.model.modules():
+                if type(module) is GDN:
+                    module.__class__ = Float32GDN
         self.finished = False  # whether the weights for use are those of the last step
         self.ema = ExponentialMovingAverage(self.model)
         self.optimizers = make_optimizers(self.model, settings)
@@ -102,6 +109,8 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
         self.batch_size = settings.batch_size
         self.last_part = False  # whether it has begun
+        self.compiled = False  # whether a first step of a size compiles, which counts as no training
+        self.sizes: set[torch.Size] = set()  # of the batches so far
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=settings.amp == "fp16")
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
@@ -153,7 +162,9 @@ class Trainer:
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
         self.progress.step += 1
         self.progress.patches += self.batch_size
-        self.progress.seconds += seconds
+        if not self.compiled or x.shape in self.sizes:
+            self.progress.seconds += seconds
+        self.sizes.add(x.shape)
         self.progress.waiting += min(waiting, seconds)  # a run may have been suspended while it waited
         self.all_stop = bool(stop)
         times = {
@@ -184,8 +195,10 @@ class Trainer:
         """The batches of this process, from the position that the run has at their first use."""
         batch = self.batch_size // self.context.world_size
         start = self.progress.patches
+        alone = self.context.world_size == 1  # several processes end together, after a step
         return batches(
-            self.dataset, batch, start=start, workers=self.workers, context=self.context, stopped=lambda: self.stop
+            self.dataset, batch, start=start, workers=self.workers, context=self.context,
+            stopped=lambda: self.stop and alone,
         )
 
     def next_batch(self) -> Batch:
@@ -286,6 +299,9 @@ class Trainer:
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
             raise UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
+        if self.progress.skipped_in_a_row and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            cause = "gradients are too large for float16 at any scale: --amp bf16 has their range"
+            raise UserError(f"{cause}; {self._how_to_continue()}")
         told = {"step": self.progress.step, **{k: f"{values[k]:.4g}" for k in ("loss", "bpp") if k in values}}
         if not bar.disable:
             bar.n = self._percent()
@@ -318,6 +334,9 @@ class Trainer:
             self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
+            if (share := self.progress.waiting / max(1e-9, self.progress.seconds)) > LONG_WAIT:
+                told = "more readers (-n) or a larger --cache-gb may help"
+                self._print(f"note: {share:.0%} of the time was spent waiting for patches: {told}")
             history = [*self.history, self.record(result)]
             export_model(self.folder / "model.pth.tar", self.ema.model, history, fit=self._fit_tables if last else None)
             self.finished = last
