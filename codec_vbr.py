@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
-    done = {target for _, target in work if target.is_file() and not args.force}
+    done = {target for _, target in work if target.is_file() and str(target) != "-" and not args.force}
     if done and not to_folder:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     if done:

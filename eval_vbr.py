@@ -129,7 +129,7 @@ def measure(
             print(f"mean R-D loss, λ · D + bpp over pictures and the six rates: {loss:.4f}")
         small = {result.image for result in results if result.ms_ssim is None}
         if 0 < len(small) < len({result.image for result in results}):
-            print_note("MS-SSIM", f"{len(small)} pictures are too small for it, so it is of fewer pictures than the rest, and there is no curve of it")
+            print_note("MS-SSIM", f"{len(small)} of the pictures are too small for it: its means leave them out, and it has no curve")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
     codec = to_json(groups, checkpoint_name(file), description=kind, results=results)
     return codec | {"metric": model.metric, "model": type(model).__name__, "checkpoint": origin(file, model)}, failed

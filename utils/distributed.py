@@ -43,7 +43,8 @@ class DistContext:
         if os.environ.get("WORLD_SIZE", "1") == "1" and missing:
             if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
                 told = f"srun has started {tasks} tasks, which do not know of each other"
-                raise UserError(f"{told}: start one a machine, and processes with torchrun (docs/training.md)")
+                way = "start one a machine, and processes with torchrun (docs/training.md)"
+                raise UserError(f"{told}: {way}, or unset SLURM_STEP_NUM_TASKS for one process")
             return cls(found)
         if missing:
             told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set"

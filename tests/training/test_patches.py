@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_vbr
 from utils import cli
 from utils.distributed import DistContext
 from utils.images import read_image, save_image
@@ -132,12 +133,14 @@ def test_an_error_of_the_device_is_not_taken_for_one_of_readers(photos, monkeypa
         next(batches(cached, 2, 0, 0, DistContext(CPU)))
 
 
-def test_too_little_shared_memory_is_said_at_once(photos, monkeypatch):
+def test_too_little_shared_memory_is_said_at_once(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     dataset = PatchDataset(find_images([photos]), (128, 128), 0)
-    for processes, needed in ((1, "9 MiB"), (2, "19 MiB")):  # of one machine
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        with pytest.raises(cli.UserError, match=rf"{needed} of batches .*, 1 MiB of shared .* free; .*--shm-size"):
-            next(patches.batches(dataset, 100, 0, 1, DistContext(torch.device("cpu"))))
+    with pytest.raises(cli.UserError, match=r"9 MiB of batches .*, 1 MiB of shared memory are free; .*--shm-size"):
+        next(patches.batches(dataset, 100, 0, 1, DistContext(torch.device("cpu"))))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # processes of one machine, of which none has begun
+    run = ["--save_path", str(tmp_path), "-e", "1", "--patch-size", "128", "-bs", "100", "--cache-gb", "0", "-n", "1"]
+    with pytest.raises(cli.UserError, match="19 MiB of batches"):
+        train_vbr.main(["-d", str(photos), *run, "--preset", "depthconv", "--device", "cpu"])
     cached = PatchDataset(dataset.paths, SIZE, 0, cache=read_all(dataset.paths, SIZE, CPU))
     assert len(next(batches(cached, 2, 0, 1, DistContext(CPU))).patches) == 2

@@ -38,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
 
     add("--last-part", dest="last_share", type=float, default=Settings.last_share, metavar="P", help="share of the budget, at its end, for other patches: with a quarter of the peak learning rate, which then falls to zero, without --balance, and alone with --map-share")
     add("--last-patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="their height and width, or one side")
-    add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: as many pixels as before, so a quarter of --batch-size where sides are doubled)")
+    add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: as many pixels as before, but at most --batch-size patches)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
@@ -98,10 +98,10 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         for side in sides if isinstance(sides, tuple) else [sides]:
             if side <= 0 or side % STRIDE:
                 raise UserError(f"{flag} must be a multiple of {STRIDE}, not {side}")
-    if args.last_batch_size is None:  # what fits in a GPU's memory now must fit in the last part
+    if args.last_batch_size is None and not args.resume:  # what fits in a GPU's memory now must fit in the last part
         pixels, last_pixels = math.prod(args.patch_size), math.prod(args.last_patch_size)
         args.last_batch_size = min(args.batch_size, max(1, args.batch_size * pixels // last_pixels))
-    if args.last_batch_size < 1:
+    if (args.last_batch_size or 1) < 1:
         raise UserError("--last-batch-size must be at least 1")
     if args.num_workers is None:
         args.num_workers = default_workers()

@@ -48,7 +48,7 @@ def train(
     quiet = not context.is_main
     state = read_run(folder) if args.resume else None
     if state:
-        take_over(args, state)
+        take_over(args, state, context.world_size)
     settings = make_settings(args, context.world_size)
     objective, history = make_objective(args, settings, context=context, state=state)
     sides = [*size, args.val_size, *(args.last_patch_size if args.last_share else ())]
@@ -71,6 +71,8 @@ def train(
     elif context.is_main:
         memory = f"{gigabytes:.2g} GB{f' in each of {copies} processes' if copies > 1 else ''}, more than --cache-gb"
         print(f"{len(paths)} photographs take some {memory}: workers read them as needed")
+    if cache is None:
+        check_shared_memory(local_processes() * args.num_workers, args.batch_size, size)
     if args.last_share:
         check_last_part(paths, cache or {}, args)
     if start and not state:
@@ -105,10 +107,11 @@ def train(
         print(f"{result}: {weights}{older}")
 
 
-def take_over(args: argparse.Namespace, state: dict) -> None:
-    """Give the arguments of a resumed run what is decided at its beginning: the share of maps, and its checkpoint.
+def take_over(args: argparse.Namespace, state: dict, world_size: int) -> None:
+    """Give the arguments of a resumed run what is decided at its beginning: the share of maps, the patches of a step in
+    its last part, and its checkpoint.
 
-    Runs of earlier versions record neither, or the checkpoint beside their settings.
+    Runs of earlier versions record not all of them, or the checkpoint beside their settings.
 
     Raises:
         UserError: another checkpoint was asked for.
@@ -116,6 +119,8 @@ def take_over(args: argparse.Namespace, state: dict) -> None:
     settings = state["settings"]
     if getattr(args, "map_share", 0.0) is None:
         args.map_share = settings.get("map_share", 0.0)
+    if args.last_batch_size is None:
+        args.last_batch_size = max(1, settings.get("last_batch_size", args.batch_size * world_size) // world_size)
     if hasattr(args, "checkpoint"):
         asked = args.checkpoint
         began_with = settings.get("checkpoint", state.get("checkpoint", ""))
@@ -142,7 +147,7 @@ def check_last_part(paths: list[Path], cache: dict, args: argparse.Namespace) ->
     else:
         raise ImageError(f"no photograph is left for the last part of the run; the last one tried: {found}")
     if not cache:
-        check_shared_memory(args.num_workers, args.last_batch_size, size)
+        check_shared_memory(local_processes() * args.num_workers, args.last_batch_size, size)
 
 
 def split(args: argparse.Namespace, smallest: int) -> tuple[list[Path], list[Path]]:

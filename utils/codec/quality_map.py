@@ -54,7 +54,7 @@ class QualityMap:
         if self.index is not None and not 0 <= self.index <= MAX_INDEX:
             raise ValueError(f"a region's index must lie in [0, {MAX_INDEX:g}], not {self.index:g}")
         if self.above is not None and not math.isfinite(self.above):
-            raise ValueError(f"a region lies a number of indexes above the rest, not {self.above}")
+            raise ValueError(f"above must be a finite number of indexes, not {self.above}")
 
     @classmethod
     def from_region(cls, region: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":

@@ -136,9 +136,11 @@ def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Imag
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The picture with 8-bit samples. ImageError where the range of its samples is not known."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        raise ImageError("it has signed samples, whose range is not known")
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
-    tags = getattr(image, "tag_v2", {})
     samples = np.asarray(image)
     lowest = samples.min()
     highest = samples.max()
@@ -146,10 +148,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ImageError("it has samples that are not numbers")
     bits = tags.get(_BITS, (16,))[0]
     largest = 1 if image.mode == "F" else 2 ** min(bits, 16) - 1
-    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
-    told = bits <= 16 and not signed or image.mode == "F"
+    told = bits <= 16 or image.mode == "F"
     if not told or lowest < 0 or highest > largest:
-        kind = "floating-point" if image.mode == "F" else "signed integer" if signed else "integer"
+        kind = "floating-point" if image.mode == "F" else "integer"
         extent = f"from {lowest:g} to {highest:g}"
         raise ImageError(f"it has {kind} samples {extent}, whose range is not known: 0 to {largest} would be")
     scaled = np.empty(samples.shape, np.uint8)

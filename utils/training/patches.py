@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils.device import local_processes
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.images import read_image
@@ -241,8 +240,8 @@ def batches(
 
 
 def check_shared_memory(workers: int, batch: int, size: tuple[int, int]) -> None:
-    """UserError where batches on their way from so many workers of each process have no room."""
-    needed = local_processes() * workers * PREFETCHED * batch * 3 * size[0] * size[1]
+    """UserError where batches on their way from so many workers have no room."""
+    needed = workers * PREFETCHED * batch * 3 * size[0] * size[1]
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # another system

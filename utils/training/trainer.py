@@ -99,7 +99,7 @@ class Trainer:
         self.device = context.device
         self.progress = Progress()
         if settings.amp == "fp16":
-            for module in self.model.modules():
+            for module in objective.modules():  # teachers too
                 if type(module) is GDN:
                     module.__class__ = Float32GDN
         self.finished = False  # whether the weights for use are those of the last step
@@ -164,8 +164,8 @@ class Trainer:
         self.progress.patches += self.batch_size
         if not self.compiled or x.shape in self.sizes:
             self.progress.seconds += seconds
+            self.progress.waiting += min(waiting, seconds)  # a run may have been suspended while it waited
         self.sizes.add(x.shape)
-        self.progress.waiting += min(waiting, seconds)  # a run may have been suspended while it waited
         self.all_stop = bool(stop)
         times = {
             "patches a second": self.batch_size / seconds,
@@ -298,10 +298,8 @@ class Trainer:
             self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
-            raise UserError(f"{cause}: a lower learning rate may help; {self._how_to_continue()}")
-        if self.progress.skipped_in_a_row and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            cause = "gradients are too large for float16 at any scale: --amp bf16 has their range"
-            raise UserError(f"{cause}; {self._how_to_continue()}")
+            advice = "--amp bf16, which has a larger range," if self.scaler.is_enabled() else "a lower learning rate"
+            raise UserError(f"{cause}: {advice} may help; {self._how_to_continue()}")
         told = {"step": self.progress.step, **{k: f"{values[k]:.4g}" for k in ("loss", "bpp") if k in values}}
         if not bar.disable:
             bar.n = self._percent()
@@ -334,9 +332,10 @@ class Trainer:
             self._log(log_validation, result, pictures, self.progress.step)
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
-            if (share := self.progress.waiting / max(1e-9, self.progress.seconds)) > LONG_WAIT:
+            waiting, seconds = self.progress.waiting, self.progress.seconds
+            if waiting > LONG_WAIT * seconds and len(self.dataset.cache) < len(self.dataset.paths):
                 told = "more readers (-n) or a larger --cache-gb may help"
-                self._print(f"note: {share:.0%} of the time was spent waiting for patches: {told}")
+                self._print(f"note: {waiting / seconds:.0%} of the time was spent waiting for patches: {told}")
             history = [*self.history, self.record(result)]
             export_model(self.folder / "model.pth.tar", self.ema.model, history, fit=self._fit_tables if last else None)
             self.finished = last
@@ -402,8 +401,8 @@ class Trainer:
 
     def record(self, result: dict) -> dict:
         """The training record of this run, in plain values."""
-        seconds = max(1e-9, self.progress.seconds)
-        return {
+        seconds = self.progress.seconds or math.nan  # before the first step that counts
+        return finite({
             **self.objective.describe(),
             "settings": asdict(self.settings),
             "photographs": len(self.dataset.paths),
@@ -413,7 +412,7 @@ class Trainer:
             "waiting_for_patches": round(self.progress.waiting / seconds, 4),
             "skipped_steps": self.progress.skipped,
             **result,
-        }
+        })
 
     def save(self) -> None:
         """Write `last.pth.tar`: everything that the next step depends on. It can be loaded as weights too."""
