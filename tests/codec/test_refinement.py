@@ -279,14 +279,20 @@ def test_the_papers_learning_rate_is_for_pictures_of_kodaks_size(varied, picture
     assert rates == pytest.approx([100 * 120 / (768 * 512)])
 
 
-def descend_on(monkeypatch, differentiate, y: torch.Tensor, bits: float, settings, constraint=None) -> list[Step]:
+def descend_on(
+    monkeypatch, differentiate, y: torch.Tensor, bits: float, settings, constraint=None, uncounted: float = 0.0
+) -> list[Step]:
     """The steps of a descent from a latent on a picture of 128×128 pixels whose file has some bits.
 
     Args:
         differentiate: adds to the gradient of y, given y and the weight of the rate; returns bits and distortion.
+        uncounted: bits that a file has beyond those.
     """
+    estimates = []
+
     def found(image, tile, index, latents, surrogate, rate_weight):
         coded, distortion = differentiate(latents[0], rate_weight)
+        estimates.append(coded)
         return coded, distortion, distortion
 
     monkeypatch.setattr(refinement, "_differentiate", found)
@@ -295,11 +301,12 @@ def descend_on(monkeypatch, differentiate, y: torch.Tensor, bits: float, setting
     image = SimpleNamespace(
         model=model, image=torch.zeros(3, 128, 128), height=128, width=128, pixels=128**2,
         latents=lambda index: (y.clone(), torch.zeros(1, 1, 1, 1)),
+        quantize_latents=lambda index, y, z: SimpleNamespace(bits=estimates[-1] + uncounted),
     )
     return refinement.descend(image, CodedTrial(2.0, bytes(round(bits / 8))), settings, constraint, None)[0]
 
 
-def follow(monkeypatch, bits: list[float], constraint: RateConstraint | None = None):
+def follow(monkeypatch, bits: list[float], constraint: RateConstraint | None = None, uncounted: float = 0.0):
     """The paper's descent on one latent, with a gradient of one, of a picture whose files have some bits in turn.
 
     Returns:
@@ -314,7 +321,7 @@ def follow(monkeypatch, bits: list[float], constraint: RateConstraint | None = N
         return bits[len(latents) - 1], 0.0
 
     settings = RefinementSettings(len(bits) - 1)
-    steps = descend_on(monkeypatch, differentiate, torch.zeros(1, 1, 1, 1), bits[0], settings, constraint)
+    steps = descend_on(monkeypatch, differentiate, torch.zeros(1, 1, 1, 1), bits[0], settings, constraint, uncounted)
     return steps, torch.tensor(latents, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
 
 
@@ -355,6 +362,13 @@ def test_latents_settle_on_a_rate_by_adam_within_the_tolerance(monkeypatch):
     steps = descend_on(monkeypatch, differentiate, start, bits, RefinementSettings(20, "sga"), constraint)
     errors = [step.bpp / constraint.bpp - 1 for step in steps]
     assert len(errors) == 21 and errors[0] > 0.03 and max(map(abs, errors[-6:])) < REFINED_TOLERANCE
+
+
+def test_under_a_rate_the_bits_are_counted_again_and_again(monkeypatch):
+    """Estimates are 80 bits too few in all steps but the first."""
+    for constraint, expected in ((RateConstraint(1.0), [8000, 8000, 8000, 8000, 8080, 8080]), (None, [8000] * 6)):
+        steps, *_ = follow(monkeypatch, [8000] * 6, constraint, uncounted=80)
+        assert [step.bpp * 128**2 for step in steps] == expected[: len(steps)]
 
 
 def test_latents_at_a_given_rate_move_by_shorter_steps(monkeypatch):

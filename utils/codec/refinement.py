@@ -3,7 +3,8 @@
 y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
 σ, are always those of the symbols that a file would have, to rounding errors, so its distortion is known at every step.
 Its bits are estimated: Gaussian likelihoods of the symbols, and a constant with which the first step has the size of
-the real file. Symbols have no gradient; in the rate the method's surrogate of rounding replaces them.
+the real file; under a rate to keep every fourth step has it too. Symbols have no gradient; in the rate the method's
+surrogate of rounding replaces them.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ BETAS, CONTROLLED_BETAS = (0.9, 0.99), (0.7, 0.99)
 CONTROLLED_STEP = 0.6  # in units of the learning rate
 CONTROLLED_LAST_STEP = 0.25  # in units of the first step
 PAPER_PIXELS = 768 * 512  # Kodak's pictures, for which the paper chose its learning rate
+COUNTED_STEPS = 4  # under that control the bits are counted in every fourth step, and estimated from there
 MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.2
@@ -205,6 +207,9 @@ def descend(
             coded, mse, distortion = sums
             if not steps:  # what likelihoods leave out: header, side information, whole words, and fitted tables' gain
                 rate_offset = start.bits - coded
+            elif constraint and (number % COUNTED_STEPS == 0 or number == settings.steps):
+                with contextlib.suppress(ValueError):  # latents that cannot be coded
+                    rate_offset = image.quantize_latents(start.index, y.detach(), z.detach()).bits - coded
             bpp = (coded + rate_offset) / image.pixels
             step = Step(number, bpp, mse, distortion=distortion, loss=bpp + lmbda * distortion)
             if not math.isfinite(step.loss):
