@@ -231,6 +231,14 @@ def test_12_bits_are_a_range_of_their_own():
     assert read(file)[0][0, :, 0].tolist() == [0, 62, 125, 255]
 
 
+def test_32_bits_are_refused():
+    file = tiff16(np.array([[5, 0, 70000 - 2**16, 1]]), 1)  # the halves of two samples
+    for tag, before, now in ((256, 4, 2), (258, 16, 32)):
+        file = file.replace(struct.pack("<HHII", tag, 4, 1, before), struct.pack("<HHII", tag, 4, 1, now))
+    with pytest.raises(ImageError, match="integer samples from 5 to 70000, whose range is not known"):
+        read(file)
+
+
 def test_signed_samples_are_refused():
     with pytest.raises(ImageError, match="signed samples, whose range is not known"):
         read(tiff16(np.array([[0, 32767]]), 1, sample_format=2))
@@ -259,7 +267,7 @@ def test_samples_of_unknown_range_are_refused(samples):
         read_pixels(file.getvalue())
     file = io.BytesIO()
     Image.fromarray(np.array([[5, 70000]], np.int32)).save(file, "TIFF")
-    with pytest.raises(ImageError, match="integer samples from 5 to 70000, whose range is not known"):
+    with pytest.raises(ImageError, match="it has signed samples, whose range is not known"):
         read_pixels(file.getvalue())
 
 

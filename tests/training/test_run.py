@@ -23,7 +23,7 @@ def test_the_first_usable_photograph_is_held_out(photos):
         split(argparse.Namespace(dataset=[photos], val=None), 512)
 
 
-@pytest.mark.parametrize(("cores", "processes", "expected"), [(2, None, 2), (64, None, 8), (16, 8, 2), (4, 8, 1)])
+@pytest.mark.parametrize(("cores", "processes", "expected"), [(2, None, 2), (64, None, 16), (16, 8, 2), (4, 8, 1)])
 def test_readers_share_the_cores(monkeypatch, cores, processes, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
