@@ -66,13 +66,13 @@ def test_fitted_tables_make_smaller_files_that_decode(varied):
 
 
 def test_the_shipped_tables_are_fitted():
-    """They save a third of a percent and more on a photograph that is not of the training set, and load as saved."""
+    """They save half a percent and more on a photograph that is not of the training set, and load as saved."""
     model = load_model(BUNDLED)
     stored = read_checkpoint(BUNDLED)["state_dict"]["gaussian_conditional._quantized_cdf"]
     assert torch.equal(model.gaussian_conditional.quantized_cdf, stored)
     photo = read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
-    fitted = bits(model, photo, 2.0)
+    fitted = sum(bits(model, photo, float(index)) for index in range(6))
     assert not model.update()
     with pytest.warns(UserWarning, match="fitted to photographs are replaced"):
         model.update(force=True)
-    assert fitted < 0.997 * bits(model, photo, 2.0)
+    assert fitted < 0.995 * sum(bits(model, photo, float(index)) for index in range(6))

@@ -663,9 +663,12 @@ def test_what_differs_from_the_run_that_is_resumed_is_said(photos, checkpoint, t
     with pytest.raises(cli.UserError, match="this run began with .*tiny.pth.tar, and --resume goes on from its own"):
         train(photos, tmp_path / "run", "--checkpoint", photos / "p0.png", "--max-steps", 3, "--resume")
     (photos / "p7.png").unlink()
-    train(photos, tmp_path / "run", "--val", photos / "p0.png", "--max-steps", 3, "--val-size", 256, "--resume")
+    train(photos, tmp_path / "run", "--val", photos / "p0.png", "--max-steps", 3, "--resume")
+    told = capsys.readouterr().out
+    assert "note: trained_on was 7 photographs (" in told and "and is 6 photographs (" in told
+    assert "validated_on was" not in told
+    train(photos, tmp_path / "run", "--val", photos / "p0.png", "--max-steps", 4, "--val-size", 256, "--resume")
     told = capsys.readouterr()
-    assert "note: trained_on was 7 photographs (" in told.out and "and is 6 photographs (" in told.out
     assert ") at 128 in this run and is 1 photographs (" in told.out
     assert "--val-size 256: 1 of 1 photographs to validate on are smaller" in told.err
 

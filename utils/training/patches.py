@@ -82,6 +82,11 @@ class PatchDataset(Dataset):
         self.synthetic_share = synthetic_share
         self._pass = (-1, np.empty(0, np.int64))
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether what can be used of all photographs is in memory."""
+        return len(self.cache) == len(self.paths)
+
     def __getitem__(self, position: int) -> Batch:
         """The sample at a position, as a batch of one.
 
@@ -209,7 +214,7 @@ def batches(
         StoppedWaiting: `stopped` said so.
     """
     firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
-    workers = 0 if len(dataset.cache) == len(dataset.paths) else workers
+    workers = 0 if dataset.is_cached else workers
     check_shared_memory(workers, batch, dataset.size)
     loader = iter(DataLoader(
         dataset,

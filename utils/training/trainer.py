@@ -333,7 +333,7 @@ class Trainer:
             with (self.folder / "validation.jsonl").open("a") as file:
                 file.write(line + "\n")
             waiting, seconds = self.progress.waiting, self.progress.seconds
-            if waiting > LONG_WAIT * seconds and len(self.dataset.cache) < len(self.dataset.paths):
+            if waiting > LONG_WAIT * seconds and not self.dataset.is_cached:
                 told = "more readers (-n) or a larger --cache-gb may help"
                 self._print(f"note: {waiting / seconds:.0%} of the time was spent waiting for patches: {told}")
             history = [*self.history, self.record(result)]
