@@ -10,7 +10,7 @@
     cat photo.png | python codec_vbr.py encode - - | python codec_vbr.py decode - - > back.png
 
 Several inputs, or a folder, go to a folder; where photo.png is beside photo.jpg, to photo.png.tvbr and photo.jpg.tvbr. A
-rerun leaves what is finished alone, and names what has another index or size than asked for. Files are written whole or
+rerun leaves what is finished alone, and names what has another index, region or size than asked for. Files are written whole or
 not at all. What cannot be coded is named, the others go on, and the exit status is 1.
 """
 
@@ -39,7 +39,15 @@ from utils.cli.encoding_arguments import (
 from utils.codec.bitstream import extremes, unpack
 from utils.codec.tolerances import CLOSE_TO_CAP
 from utils.device import out_of_memory_as_value_error, pick_device
-from utils.files import BUNDLED, MAX_PIXELS, atomic_write, find_files, is_special
+from utils.files import (
+    BUNDLED,
+    MAX_PIXELS,
+    atomic_write,
+    check_output_file,
+    check_output_folder,
+    find_files,
+    is_special,
+)
 from utils.messages import print_error, print_note, print_weights
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
@@ -79,8 +87,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.command == "encode":
         args.request = make_request(encoder, args, args.index)
         check_map_arguments(encoder, args)
-    if args.command != "info" and args.threads is not None and args.threads < 1:
-        parser.error("--threads must be 1 or more")
     if args.command != "info" and not 0 < args.max_megapixels < 2**32:
         parser.error("--max-megapixels must be positive, and not without bounds")
     if args.command == "encode" and not is_color(args.background):
@@ -94,7 +100,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="overwrite")
     cli.add_device_argument(parser)
     add("--max-megapixels", type=float, default=MAX_PIXELS / 1e6, metavar="MP", help="refuse larger pictures, as they may be an attack")
-    add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
+    add("--threads", type=cli.positive, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
 
 
 def find(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
@@ -145,6 +151,8 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
 def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
     """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not.
 
+    They do not tell how its latents were refined, or its symbols chosen.
+
     fingerprint: of the weights that are asked for.
     """
     request = args.request
@@ -154,6 +162,11 @@ def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> 
     except (OSError, ValueError) as error:
         print_error(file, f"{error}; --force makes it again")
         return False
+    try:
+        quality_map = map_of_arguments(args, coded.height, coded.width)
+    except (ImageError, ValueError) as error:
+        print_error(file, error)
+        return False
     target = request.target(coded.width * coded.height)
     indexes = coded.index, request.index
     difference = ""
@@ -161,8 +174,10 @@ def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> 
         difference = f"was made with other weights ({coded.fingerprint.hex()}) than {args.checkpoint}"
     elif None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
         difference = f"was made at index {coded.index:g}, not {request.index:g}"
-    elif bool(coded.offsets) != bool(args.region or args.roi):
+    elif bool(coded.offsets) != bool(quality_map):
         difference = "was made with a region" if coded.offsets else "was made without a region"
+    elif quality_map and coded.offsets != quality_map.cell_offsets(coded.index):
+        difference = "was made with another region, or another index for it"
     elif target and not target.allows(8 * len(data)):
         difference = f"has {len(data)} bytes, more than {request.max_bytes}"
     elif target and target.distance(8 * len(data)) > 3 * CLOSE_TO_CAP:  # which may be out of reach
@@ -293,8 +308,13 @@ def main(argv: list[str] | None = None) -> int:
     if done and not to_folder:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     if done:
-        print(f"{len(done)} of {len(work)} are finished and left alone; --force makes them again", file=sys.stderr)
+        hidden = ", refined or not" if args.command == "encode" and args.steps else ""
+        print(f"{len(done)} of {len(work)} are finished and left alone{hidden}; --force makes them again", file=sys.stderr)
         work = [(source, target) for source, target in work if target not in done]
+    if to_folder:
+        check_output_folder(args.output)
+    elif args.output != "-":
+        check_output_file(args.output)
 
     @functools.cache
     def load_from(path: Path) -> "Codec":

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.lambdas import LADDER, MAX_INDEX
+from tqdm import tqdm
+
+from models.lambdas import LADDER
 from utils import cli
 from utils.cli.encoding_arguments import (
     add_index_argument,
@@ -64,9 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_device_argument(parser, published=True)
     cli.accept_published(parser, "--clip_max_norm")
     args = parser.parse_args(argv)
-    for index in args.index or ():
-        if not 0 <= index <= MAX_INDEX:
-            parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
     region = args.region or args.roi
     several = len(args.checkpoint or ()) > 1
     others = (args.index, args.real, args.per_image, args.save, args.report, args.compare, args.anchors is not None, region)
@@ -114,15 +113,22 @@ def measure(
             save_image(Path(args.save) / f"{file_stem(name, index)}.png", decoded)
         return result
 
-    results, failed = measure_all(paths, indexes, context, device=model.medians.device, work=work, title="evaluating")
+    table = results_table(bool(args.region or args.roi))
+    alone = context.world_size == 1  # then a row is printed as soon as it is there
+    if context.is_main:
+        if len(args.checkpoint) > 1:
+            print(f"{checkpoint_name(file)}:")
+        print(table.header)
+    results, failed = measure_all(
+        paths, indexes, context, device=model.medians.device, work=work, title="evaluating",
+        tell=(lambda result: tqdm.write(table.row(result.image, [result]))) if args.per_image and alone else None,
+    )
     if not results:
         raise cli.UserError("none of the pictures could be measured")
     groups = [[result for result in results if result.index == index] for index in indexes]
     if context.is_main:
-        table = results_table(bool(args.region or args.roi))
-        print(table.header)
         if args.per_image:
-            print(*(table.row(result.image, [result]) for result in results), table.rule, sep="\n")
+            print(*(() if alone else (table.row(result.image, [result]) for result in results)), table.rule, sep="\n")
         for group in filter(None, groups):
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.index and (loss := mean(result.loss for result in results)) is not None:
@@ -174,6 +180,8 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         codec, broken = measure(model, file, paths, args=args, context=context, map_of=map_of)
         codecs.append(codec)
         failed = max(failed, broken)
+        if context.is_main and (len(files) > 1 or known):  # what follows may be interrupted
+            write_json(comparison.together(codecs, []) | {"made": provenance(argv, context)})
     codecs = comparison.join_fixed_rates(codecs)
     ours = max(1, len(codecs))
     codecs += anchors.measure_all(known, paths, context)

@@ -208,11 +208,11 @@ def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
     return summary(*curves)
 
 
-def json_of(rows: list[list[Row]], args: argparse.Namespace) -> dict:
+def json_of(rows: list[list[Row]], args: argparse.Namespace, method: str) -> dict:
     """Results of the files, those without refinement, and how each file came about."""
     name = checkpoint_name(args.checkpoint)
     how = "real files"
-    how += f", {args.steps} steps of {args.method}" if args.steps else ""
+    how += f", {args.steps} steps of {method}" if args.steps else ""
     whole = to_json(results_of(rows, "result"), name, how)
     for image, row in zip(whole["images"], itertools.chain(*rows), strict=True):
         encoded = row.encoded
@@ -264,7 +264,7 @@ def run(
         raise cli.UserError("none of the pictures could be coded")
     if not context.is_main:
         return 0
-    whole = json_of(rows, args) | {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
+    whole = json_of(rows, args, requests[0].refinement.method) | {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
     write_json(whole)
     errors = [abs(row.error) for row in rows[0] if row.error is not None]
     if errors and requests[0].has_target:

@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     check_run_arguments(args)
     if args.lmbda is not None and not 0 < args.lmbda < math.inf:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     def make(args: argparse.Namespace, settings: "Settings", **_) -> tuple["LatentMapObjective", list]:
         return make_objective(args.high, args.low, args.map == "contextual", lmbda=args.lmbda, settings=settings), []
 
-    train(args, make, result="high-rate codec with the map, for eval_vbr.py")
+    return train(args, make, result="high-rate codec with the map, for eval_vbr.py")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
     python train_vbr.py -d photos/train --stage lae --checkpoint bmshj2018-hyperprior-3.pth.tar -lr 1e-3 --max-minutes 20  # LAEs for CompressAI's weights
     python train_vbr.py -d photos/train --stage tables --checkpoint vbr_models/tcm_vbr_published.pth.tar --save_path runs/tables  # smaller files
 
-Starts from a transform codec in closed form (utils/training/klt_start/), from random weights, from a TCM (the LAEs at
-identity), or from a TCM_VBR. The learning rate ends with the budget, so choose the budget first. Watch with
+Starts from a transform codec in closed form (utils/training/klt_start/), from random weights, from a fixed-rate codec
+(the LAEs at identity), or from a variable-rate one. The learning rate ends with the budget, so choose the budget first. Watch with
 `tensorboard --logdir runs`.
 """
 
@@ -65,6 +65,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
+    if args.checkpoint and args.preset:
+        raise cli.UserError("--preset is of a new model; with --checkpoint the network is the checkpoint's")
     if args.init and args.checkpoint:
         raise cli.UserError("--init is for a new model; --checkpoint brings its own weights")
     if args.lmbda is not None and (args.stage not in ("base", "entropy") or not 0 < args.lmbda < math.inf):
@@ -79,8 +81,6 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage static and --teachers belong together")
     if args.stage == "lae" and not args.checkpoint and not args.resume:
         raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
-    if args.preset is None:
-        args.preset = "full" if args.N else "small"
     if args.lmbda is None and args.stage == "base":
         args.lmbda = LADDERS[args.type][-1]
     if args.keep_latents is None:
@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
         args.map_share = MAP_SHARE if has_maps else 0.0
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     check(args)
     if args.stage == "tables":
@@ -101,14 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         file = Path(args.save_path) / "model.pth.tar"
         write_checkpoint(file, fitted)
         print(f"weights with fitted tables: {file}")
-        return
+        return 0
     from utils.cli.training_run import train
     from utils.cli.training_stages import make_objective
     from utils.training.klt_start import klt_start, sample_patches
 
     closed_form = not args.checkpoint and args.init != "random"
     start = (lambda model, dataset: klt_start(model, sample_patches(dataset), args.lmbda)) if closed_form else None
-    train(args, make_objective, start)
+    return train(args, make_objective, start)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ estimates its bits, writes its symbols, or reads them.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +57,7 @@ from models.large.bands import (
     latent_height,
     scaled_height,
 )
-from models.state_dict import WeightsError, empty_tables, explain_mismatch, normalize
+from models.state_dict import WeightsError, digest, empty_tables, explain_mismatch, normalize
 
 # In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
@@ -332,7 +331,7 @@ class Codec(CompressionModel):
         return coded | self.decompress(**coded)
 
     def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes of y and z of one image."""
+        """Shapes of y and of z, in this order, of one image of this size in pixels."""
         channels = self.config.hyper_channels
         return (self.M, height // 16, width // 16), (channels, height // 64, width // 64)
 
@@ -540,12 +539,8 @@ class Codec(CompressionModel):
         """
         state = _state_of(itertools.chain(self.parameters(), self.buffers()))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.blake2b(repr(asdict(self.config.canonical())).encode(), digest_size=8)
-            for name, tensor in sorted(self.state_dict().items()):
-                digest.update(name.encode())
-                values = tensor.detach().cpu().contiguous().view(-1)
-                digest.update(values.view(torch.uint8).numpy())  # NumPy has no bfloat16
-            self._fingerprint = state, digest.digest()
+            sizes = repr(asdict(self.config.canonical())).encode()
+            self._fingerprint = state, digest(self.state_dict(), sizes)
         return self._fingerprint[1]
 
     def train(self, mode: bool = True) -> "Codec":

@@ -20,11 +20,11 @@ from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv, PointwiseConv
 
-CELL = 8  # pixels of a side that one place of the transforms stands for
+PATCH = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own
 # Bound of the hidden values of a block's feed-forward network. The gate makes them quadratic, so that without a bound
-# six blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it in few places of
-# the slices' networks, and nowhere in the transforms.
+# six blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it nowhere in g_a
+# and g_s, and in few places of the other networks.
 LARGEST = 4.0
 
 
@@ -143,14 +143,14 @@ class DepthConv(Codec):
         M = self.M
         C = self.config.width
         H = self.config.hyper_width
-        pixels = 3 * CELL**2
+        pixels = 3 * PATCH**2
         self.g_a = nn.Sequential(
-            nn.PixelUnshuffle(CELL), PointwiseConv(pixels, C), *_blocks(C, c.depth),
+            nn.PixelUnshuffle(PATCH), PointwiseConv(pixels, C), *_blocks(C, c.depth),
             Float32Conv(C, M, kernel_size=3, stride=2, padding=1), *_blocks(M, c.latent_depth),
         )
         self.g_s = nn.Sequential(
             *_blocks(M, c.latent_depth), PointwiseConv(M, 4 * C), nn.PixelShuffle(2), *_blocks(C, c.depth),
-            PointwiseConv(C, pixels), nn.PixelShuffle(CELL),
+            PointwiseConv(C, pixels), nn.PixelShuffle(PATCH),
         )
         self.h_a = nn.Sequential(
             nn.Conv2d(M, H, 3, stride=2, padding=1), nn.SiLU(), *_blocks(H, 1),
@@ -177,7 +177,7 @@ class DepthConv(Codec):
     @property
     def bytes_per_pixel(self) -> float:
         """The hidden channels of a block in float32, one place for 8×8 pixels."""
-        return 4 * EXPANSION * self.config.width / CELL**2
+        return 4 * EXPANSION * self.config.width / PATCH**2
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
         """What the start in closed form writes into g_a and g_s. The blocks learn as fast as everything else."""

@@ -38,7 +38,7 @@ class fcn(nn.Module):
 
 
 class mask(nn.Module):
-    """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1), for a latent `[B, M, h, w]`."""
+    """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1), for a latent y; arguments and shapes as of `LAE`."""
 
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class mask(nn.Module):
 
     def rate(self, index: Tensor) -> Tensor:
         """f_λ, of rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`. In float32 under autocast
-        too: m in bfloat16 would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
+        too: in bfloat16 m would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
         with torch.autocast(self.alpha.device.type, enabled=False):
             if index.dim() == 4:
                 return self.lmd_map(index.to(self.alpha).movedim(1, -1)).movedim(-1, 1)
@@ -68,7 +68,8 @@ class mask(nn.Module):
 
 
 class LAE(nn.Module):
-    """Latent-domain auto-encoder: y · m and ln m, with m = exp(ln m) in (1/e, e); identity at the start."""
+    """Latent-domain auto-encoder: y `[B, M, h, w]` and rate indexes, `[B]` or maps `[B, 1, h, w]`, to y · m and ln m,
+    `[B, M, h, w]` both, with m in (1/e, e). f_λ has n linear layers. It is the identity at the start."""
 
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
@@ -80,10 +81,9 @@ class LAE(nn.Module):
 
 
 class VariableRate:
-    """Put before a fixed-rate codec among the bases of a class: the same codec at every rate.
-
-    Everything between the two LAEs sees the scaled latent. The weights of the fixed-rate codec can be loaded: the LAEs
-    are then the identity, and the output at every index is that of the fixed-rate codec. Arguments are its arguments.
+    """Put before a fixed-rate codec among the bases of a class: the same codec at every rate. Everything between the
+    two LAEs sees the scaled latent. The weights of the fixed-rate codec can be loaded: the LAEs are then the identity,
+    and the output at every index is that of the fixed-rate codec. Arguments are its arguments.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -8,6 +8,7 @@ entropy models and the coder are imported by themselves, and other code finds al
 
 import importlib
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -46,14 +47,25 @@ class _LaterLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         elsewhere = LATER[module.__name__]
+        lock = threading.RLock()  # other threads wait while one runs the package
+        running = False
 
         def find(name: str) -> object:
+            nonlocal running
             if name in elsewhere:
                 return getattr(importlib.import_module(elsewhere[name]), name)
-            if "__getattr__" in vars(module):  # nobody else has run it in between
-                del module.__getattr__
-                module.__spec__.loader = module.__loader__ = self.loader
-                self.loader.exec_module(module)
+            with lock:
+                if running:  # it asks itself, before it has the name
+                    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+                if vars(module).get("__getattr__") is find:  # nobody else has run it in between
+                    module.__spec__.loader = module.__loader__ = self.loader
+                    running = True
+                    try:
+                        self.loader.exec_module(module)  # an error here comes again when it is asked again
+                    finally:
+                        running = False
+                    if vars(module).get("__getattr__") is find:
+                        del module.__getattr__
             return getattr(module, name)
 
         module.__getattr__ = find

@@ -1,5 +1,7 @@
 """State dicts of published and own checkpoints: bring them to one form, explain a mismatch."""
 
+import hashlib
+
 import torch
 from compressai.entropy_models import EntropyModel
 from compressai.models.utils import remap_old_keys
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 # Constants of the layers. A model keeps those it was made with: a float16 file has them rounded, some to zero.
 _CONSTANTS = (".pedestal", ".bound", ".target", ".scale_bound")
 _TABLES = ("._offset", "._quantized_cdf", "._cdf_length", ".scale_table")
+_HALVES = (torch.float16, torch.bfloat16)
 _KNOWN = "entropy_bottleneck.quantiles"  # a name that every codec has
 
 
@@ -30,8 +33,8 @@ def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
 
     Prefixes (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of Lightning, …) are removed with all
     that has none, and CompressAI's old bottleneck names (`_matrix0`) are replaced.
-    With a model, its constants are filled in, and a set of coding tables that is incomplete, or was rounded to
-    float16, becomes empty, to be computed by `update()`.
+    With a model, its constants are filled in, and a set of coding tables that is incomplete, or was rounded to float16
+    or bfloat16, becomes empty, to be computed by `update()`.
 
     Raises:
         ValueError: it is not a state dict at all.
@@ -50,7 +53,7 @@ def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Ten
         if isinstance(module, EntropyModel):
             tables = [name + table for table in _TABLES if name + table in own]
             found = [state_dict[table] for table in tables if table in state_dict]
-            if len(found) < len(tables) or any(t.numel() == 0 or t.dtype == torch.float16 for t in found):
+            if len(found) < len(tables) or any(t.numel() == 0 or t.dtype in _HALVES for t in found):
                 state_dict |= {table: own[table].new_empty(0) for table in tables}
     return state_dict
 
@@ -66,6 +69,16 @@ def empty_tables(model: nn.Module) -> None:
         if name.endswith(_TABLES):
             module, _, table = name.rpartition(".")
             setattr(model.get_submodule(module), table, buffer.new_empty(0))
+
+
+def digest(state_dict: dict[str, Tensor], start: bytes = b"") -> bytes:
+    """Eight bytes that identify weights, in their precision, and what is put before them."""
+    found = hashlib.blake2b(start, digest_size=8)
+    for name, tensor in sorted(state_dict.items()):
+        found.update(name.encode())
+        values = tensor.detach().cpu().contiguous().view(-1)
+        found.update(values.view(torch.uint8).numpy())  # NumPy has no bfloat16
+    return found.digest()
 
 
 def explain_mismatch(state_dict: dict[str, Tensor], model: nn.Module) -> str:

@@ -117,6 +117,14 @@ def test_nothing_is_overwritten_without_force(codec, photos, tmp_path):
     assert file.read_bytes()[:4] == b"TVBR"
 
 
+@pytest.mark.parametrize("inputs", [["p0.png"], ["p0.png", "p1.png"]])
+def test_where_nothing_can_be_written_is_told_before_a_picture_is_coded(codec, photos, tmp_path, monkeypatch, inputs):
+    monkeypatch.setattr(codec_vbr, "encode_picture", lambda *_, **__: pytest.fail("a picture is coded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="is no folder.*file"):
+        codec("encode", *(photos / name for name in inputs), tmp_path / "file" / "out")
+
+
 def test_folders_and_a_rerun(codec, photos, tmp_path, capsys):
     (photos / "p3.png").write_bytes(b"broken")
     (photos / "deeper").mkdir()
@@ -158,6 +166,16 @@ def test_pictures_of_one_name_keep_their_suffixes_and_each_is_coded_once(codec, 
         (["-l", 1], ["-l", 2], "was made at index 1, not 2"),
         (["-l", 1], ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], "was made without a region"),
         (["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3], ["-l", 1], "was made with a region"),
+        (
+            ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3],
+            ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 4],
+            "another region, or another index for it",
+        ),
+        (
+            ["-l", 1, "--roi", "0,0,64,64", "--mask-index", 3],
+            ["-l", 1, "--roi", "999,0,64,64", "--mask-index", 3],
+            "does not lie within the picture",
+        ),
         (["-l", 1], ["--max-bytes", 150], "more than 150"),
     ],
 )

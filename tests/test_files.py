@@ -29,6 +29,7 @@ from utils.checkpoint import CheckpointError, export_model, load_model, read_che
 from utils.evaluation.results import decibels
 from utils.files import atomic_write, check_output_file, remove_left_over, write_json
 from utils.images import crop, pad, read_image, save_image, to_uint8
+from utils.messages import print_error
 from utils.metrics import ms_ssim_value, psnr
 
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [0, 0, 0]]], np.uint8)
@@ -309,6 +310,33 @@ def test_pictures_whose_files_would_have_one_name_are_refused(script, option, ph
     (tmp_path / "f" / "d_a.png").rename(tmp_path / "f" / stem)
     with pytest.raises(cli.UserError, match="would have the name of what is written for .*a.png"):
         script.main(["-d", str(tmp_path), "--checkpoint", checkpoint, option, str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "told"),
+    [
+        ("file", "the file is damaged", "error: file: the file is damaged"),
+        ("-", "--roi 1,2,3,4 does not fit", "error: -: --roi 1,2,3,4 does not fit"),
+        ("a.png", "a.png: no such file", "error: a.png: no such file"),
+        ("a.png", FileNotFoundError(2, "No such file", "a.png"), "error: [Errno 2] No such file: 'a.png'"),
+    ],
+)
+def test_an_error_names_its_file_once(path, error, told, capsys):
+    print_error(path, error)
+    assert capsys.readouterr().err == f"{told}\n"
+
+
+def test_a_device_that_is_full_and_a_folder_without_room_are_named(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_json("/dev/full", {"bpp": 1})
+
+    def refuse(*args, **kwargs):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"{tmp_path}/.a.json.x7")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(FileNotFoundError) as error:
+        write_json(tmp_path / "a.json", {"bpp": 1})
+    assert error.value.filename == str(tmp_path / "a.json")
 
 
 def test_a_folder_that_nobody_may_write_to_is_named(tmp_path, monkeypatch):

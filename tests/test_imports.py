@@ -54,6 +54,29 @@ assert abs(stats.norm.ppf(0.975) - 1.96) < 1e-3 and scipy.stats.laplace
 """)
 
 
+def test_threads_wait_while_one_of_them_runs_a_package():
+    run("""from concurrent.futures import ThreadPoolExecutor
+from models import TCM_VBR
+models = [TCM_VBR(N=32, M=64, num_slices=1, max_support_slices=1) for _ in range(3)]
+with ThreadPoolExecutor(3) as pool:  # scipy.stats.norm is asked for by all
+    list(pool.map(lambda model: model.update(), models))
+""")
+
+
+def test_the_cause_is_told_again_where_a_package_cannot_be_imported():
+    run("""import sys
+sys.modules["torch_geometric"] = None
+import models, compressai
+for _ in range(2):
+    try:
+        compressai.__version__
+    except ModuleNotFoundError as error:
+        assert "torch_geometric" in str(error)
+    else:
+        raise AssertionError
+""")
+
+
 def test_a_package_that_was_imported_before_is_left_alone():
     run("""import compressai
 from models import TCM_VBR

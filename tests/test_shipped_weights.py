@@ -48,7 +48,7 @@ def test_the_file(bundled, preset):
 
 
 def test_a_file_finds_the_weights_that_made_it(photo, tmp_path, capsys):
-    """Of those that ship, whichever is the default."""
+    """Both that ship do, whichever is the default."""
     Image.fromarray(photo.permute(1, 2, 0).numpy()).save(tmp_path / "cat.png")
     for preset, weights in SHIPPED.items():
         coded, back = tmp_path / f"{preset}.tvbr", tmp_path / f"{preset}.png"
@@ -75,7 +75,7 @@ def test_real_files_cost_what_was_estimated(bundled, photo):
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_what_is_no_photograph_is_coded_too(bundled, photo, kind):
-    """Of bounded size, and as a picture; None is noise of full contrast, a color for each pixel."""
+    """Its file has a bounded size, and decodes to a picture; None is noise of full contrast, a color for each pixel."""
     random = np.random.default_rng(1)
     pixels = photo[:, 64:192, 64:192].permute(1, 2, 0).numpy()
     made = kind(pixels, random) if kind else random.integers(0, 256, pixels.shape, dtype=np.uint8)

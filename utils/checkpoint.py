@@ -19,7 +19,6 @@ from models.state_dict import find_state_dict, without_tables
 from utils.errors import UserError
 from utils.files import atomic_write, is_special
 
-FORMAT = "tcm-vbr/1"
 # What training scripts save beside tensors: classes that only hold values.
 _HARMLESS = [(SimpleNamespace, "argparse.Namespace"), np.dtype]
 # A scalar's function has another name in NumPy 2 than in NumPy 1, and a file has that of the NumPy that wrote it.
@@ -34,7 +33,6 @@ class CheckpointError(UserError):
 def describe(model: Codec) -> dict:
     """The entries of a checkpoint about its model, besides the weights."""
     return {
-        "format": FORMAT,
         "model": type(model).__name__,
         "arguments": model.arguments,
         "metric": model.metric,

@@ -22,7 +22,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "vbr_models" / "depthconv_vbr
 
 
 def find_files(paths: Iterable[str | Path], suffixes: Collection[str], what: str, error: type[Exception]) -> list[Path]:
-    """Paths that are files or pipes, whatever their suffix, and the files with one of the suffixes in folders.
+    """Paths that are files or pipes, whatever their suffix, and files with one of the suffixes in folders; once each.
 
     Folders are searched recursively, through links too, and the files of each are sorted regardless of case. Hidden
     files are left out; of the others that are left out the number is printed. Broken links and folders that cannot be
@@ -48,7 +48,7 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], what: str
             found.append(path)
         else:
             raise error(f"{path}: {'a broken link' if path.is_symlink() else 'no such file or folder'}")
-    return found
+    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[Path]]:
@@ -80,13 +80,27 @@ def is_special(path: Path) -> bool:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name when the block ends; on an error an older file stays as it was."""
     path = Path(path)
-    if is_special(path):  # /dev/stdout too, which resolves to a name that cannot be opened
-        with path.open("wb") as device:
-            yield device
-        return
-    path = path.resolve()  # a symbolic link keeps pointing to the file
+    try:
+        if is_special(path):  # /dev/stdout too, which resolves to a name that cannot be opened
+            with path.open("wb") as device:
+                yield device
+        else:
+            with _replacing(path.resolve()) as file:  # a symbolic link keeps pointing to the file
+                yield file
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file of a temporary name that replaces the one of this path when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=_temporary(path.name), dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=_temporary(path.name), dir=path.parent)
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -94,11 +108,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's 0600 would lock out others who share the folder
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -107,11 +119,11 @@ def check_output_file(path: str | Path | None) -> None:
     if path and Path(path).is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is to be written", str(path))
     if path and not is_special(Path(path)):
-        check_output_folder(Path(path).resolve().parent, make=False)
+        check_output_folder(Path(path).resolve().parent)
 
 
-def check_output_folder(path: str | Path | None, make: bool = True) -> None:
-    """OSError where no file can be written into a folder, which is made. None is no path."""
+def check_output_folder(path: str | Path | None) -> None:
+    """OSError where no file can be written into a folder, which need not exist yet. None is no path."""
     if not path:
         return
     folder = Path(path)
@@ -124,8 +136,6 @@ def check_output_folder(path: str | Path | None, make: bool = True) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
-    if make:
-        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def finite(value: Any) -> Any:

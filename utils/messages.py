@@ -11,7 +11,8 @@ _said_once: set[str] = set()
 def print_error(path: str | Path, error: Exception | str) -> None:
     """Print one line on stderr that names the file and the cause."""
     text = str(error)
-    tqdm.write(f"error: {text}" if str(path) in text else f"error: {path}: {text}", file=sys.stderr)
+    named = text.startswith(f"{path}:") or f"'{path}'" in text  # as our errors do, and those of Python
+    tqdm.write(f"error: {text}" if named else f"error: {path}: {text}", file=sys.stderr)
 
 
 def print_note(path: str | Path, text: str, once: bool = False) -> None:

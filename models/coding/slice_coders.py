@@ -23,7 +23,7 @@ Surrogate = Callable[[Tensor], Tensor]
 Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
-# shipped weights, 40 was the best of 20, 40 and 60 (docs/method.md).
+# shipped weights, 40 was the best of 20 to 80 (docs/method.md).
 ERROR_BITS = 40.0
 AT_ONCE = 2**22  # positions whose symbols and rows are made at once, a multiple of portable.BLOCK
 
@@ -38,7 +38,8 @@ def ste_round(x: Tensor) -> Tensor:
 
 
 def likelihood_of_y(gaussian: GaussianConditional, values: Tensor, sigma: Tensor, mu: Tensor) -> Tensor:
-    """Likelihoods of values as they are: CompressAI's forward would round them or add noise."""
+    """Likelihoods of values of y as they are, in the shape that values, σ and μ share: CompressAI's forward would round
+    them or add noise."""
     return gaussian.likelihood_lower_bound(gaussian._likelihood(values, sigma, mu))
 
 
@@ -88,9 +89,8 @@ class Quantization:
         surrogate: replaces rounding in the likelihoods, so that they have gradients; those of the symbols are
             collected as well.
         choose: makes the symbols of y.
-        use_scale_table: use the σ of the row of the scale table that the published rule codes with, the next larger
-            one, as files nearly do (they choose the cheapest shift of the table, and tables that may be fitted to
-            symbols). Without it σ is used itself, as papers report.
+        use_scale_table: compute likelihoods with the σ of the table row that the published rule selects, the next
+            larger one, as files nearly do. Without it σ is used itself, as papers report.
     """
 
     noise: tuple[Tensor, Tensor] | None = None
@@ -100,7 +100,7 @@ class Quantization:
 
 
 class SliceEstimator:
-    """Collects the likelihoods of y `[B, M, h, w]`.
+    """Collects the likelihoods of y `[B, M, h, w]`, in num_slices slices.
 
     Attributes:
         likelihoods: one tensor `[B, M/S, h, w]` per slice.
@@ -156,7 +156,7 @@ class QuantizedLatents:
 
 
 class SliceEncoder:
-    """Collects of y `[B, M, h, w]`, slice by slice, the symbols and the rows that code them.
+    """Collects the symbols of y `[B, M, h, w]`, and the table rows that code them, slice by slice.
 
     They are made AT_ONCE positions at a time, to avoid waiting for a GPU in every slice, and to keep little of a large
     picture's symbols and σ.

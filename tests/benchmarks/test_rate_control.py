@@ -10,3 +10,11 @@ def test_every_mode_is_measured_and_a_cap_is_kept(varied_checkpoint, photos, cap
     assert all(mode in output.err for mode in rate_control.MODES)
     rows = json.loads(output.out)
     assert len(rows) == 6 and all(row["error"] <= 0 for row in rows if row["mode"] == "not above")
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(varied_checkpoint, photos, capsys):
+    (photos / "p1.png").write_bytes(b"broken")
+    pictures = [str(photos / f"p{i}.png") for i in range(2)]
+    rate_control.main(["-d", *pictures, "--checkpoint", varied_checkpoint, "--targets", "1"])
+    told = capsys.readouterr()
+    assert "1 pictures, 1 targets each" in told.out and "p1.png: cannot be read" in told.err

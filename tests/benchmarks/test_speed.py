@@ -1,9 +1,13 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from models.registry import from_preset
-from utils.benchmarks import speed
+from utils.benchmarks import decoding, rate_control, speed, training
 from utils.benchmarks.common import count_macs
 
 
@@ -12,6 +16,28 @@ def test_every_part_is_printed(capsys):
     output = capsys.readouterr().out
     for part in ("analysis + synthesis", "slices", "to bytes", "from bytes", "peak memory", "matrix product"):
         assert part in output
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (speed.main, ["--width", "0"]),
+        (speed.main, ["--threads", "-1"]),
+        (rate_control.main, ["--targets", "0"]),
+        (decoding.main, ["-l", "7"]),
+        (training.main, ["-bs", "1.5"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_in_a_line(main, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_usage_is_as_the_module_is_run():
+    command = [sys.executable, "-m", "utils.benchmarks.speed", "--help"]
+    told = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("usage: python -m utils.benchmarks.speed [")
 
 
 def test_operations_are_those_of_the_layers(capsys):

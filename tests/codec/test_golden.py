@@ -14,8 +14,7 @@ PICTURE, FILE = (Path(__file__).parent / name for name in ("golden.png", "golden
 
 
 def golden_file() -> bytes:
-    """FILE was written with this, by the code before its restructuring in November 2026; only the fingerprint in its
-    header is newer, since when max_support_slices = num_slices and num_slices − 1 are one network.
+    """FILE was written with this. Where its bytes change, files of before no longer decode.
 
     The picture was chosen so that no latent lies within 5e-4 of a rounding boundary and no σ within 3e-5 of one of the
     scale table: other processors, thread counts and memory formats give the same bytes.

@@ -139,7 +139,7 @@ def test_tiles_are_the_picture(monkeypatch):
 
 @pytest.mark.parametrize("height, width", [(1365, 2048), (4000, 6000), (1025, 16000), (2300, 2300)])
 def test_tiles_are_as_large_as_two_megapixels_allow(height, width):
-    """Of docs/rate_control.md: up to 1024×1024 pixels, and 128 more on every side that is not one of the picture."""
+    """docs/rate_control.md: up to 1024×1024 pixels, and 128 more on every side that is not one of the picture."""
     found = cut_tiles(height, width)
     padded = [len(range(0, side, 128)) * 128 for side in (height, width)]
     assert max(len(side) for tile in found for side in tile.sides) <= 1024

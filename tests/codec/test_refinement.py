@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from codec_vbr import describe
+from models import TCM_VBR
 from models.coding.slice_coders import Quantization
 from models.lambdas import index_to_lambda
+from tests.conftest import TINY
 from utils.checkpoint import load_model
 from utils.codec import encode as encode_module
 from utils.codec import refinement
@@ -126,7 +128,7 @@ def test_refinement_is_never_worse_and_what_it_says(varied, picture, method):
 
 @pytest.mark.parametrize("method", SURROGATES)
 def test_pictures_may_be_refined_in_threads(varied, picture, method):
-    """Of one model: the same files as one after the other, and no gradients in the weights."""
+    """One model makes the same files as one after the other, and its weights get no gradients."""
     pictures = [picture.roll(shift, 2) for shift in (0, 40, 80)]
     request = request_of(2.0, 3, method=method)
     expected = [encode(varied, one, request).data for one in pictures]
@@ -406,6 +408,15 @@ def test_one_pixel_is_refined(varied):
     result = encode(varied, image, request_of(0.5, 2))
     assert decode(varied, result.data).shape == (3, 1, 1) and result.refinement.loss_change <= 0
     assert math.isfinite(result.refinement.steps[-1].loss)
+
+
+def test_weights_without_gradients_are_refused_in_a_line(varied, picture):
+    with torch.inference_mode():
+        model = TCM_VBR(**TINY).eval()
+        model.load_state_dict(varied.state_dict())
+    assert encode(model, picture, EncodeRequest(2.0)).data
+    with pytest.raises(ValueError, match="loaded inside torch.inference_mode"):
+        encode(model, picture, request_of(2.0, 1))
 
 
 def test_only_the_original_pixels_count(varied, picture):

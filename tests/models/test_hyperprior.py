@@ -107,7 +107,7 @@ def test_the_start_is_the_projection_onto_the_kept_vectors(patches, means):  # n
 
 @pytest.mark.parametrize("means", [False, True])
 def test_laes_alone_make_weights_of_one_rate_variable_rate(means, tmp_path):
-    """On the photographs of ../shared/data, docs/training.md has what comes of it in half an hour."""
+    """docs/training.md has what comes of longer training on many photographs."""
     pictures = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
     tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
     for i, picture in enumerate(tensors):

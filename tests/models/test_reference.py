@@ -86,7 +86,7 @@ def test_reference_cases_on_kodak():
 
 
 def golden_numbers() -> dict:
-    """Of the golden model on a synthetic picture."""
+    """What the golden model makes of a synthetic picture."""
     model, random = golden_model()
     x = torch.from_numpy(random.uniform(size=(1, 3, 128, 128))).float()
     with torch.no_grad():

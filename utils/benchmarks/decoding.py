@@ -26,6 +26,7 @@ from models.coding.side_info import DecodingError
 from models.coding.slice_coders import QuantizedLatents
 from utils import cli
 from utils.checkpoint import load_model
+from utils.cli.encoding_arguments import rate_index
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.bitstream import unpack
 from utils.codec.decode import decode
@@ -40,8 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
-    add("-l", "--index", nargs="+", type=float, default=[0, 2.5, 5], metavar="L", help="rate indexes")
-    add("--crop", type=int, metavar="N", help="the middle N×N pixels of the pictures (default: all of them)")
+    add("-l", "--index", nargs="+", type=rate_index, default=[0, 2.5, 5], metavar="L", help="rate indexes")
+    add("--crop", type=cli.positive, metavar="N", help="the middle N×N pixels of the pictures (default: all of them)")
     add("--compile", action="store_true", help="torch.compile too: minutes, for every size of picture")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="weights")
     add("--json", metavar="FILE", help="write the figures; - is standard output")

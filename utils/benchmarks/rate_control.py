@@ -22,9 +22,8 @@ from utils.codec.quality_map import QualityMap
 from utils.codec.rate_control import RateController
 from utils.codec.request import EncodeRequest, Target
 from utils.device import clock, pick_device, timed
-from utils.evaluation.results import short_names
+from utils.evaluation.evaluate import for_each
 from utils.files import BUNDLED, json_output
-from utils.images import read_image
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
@@ -35,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
-    add("--targets", type=int, default=5, metavar="N", help="targets per picture and mode")
+    add("--targets", type=cli.positive, default=5, metavar="N", help="targets per picture and mode")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--json", metavar="FILE", help="write every target, size and time; - is standard output")
     add_map_arguments(parser)
@@ -76,12 +75,15 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
     model = load_model(args.checkpoint, device, variable_rate=True)
     print_weights(args.checkpoint)
     model.prepare()
-    names = short_names(paths)
-    rows = []
-    for path in tqdm(paths, unit="image", disable=None):
-        image = read_image(path).to(device)
-        quality_map = map_of_arguments(args, *image.shape[1:])
-        rows += measure(model, names[path], image, targets=args.targets, quality_map=quality_map)
+
+    def work(name: str, image: Tensor, targets: int) -> list[dict]:
+        return measure(model, name, image, targets, quality_map=map_of_arguments(args, *image.shape[1:]))
+
+    each = for_each(paths, [args.targets], device=device, work=work)
+    found = [rows for _, _, rows in tqdm(each, total=len(paths), unit="image", disable=None) if rows]
+    rows = [row for rows in found for row in rows]
+    if not rows:
+        raise cli.UserError("none of the pictures could be measured")
     print(f"{'mode':<15} mean |error| %  worst % highest % trials seconds trial/encode")
     for mode in MODES:
         chosen = [row for row in rows if row["mode"] == mode]
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
         trials, seconds = (statistics.mean(row[key] for row in chosen) for key in ("trials", "seconds"))
         share = statistics.median(row["trial_seconds"] / row["encode_seconds"] for row in chosen)
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")
-    print(f"{len(paths)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
+    print(f"{len(found)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
     write_json(rows)
 
 

@@ -21,7 +21,6 @@ from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_pr
 from utils.benchmarks.decoding import predict
 from utils.checkpoint import load_model
 from utils.device import pick_device
-from utils.errors import UserError
 from utils.images import pad
 from utils.messages import print_weights
 
@@ -31,10 +30,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture")
     add("--checkpoint", metavar="FILE", help="weights, in place of random ones of the preset")
-    add("--width", type=int, default=768, metavar="W", help="of the image, in pixels")
-    add("--height", type=int, default=512, metavar="H", help="of the image, in pixels")
-    add("--runs", type=int, default=5, metavar="R", help="timed runs; the median is printed")
-    add("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
+    add("--width", type=cli.positive, default=768, metavar="W", help="width of the picture in pixels")
+    add("--height", type=cli.positive, default=512, metavar="H", help="height of the picture in pixels")
+    add("--runs", type=cli.positive, default=5, metavar="R", help="timed runs; the median is printed")
+    add("--threads", type=cli.positive, metavar="T", help="CPU threads (default: as many as PyTorch chooses)")
     cli.add_device_argument(parser)
     return parser.parse_args(argv)
 
@@ -42,8 +41,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.runs < 1:
-        raise UserError("--runs must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("out", metavar="DIR", help="folder for the pictures")
     add("-d", "--data", nargs="+", metavar="PICTURE", help="photograph to change (default: one of scikit-image's)")
-    add("--seed", type=cli.whole_number, default=0, help="of what is drawn")
+    add("--seed", type=cli.whole_number, default=0, help="seed of what is drawn")
     return parser.parse_args(argv)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from models import STRIDE
 from models.registry import PRESETS, from_preset
 from utils import cli
 from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_product, median_seconds, peak_of, waits
@@ -32,11 +33,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="small", help="architecture")
-    add("-bs", "--batch-size", type=int, default=8, metavar="B", help="patches per step")
-    add("--patch-size", type=int, default=256, metavar="N", help="side of a patch, a multiple of 128")
+    add("-bs", "--batch-size", type=cli.positive, default=8, metavar="B", help="patches per step")
+    add("--patch-size", type=cli.positive, default=256, metavar="N", help="side of a patch, a multiple of 128")
     add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--runs", type=int, default=5, metavar="R", help="timed runs, after two to warm up; the median is printed")
+    add("--runs", type=cli.positive, default=5, metavar="R", help="timed runs; the median is printed")
     cli.add_device_argument(parser)
     return parser.parse_args(argv)
 
@@ -51,7 +52,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     sides = (3, 2 * args.patch_size, 2 * args.patch_size)
     cache = {i: torch.randint(256, sides, dtype=torch.uint8, device=context.device) for i in range(PHOTOGRAPHS)}
     dataset = PatchDataset([Path(str(i)) for i in cache], size, settings.seed, cache=cache)
-    trainer = Trainer(objective, dataset, folder, context=context)
+    trainer = Trainer(objective, dataset, folder, context=context, validation=())
     if args.compile:
         compile_networks(objective.model)
     return trainer
@@ -59,8 +60,8 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if min(args.runs, args.batch_size) < 1 or args.patch_size < 128 or args.patch_size % 128:
-        raise UserError("--runs and --batch-size must be at least 1, and --patch-size a multiple of 128")
+    if args.patch_size % STRIDE:
+        raise UserError(f"--patch-size must be a multiple of {STRIDE}, not {args.patch_size}")
     torch.manual_seed(0)
     choose_kernels_for_training()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,8 +23,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose description is the first paragraph of a module's docstring."""
-    return argparse.ArgumentParser(description=docstring.split("\n\n")[0], formatter_class=HelpFormatter)
+    """A parser whose description is the first paragraph of a module's docstring; its usage is as the module is run."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    name = module and f"python -m {module.name.removesuffix('.__main__')}"
+    return argparse.ArgumentParser(name, description=docstring.split("\n\n")[0], formatter_class=HelpFormatter)
 
 
 class _WithoutMeaning(argparse.Action):
@@ -44,6 +46,17 @@ def whole_number(text: str) -> int:
     if value != int(value):
         raise ValueError
     return int(value)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = whole_number(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return value
 
 
 def add_device_argument(parser: argparse.ArgumentParser, published: bool = False) -> None:

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from models.lambdas import LADDER, MAX_INDEX
+from utils import cli
 from utils.codec.request import METHODS, EncodeRequest, RefinementSettings
 from utils.messages import print_note
 
@@ -26,6 +27,8 @@ def rate_index(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+    if not 0 <= value <= MAX_INDEX:
+        raise argparse.ArgumentTypeError(f"an index must lie in [0, {MAX_INDEX:g}], not {text}")
     if value in LADDER:
         print_note(f"-l {text}", f"is a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
     return value
@@ -38,14 +41,14 @@ def add_request_arguments(parser: argparse.ArgumentParser, several: bool, steps:
     group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
     group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
     group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
-    parser.add_argument("--trials", type=int, default=3, metavar="N", help="with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass")
+    parser.add_argument("--trials", type=cli.positive, metavar="N", help=f"with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass (default: {EncodeRequest.max_trials})")
 
     add = parser.add_argument
     methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())
     add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")
-    add("--method", choices=METHODS, default=RefinementSettings.method, help=methods)
+    add("--method", choices=METHODS, help=f"of the refinement, with its learning rate. {methods} (default: {RefinementSettings.method})")
     add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
-    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target (default: the method's, in brackets)")
+    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, × 0.6 with a target or --keep-rate (default: the method's, in brackets)")
     add_nearest_argument(parser)
 
 
@@ -60,8 +63,8 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask", dest="region", metavar="PICTURE", help="a region with an index of its own: white in a picture of the same size; gray is in between. It is as exact as cells of 64×64 pixels")
     group.add_argument("--roi", metavar="X,Y,W,H", type=parse_box, action="append", help="the same as a rectangle in pixels, from the upper left corner; may be repeated")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--mask-index", dest="region_index", type=float, metavar="INDEX", help="index of the region; -l is that of the rest, and a target is met by the rest")
-    group.add_argument("--mask-weight", dest="region_weight", type=float, metavar="STEPS", help="instead, how far the region's index lies above that of the rest; a target moves both")
+    group.add_argument("--mask-index", dest="region_index", type=rate_index, metavar="INDEX", help="index of the region; the rest has the index of the file")
+    group.add_argument("--mask-weight", dest="region_weight", type=float, metavar="OFFSET", help="instead, how far the region's index lies above that of the rest; a target moves both")
 
 
 def parse_box(text: str) -> tuple[int, int, int, int]:
@@ -81,8 +84,6 @@ def check_map_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     rate = (args.region_index, args.region_weight)
     if bool(region) != (rate != (None, None)):
         parser.error("a region needs --mask or --roi, and --mask-index or --mask-weight")
-    if args.region_index is not None and not 0 <= args.region_index <= MAX_INDEX:
-        parser.error(f"--mask-index: must lie in [0, {MAX_INDEX:g}], not {args.region_index:g}")
     if args.region_weight is not None and not 0 < abs(args.region_weight) <= MAX_INDEX:
         parser.error(f"--mask-weight: must lie within ±{MAX_INDEX:g} and not be 0, not {args.region_weight:g}")
 
@@ -110,21 +111,23 @@ def make_request(parser: argparse.ArgumentParser, args: argparse.Namespace, inde
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')}: must be positive, not {value:g}")
-    if args.steps < 0 or args.trials < 1:
-        parser.error("-t must be 0 or more, --trials 1 or more")
-    if args.step_size is not None and not args.steps:
-        parser.error("--step-size needs -t: no steps, no refinement")
+    if args.steps < 0:
+        parser.error("-t must be 0 or more")
+    for flag, value in (("--step-size", args.step_size), ("--method", args.method)):
+        if value is not None and not args.steps:
+            parser.error(f"{flag} needs -t: no steps, no refinement")
     targets = dict(bpp=args.target_bpp, bytes=args.target_bytes, max_bytes=args.max_bytes)
     has_target = any(value is not None for value in targets.values())
     if has_target and index is not None:
         parser.error("-l and a target exclude each other: a target is met by the index that it needs")
+    if args.trials is not None and not has_target:
+        parser.error("--trials needs a target: an index is encoded at once")
     if index is None and not has_target:
         index = 2.5
     if args.keep_rate and (not args.steps or has_target):
         parser.error("--keep-rate needs -t, and no target, which is a rate to keep itself")
-    if index is not None and not 0 <= index <= MAX_INDEX:
-        parser.error(f"-l: index must lie in [0, {MAX_INDEX:g}], not {index:g}")
-    refinement = RefinementSettings(args.steps, args.method, args.step_size)
+    refinement = RefinementSettings(args.steps, args.method or RefinementSettings.method, args.step_size)
     return EncodeRequest(
-        index, **targets, max_trials=args.trials, refinement=refinement, keep_rate=args.keep_rate, nearest=args.nearest
+        index, **targets, max_trials=args.trials or EncodeRequest.max_trials, refinement=refinement,
+        keep_rate=args.keep_rate, nearest=args.nearest,
     )

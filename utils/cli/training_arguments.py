@@ -36,8 +36,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--max-steps", type=int, default=0, metavar="S", help="steps")
     add("--max-minutes", type=float, default=0, metavar="T", help="minutes of training steps (validation comes on top)")
 
-    add("--last-part", dest="last_share", type=float, default=Settings.last_share, metavar="P", help="share of the budget, at its end, for other patches: with a quarter of the peak learning rate, which then falls to zero, without --balance, and alone with --map-share")
-    add("--last-patch-size", type=int, nargs="+", default=[256, 256], metavar="N", help="their height and width, or one side")
+    add("--last-part", dest="last_share", type=float, default=Settings.last_share, metavar="P", help="share of the budget, at its end, for other patches: with a quarter of the peak learning rate, which then falls to zero, without --balance; the maps of --map-share are drawn in this part alone")
+    add("--last-patch-size", type=int, nargs="+", metavar="N", help="their height and width, or one side (default: {})".format(" ".join(map(str, Settings.last_patch_size))))
     add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: as many pixels as before, but at most --batch-size patches)")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -49,9 +49,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
     add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at; 0 is no clipping")
     add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
-    add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value); the entropy models stay in float32")
+    add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value); likelihoods stay in float32")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=cli.whole_number, default=Settings.seed, help="of weights, order, crops, rates and noise")
+    add("--seed", type=cli.whole_number, default=Settings.seed, help="seed of weights, order, crops, rates and noise")
 
     run = parser.add_argument_group("run")
     add = run.add_argument
@@ -87,6 +87,10 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         raise UserError(f"--last-part must lie in [0, 1), not {args.last_share:g}")
     if args.last_share and args.schedule != "cosine":
         raise UserError("--last-part needs --schedule cosine")
+    for name in ("last_patch_size", "last_batch_size"):
+        if getattr(args, name) is not None and not args.last_share:
+            raise UserError(f"--{name.replace('_', '-')} is of --last-part, which is 0")
+    args.last_patch_size = args.last_patch_size or [*Settings.last_patch_size]
     for name in ("patch_size", "last_patch_size"):
         sides = getattr(args, name)
         if len(sides) > 2:
@@ -107,12 +111,13 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
         args.num_workers = default_workers()
     if args.seed < 0 or args.num_workers < 0:
         raise UserError("--seed and --num-workers must not be negative")
-    check_output_folder(args.save_path, make=False)
+    check_output_folder(args.save_path)
     last = Path(args.save_path) / "last.pth.tar"
     if args.resume and not last.is_file():
         raise UserError(f"{last}: nothing to resume")
     if not args.resume and last.exists():
-        raise UserError(f"{last}: a run is already there; --resume it or choose another --save_path")
+        way = "--resume it or choose" if budget else "choose"
+        raise UserError(f"{last}: a run is already there; {way} another --save_path")
 
 
 def default_workers() -> int:

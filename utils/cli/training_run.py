@@ -29,8 +29,10 @@ def train(
     make_objective: Callable[[argparse.Namespace, Settings, DistContext, dict | None], tuple[Objective, list[dict]]],
     start: Callable[[Codec, PatchDataset], dict] | None = None,
     result: str = "weights for use",
-) -> None:
+) -> int:
     """Read the photographs, make the objective, train it, and print the path of the weights.
+
+    Returns the exit status: that of the signal which ended one process before its budget, else 0.
 
     Args:
         args: as `check_run_arguments` left them.
@@ -41,7 +43,6 @@ def train(
     """
     context = DistContext.from_environment(args.device)
     folder = Path(args.save_path)
-    folder.mkdir(parents=True, exist_ok=True)  # an error here comes before any work
     torch.manual_seed(args.seed)
     choose_kernels_for_training()
     size = args.patch_size
@@ -105,6 +106,8 @@ def train(
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
         print(f"{result}: {weights}{older}")
+    # torchrun ends its processes by a signal itself, and takes another status than 0 for a fault.
+    return 128 + trainer.signal if trainer.signal and not trainer.finished and context.world_size == 1 else 0
 
 
 def take_over(args: argparse.Namespace, state: dict, world_size: int) -> None:

@@ -29,13 +29,11 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
-        model = cls(**state["arguments"])
+        model = new_model(args) if args.preset or args.N else cls(**state["arguments"])
+        if type(model) is not cls or model.arguments != state["arguments"]:
+            raise UserError(f"{args.save_path}: holds a run of another network than --preset and --N ask for")
     elif args.checkpoint is None:
-        changes = {"N": args.N} if args.N else {}
-        try:
-            model = from_preset(args.preset, variable=not args.lmbda, **changes)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--preset {args.preset}: {error}") from None
+        model = new_model(args)
     else:
         checkpoint = read_checkpoint(args.checkpoint)
         start = build_model(checkpoint, args.checkpoint)
@@ -52,6 +50,15 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
     model.metric = args.type
     return model, history
+
+
+def new_model(args: argparse.Namespace) -> Codec:
+    """A model of --preset and --N, with random weights. UserError where they do not fit together."""
+    preset = args.preset or ("full" if args.N else "small")
+    try:
+        return from_preset(preset, variable=not args.lmbda, **({"N": args.N} if args.N else {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--preset {preset}: {error}") from None
 
 
 def read_teachers(folder: str, ladder: tuple[float, ...], student: Codec) -> list[Codec]:

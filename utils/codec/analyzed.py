@@ -51,6 +51,9 @@ class AnalyzedImage:
 
     Args:
         nearest: as in `EncodeRequest`.
+
+    Raises:
+        ValueError: the map is of a picture of another size.
     """
 
     @torch.no_grad()
@@ -89,7 +92,7 @@ class AnalyzedImage:
         return y, self.model.h_a(y)
 
     def quantize(self, index: float | None, last: bool = False, complete: bool = False) -> TrialEncode:
-        """The picture's symbols at an index. No analysis, synthesis or entropy coding: a third of an encode.
+        """The picture's symbols at an index. No analysis, synthesis or entropy coding: about 0.4 of an encode.
 
         last, complete: as in `latents` and in `Codec.quantize`.
         """

@@ -109,6 +109,8 @@ def encode(
     variable = isinstance(model, VariableRate)
     if request.needs_variable_rate and not variable:
         raise UserError("fixed-rate weights: targets, refinement and maps need variable-rate weights")
+    if request.refinement.steps and model.entropy_bottleneck.quantiles.is_inference():
+        raise ValueError("refinement needs gradients, and weights loaded inside torch.inference_mode() have none")
     if variable and request.index is None and not request.has_target:
         raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)
@@ -136,7 +138,7 @@ def encode(
     note = ""
     if target is not None:
         if not target.allows(found.bits):
-            raise UnreachableError(found)
+            raise UnreachableError(found, request.refinement.steps)
         error, note = _target_error(target, found, unrefined=first.bits, pixels=analyzed.pixels, reach=controller.reach)
     return EncodeResult(
         data=found.data, index=found.index, trials=max(0, controller.trials - 1),

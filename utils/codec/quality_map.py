@@ -60,8 +60,12 @@ class QualityMap:
     def from_region(cls, region: np.ndarray, index: float | None = None, above: float | None = None) -> "QualityMap":
         """The map of a region as a mask `[H, W]` in [0, 1], as large as the picture: a cell has its pixels' maximum.
 
+        Args:
+            index: the region's index; or
+            above: how far it lies above that of the file.
+
         Raises:
-            ValueError: the mask is empty, or has one value everywhere.
+            ValueError: the mask is empty, or has one value everywhere; or not exactly one of both is given.
         """
         if not (region.min() >= 0 and region.max() <= 1):
             raise ValueError(f"a mask has values in [0, 1], not {region.min():g} to {region.max():g}")

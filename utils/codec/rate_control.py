@@ -21,10 +21,11 @@ EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far of
 
 
 class UnreachableError(ValueError):
-    """No file of this picture is as small as the cap. Carries the smallest."""
+    """No file of this picture is as small as the cap. Carries the smallest, of so many steps of refinement."""
 
-    def __init__(self, smallest: CodedTrial) -> None:
-        super().__init__(f"the smallest file of this picture has {len(smallest.data)} bytes")
+    def __init__(self, smallest: CodedTrial, steps: int = 0) -> None:
+        refined = f", refined in {steps} steps," if steps else ""
+        super().__init__(f"the smallest file of this picture{refined} has {len(smallest.data)} bytes")
         self.smallest = smallest
 
 

@@ -160,7 +160,7 @@ class RateModel:
 
     @torch.no_grad()
     def scaled(self, index: float, in_place: bool = False) -> Tensor:
-        """The latent that is coded, y · m `[1, M, h, w]`; in place of y, the model is of no use any more."""
+        """The latent that is coded, y · m `[1, M, h, w]`. With in_place it overwrites y, and ends the model's use."""
         bands = ((here, self.y[:, :, here] * log_m.exp()) for here, log_m in self.log_m(index))
         if not in_place:
             return gather((band for _, band in bands), self.y.shape[2])

@@ -100,7 +100,13 @@ class RateConstraint:
 
     @classmethod
     def of_target(cls, target: Target, start: CodedTrial, pixels: int) -> "RateConstraint":
-        """For a target. Under a cap the rate is just below it, as files differ from the estimates by some bytes."""
+        """The constraint of a target. Under a cap the rate is just below it, as files differ from estimates by some
+        bytes.
+
+        Args:
+            start: the file before refinement.
+            pixels: number of them in the picture.
+        """
         if not target.cap:
             return cls(target.bits / pixels)
         far_below = start.index == MAX_INDEX and start.bits < target.bits * (1 - FAR_BELOW_CAP)
@@ -130,6 +136,10 @@ def refine(
     target: Target | None = None, on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[tuple[TrialEncode, Step]], list[Step]]:
     """Refine the latents of a file; with a target, at its rate.
+
+    Args:
+        start: the file, of this picture.
+        on_step: called with every step.
 
     Returns:
         Candidates that may be better than `start`, each with the step it comes from; and every step.

@@ -41,7 +41,14 @@ def _check_whole(value: object, name: str) -> None:
 
 @dataclass(frozen=True)
 class RefinementSettings:
-    """Steps of one of METHODS, at the learning rate of the method where none is given."""
+    """How latents are refined. ValueError where a value cannot be.
+
+    Attributes:
+        steps: of the descent; 0 is none.
+        method: one of METHODS.
+        learning_rate: of the first step; None for the method's.
+        seed: of the noise of the methods that have some.
+    """
 
     steps: int = 20
     method: str = "sgd"

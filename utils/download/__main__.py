@@ -31,7 +31,6 @@ SETS = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.prog = "python -m utils.download"
     add = parser.add_argument
     add("what", choices=SETS, metavar="WHAT", help="; ".join(f"{name}: {text}" for name, text in SETS.items()))
     add("--out", type=Path, metavar="DIR", help=f"folder (default: data/WHAT, and {BUNDLED.parent.name} for weights)")

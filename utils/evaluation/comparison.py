@@ -167,7 +167,7 @@ def published() -> list[dict]:
 
 
 def least_losses(codec: dict, metric: str) -> list[float] | None:
-    """For each λ of the ladder the least over a codec's rates of λ · D + bpp, means over pictures; needs no overlap.
+    """The least λ · D + bpp over a codec's rates, for each λ of the ladder; bpp and D are means over the pictures.
 
     None where D is not known, or where regions have another λ than the rest.
     """

@@ -39,7 +39,7 @@ def for_each(
     Args:
         jobs: rates, or whatever else `work` takes.
         work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
-            ValueError: sides or latents that the file format cannot hold, or no room in memory.
+            ValueError: sides or latents that the file format cannot hold, or no room in memory; or by an OSError.
         names: short names of the pictures (default: those that are short among `paths`).
     """
     names = names or short_names(paths)
@@ -56,7 +56,7 @@ def for_each(
                     raise image
                 with out_of_memory_as_value_error():
                     result = work(names[path], image.to(device), job)
-            except (ImageError, ValueError) as error:
+            except (ImageError, OSError, ValueError) as error:
                 if path not in failed:
                     print_error(path, error)
                 failed.add(path)
@@ -65,7 +65,7 @@ def for_each(
 
 def measure_all(
     paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
-    work: Callable[[str, Tensor, J], T], title: str,
+    work: Callable[[str, Tensor, J], T], title: str, tell: Callable[[T], None] | None = None,
 ) -> tuple[list[T], int]:
     """The values of `work` for every picture by every job, in this order, and how many pictures failed.
 
@@ -74,6 +74,7 @@ def measure_all(
     Args:
         work: as that of `for_each`; it must return what can be pickled.
         title: what the progress bar is called.
+        tell: called with each value of this process as soon as it is there.
 
     Raises:
         UserError: another process has ended.
@@ -82,7 +83,11 @@ def measure_all(
     number = len(jobs)
     each = for_each(mine, jobs, device=device, work=work, names=short_names(paths))
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
-    values = [value for _, _, value in bar]
+    values = []
+    for _, _, value in bar:
+        values.append(value)
+        if tell and value is not None:
+            tell(value)
     own = [[v for v in values[i * number : (i + 1) * number] if v is not None] for i in range(len(mine))]
     pictures = context.join(own)
     return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)

@@ -8,11 +8,12 @@ change, which every checkpoint has: networks, latents, decoder and file format s
 (docs/method.md).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from compressai.entropy_models import GaussianConditional
 from torch import Tensor
+from tqdm import tqdm
 
 from models import Codec, VariableRate
 from models.coding.tables import rounded_gaussians
@@ -45,7 +46,7 @@ def fit_tables(model: Codec, patches: Iterable[Tensor], indexes: Sequence[float 
     gaussian = model.gaussian_conditional
     reach = -int(gaussian.offset.min())
     counts = torch.zeros(len(gaussian.scale_table), 2 * reach + 1, dtype=torch.float64)
-    for batch in patches:
+    for batch in tqdm(patches, desc="fitting coding tables", unit="batch", leave=False, disable=None):
         features = model.features(batch.to(model.medians.device).float() / 255)
         for index in indexes:
             y, _ = model.modulate(features, model.resolve_index(index, len(batch)))
@@ -96,11 +97,11 @@ def quantized_cdf(gaussian: GaussianConditional, probabilities: Tensor) -> Tenso
     return gaussian._pmf_to_cdf(rows.float(), beyond.float(), pmf_length=2 * halves + 1, max_length=longest)
 
 
-def first_batches(dataset: PatchDataset, trained_on: int = 0) -> Iterator[Tensor]:
+def first_batches(dataset: PatchDataset, trained_on: int = 0) -> list[Tensor]:
     """The first patches of a run, at most PATCHES; after a short run no more than it has used."""
     count = min(PATCHES, trained_on or PATCHES)
-    for start in range(0, count, BATCH):
-        yield torch.cat([dataset[position].patches for position in range(start, min(start + BATCH, count))])
+    starts = range(0, count, BATCH)
+    return [torch.cat([dataset[i].patches for i in range(start, min(start + BATCH, count))]) for start in starts]
 
 
 def refit(weights: str, folders: list[str], size: tuple[int, int], seed: int, device: str) -> dict:

@@ -6,6 +6,7 @@ from torch import Tensor
 from models import TCM, Codec
 from models.lambdas import LADDER
 from models.latent_map import TCM_Mapped
+from models.state_dict import digest
 from utils.checkpoint import CheckpointError, build_model, read_checkpoint, trained_lambda
 from utils.errors import UserError
 from utils.training.objectives import FixedRateObjective, Noise
@@ -32,6 +33,8 @@ class LatentMapObjective(FixedRateObjective):
         model.map.requires_grad_(True)
         self.low = low.requires_grad_(False)
         self.frozen = [model.g_a, low.g_a]
+        high = {name: value for name, value in model.state_dict().items() if not name.startswith("map.")}
+        self._codecs = {"high": digest(high).hex(), "low": digest(low.state_dict()).hex()}
 
     def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
         with self.autocasting(x):
@@ -55,7 +58,7 @@ class LatentMapObjective(FixedRateObjective):
         return values | dict(zip(("back_db", "to_low_db", "unmapped_db"), decibels, strict=True)), x_hat
 
     def describe(self) -> dict:
-        return super().describe() | {"contextual": self.model.contextual}
+        return super().describe() | self._codecs | {"contextual": self.model.contextual}
 
 
 def make_objective(

@@ -10,6 +10,7 @@ from models.coding.slice_coders import Quantization
 from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
 from models.large.bands import multiple
 from models.large.memory import send
+from models.state_dict import digest
 from utils.codec.quality_map import pixel_weights
 from utils.metrics import bits, psnr_of_mse, rate_distortion
 from utils.training.maps import draw_maps
@@ -112,7 +113,7 @@ class Objective(nn.Module):
         return self
 
     def describe(self) -> dict:
-        """For the training record."""
+        """Entries of the training record, which a run that is resumed must have too."""
         return {"stage": self.stage, "metric": self.metric}
 
 
@@ -140,7 +141,9 @@ class EntropyObjective(Objective):
     """The entropy model alone learns to spend fewer bits on latents that do not change.
 
     Analysis, LAEs and synthesis are frozen, and so are the `lrp_transforms`: without distortion in the loss they would
-    change ŷ only to save bits. The latents are computed once and kept, in float16: a step costs a third of a joint one.
+    change ŷ only to save bits. (After a joint stage ŷ drifts all the same, as what goes into them is trained: a small
+    learning rate, and another joint stage, are then in place.) The latents are computed once and kept, in float16: a
+    step costs a third of a joint one.
 
     Args:
         rates: the objective that gives the model and the rates.
@@ -197,6 +200,7 @@ class LAEObjective(Objective):
     def __init__(self, model: VariableRate, settings: Settings | None = None) -> None:
         super().__init__(model, settings)
         model.requires_grad_(False)
+        self.frozen = [model.g_a, model.g_s]
         self.laes = [model.modnet_ga.requires_grad_(True), model.modnet_gs.requires_grad_(True)]
 
 
@@ -214,7 +218,8 @@ class StaticObjective(LAEObjective):
     def __init__(self, model: VariableRate, teachers: Sequence[Codec], settings: Settings | None = None) -> None:
         super().__init__(model, settings)
         self.teachers = nn.ModuleList(teacher.g_a for teacher in teachers).requires_grad_(False)
-        self.frozen = [self.teachers]
+        self.frozen += [self.teachers]
+        self._taught_by = digest(self.teachers.state_dict()).hex()
 
     def index(self, rate_uniform: Tensor) -> Tensor:
         return (rate_uniform * len(self.teachers)).floor()
@@ -230,6 +235,9 @@ class StaticObjective(LAEObjective):
         norms = sum(torch.linalg.vector_norm(p) for lae in self.laes for p in lae.parameters())
         total = self.weighted(losses["loss"], lmbda) + self.latent_weight * latent + self.norm_weight * norms
         return {"total": total, "latent MSE": latent, "norms": norms, **_means(losses)}
+
+    def describe(self) -> dict:
+        return super().describe() | {"teachers": self._taught_by}
 
     def _teacher_latents(self, x: Tensor, index: Tensor) -> Tensor:
         """The latent of each sample by the teacher of its λ."""

@@ -108,7 +108,8 @@ class PatchDataset(Dataset):
                     random = np.random.default_rng((self.seed, position))
                 # Multiples of the golden ratio spread the rates of every batch evenly. The loss differs fourfold
                 # between rates, so rates drawn at random would be noise in the gradient.
-                spread = (position + 1) * GOLDEN + lap * 2**0.5  # a patch that comes again has another rate
+                # A patch that comes again has another rate, and so has every seed.
+                spread = (position + 1) * GOLDEN + lap * 2**0.5 + self.seed * 3**0.5 % 1
                 uniform = torch.tensor([min(spread % 1, 1 - 2**-24)])  # float32 would round up to 1
                 return Batch(patch[None], uniform, seeds=[int(random.integers(2**62))], keys=[key], unusable=unusable)
             unusable.append(image)
@@ -122,7 +123,7 @@ class PatchDataset(Dataset):
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))
         if self._pass[0] != epoch:
-            self._pass = epoch, np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.paths))
+            self._pass = epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.paths))
         return int(self._pass[1][place])
 
 

@@ -33,7 +33,7 @@ class Settings:
     ema: float = 0.999
     validate_minutes: float = 15
     save_minutes: float = 5
-    amp: str | None = None  # "bf16" or "fp16" autocast; the entropy models stay in float32
+    amp: str | None = None  # "bf16" or "fp16" autocast; likelihoods stay in float32
     seed: int = 0
     checkpoint: str | None = ""  # whose weights the run began with; None: new ones; empty: not recorded
     trained_on: str = ""  # photographs, in words

@@ -78,14 +78,14 @@ class Trainer:
     Args:
         objective: on its device, with the settings of the run.
         folder: where the run is kept.
-        validation: photographs, uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
+        validation: photographs, at least one, uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
         workers: processes that read photographs which are not cached.
         history: training records of the weights at the start.
     """
 
     def __init__(
         self, objective: Objective, dataset: PatchDataset, folder: Path, context: DistContext,
-        validation: Sequence[Tensor] = (), workers: int = 0, history: Sequence[dict] = (),
+        validation: Sequence[Tensor], workers: int = 0, history: Sequence[dict] = (),
     ) -> None:
         self.objective = objective
         self.model = objective.model
@@ -120,6 +120,7 @@ class Trainer:
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
         self.unusable = {told for told in self.dataset.cache.values() if isinstance(told, str)}
         self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
+        self.signal = 0  # by which it was asked
         self.writer: SummaryWriter | None = None
         objective.train()
 
@@ -257,6 +258,7 @@ class Trainer:
                 self.lap = time.monotonic()
             bar.close()
             self.save()  # first: what follows may be interrupted
+            self._print("validating the weights, and fitting their coding tables")
             self.validate(last=True)
 
     @contextlib.contextmanager
@@ -384,6 +386,7 @@ class Trainer:
 
         def handle(number: int, frame: object) -> None:
             self.stop = True
+            self.signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def go_on(number: int, frame: object) -> None:
@@ -435,12 +438,14 @@ class Trainer:
         """Continue from a state (`read_run` of this folder) as if the run had not been interrupted.
 
         Raises:
-            UserError: it is of another stage.
+            UserError: it is of another stage, or has other teachers.
         """
         theirs = state["objective"]
         ours = self.objective.describe()
         if theirs != ours:
-            raise UserError(f"{self.folder} holds a run of {theirs}, not of {ours}")
+            keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+            told = "; ".join(f"{key} {theirs.get(key, '(none)')}, not {ours.get(key, '(none)')}" for key in keys)
+            raise UserError(f"{self.folder} holds another run: {told}")
         for name, value in asdict(self.settings).items():
             before = state["settings"].get(name, value)  # a run of an older version has not all of them
             if before != value:

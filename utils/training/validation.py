@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from models import Codec, VariableRate
 from utils.distributed import DistContext
@@ -30,7 +31,9 @@ def validate(
     model.eval()
     rows: dict[tuple[int, int], dict[str, float]] = {}  # by photograph and rate
     pictures: dict[str, Tensor] = {}
-    for number in range(context.rank, len(photographs), context.world_size):
+    numbers = range(context.rank, len(photographs), context.world_size)
+    hidden = None if context.is_main else True
+    for number in tqdm(numbers, desc="validating", unit="picture", leave=False, disable=hidden):
         if canceled():
             return None
         x = to_float(photographs[number]).to(context.device)

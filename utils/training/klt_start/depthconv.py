@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import DepthConv
-from models.depthconv import CELL
+from models.depthconv import PATCH
 from utils.training.klt_start.common import klt, least_squares, rounded_latents, zero
 
 WHITENING = 0.5  # between the two, channels are divided by their deviation to this power, so that weak ones are heard
@@ -13,14 +13,14 @@ WHITENING = 0.5  # between the two, channels are divided by their deviation to t
 def write(model: DepthConv, x: Tensor, scale: float, wiener: bool) -> list[Tensor]:
     """Write the start into a model whose LAEs have theirs; arguments and result as `klt_start` says."""
     color = x.mean((0, 2, 3))
-    fine_blocks = F.pixel_unshuffle(x - color.view(1, 3, 1, 1), CELL)
+    fine_blocks = F.pixel_unshuffle(x - color.view(1, 3, 1, 1), PATCH)
     fine_basis = klt(fine_blocks, model.config.width)
     fine = F.conv2d(fine_blocks, fine_basis.T[:, :, None, None])
     blocks = F.pixel_unshuffle(fine, 2)
     basis = klt(blocks, model.M)
     y = scale * F.conv2d(blocks, basis.T[:, :, None, None])
     gain = fine.square().mean((0, 2, 3)).sqrt().clamp(min=1e-4) ** -WHITENING
-    colors = color.repeat_interleave(CELL**2)
+    colors = color.repeat_interleave(PATCH**2)
 
     first, last = (layer for layer in model.g_a if isinstance(layer, nn.Conv2d))
     k = fine_basis.shape[1]
