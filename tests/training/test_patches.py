@@ -74,6 +74,18 @@ def test_unusable_photographs_are_named_and_passed_over(photos, workers, capsys)
     assert all(batch.patches.shape == (4, 3, 128, 128) for batch in found)
 
 
+def test_what_is_too_small_for_a_patch_may_do_for_a_smaller_one(photos):
+    """As in the last part of a run, whether photographs are kept or not."""
+    paths = find_images([photos])
+    for number, path in enumerate(paths):
+        save_image(path, torch.randint(256, (3, *((130, 140) if number else (300, 280))), dtype=torch.uint8))
+    cached = PatchDataset(paths, (256, 256), 0, cache=read_all(paths, (256, 256), CPU, quiet=True))
+    assert first(cached, 2)[1].unusable and cached.is_cached
+    kept = first(cached.of_size(SIZE, 0.0), 3)
+    read = first(PatchDataset(paths, SIZE, 0), 3)
+    assert all(map(same, kept, read)) and not any(batch.unusable for batch in kept)
+
+
 def test_nothing_left_is_an_error(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"broken")

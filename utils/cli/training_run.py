@@ -83,7 +83,8 @@ def train(
         paths, size, args.seed, objective.repeat, cache=cache, synthetic_share=settings.synthetic_share
     )
     found = read_all(held_out, (smallest, smallest), torch.device("cpu"), purpose="validate on", quiet=quiet)
-    validation = [center_crop(image, args.val_size) for image in found.values() if isinstance(image, Tensor)]
+    found = [usable(path, (smallest, smallest), image) for path, image in zip(held_out, found.values(), strict=True)]
+    validation = [center_crop(image, args.val_size) for image in found if isinstance(image, Tensor)]
     del found  # whole photographs
     if context.is_main and (small := sum(min(image.shape[1:]) < args.val_size for image in validation)):
         text = f"{small} of {len(validation)} photographs to validate on are smaller, and are cropped to what they have"

@@ -66,7 +66,7 @@ class PatchDataset(Dataset):
     Args:
         size: height and width of a patch.
         repeat: number of patches after which they come again, with other rates and noise; 0 for always new ones.
-        cache: decoded photographs by number, or why one cannot be used. The others are read when needed.
+        cache: decoded photographs by number, or why one cannot be read. The others are read when needed.
         synthetic_share: share of the patches with a part that no photograph has.
     """
 
@@ -84,7 +84,7 @@ class PatchDataset(Dataset):
 
     @property
     def is_cached(self) -> bool:
-        """Whether what can be used of all photographs is in memory."""
+        """Whether what can be read of all photographs is in memory."""
         return len(self.cache) == len(self.paths)
 
     def __getitem__(self, position: int) -> Batch:
@@ -131,15 +131,20 @@ def usable(path: Path, size: tuple[int, int], known: Tensor | str | None = None)
     """A photograph, uint8 `[3, H, W]`, or the reason why no patch of this size can be cut from it.
 
     Args:
-        known: what this returned for the photograph before, perhaps of another size; None reads it.
+        known: the photograph, or why it cannot be read; None reads it.
     """
-    try:
-        image = read_image(path) if known is None else known
-    except ImageError as error:
-        return str(error)
+    image = _read(path) if known is None else known
     if isinstance(image, Tensor) and (image.shape[1] < size[0] or image.shape[2] < size[1]):
         return f"{path}: {image.shape[2]}×{image.shape[1]} is smaller than a patch of {size[1]}×{size[0]}"
     return image
+
+
+def _read(path: Path) -> Tensor | str:
+    """A photograph, uint8 `[3, H, W]`, or the reason why it cannot be read."""
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return str(error)
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scaled: float, random: np.random.Generator) -> Tensor:
@@ -169,18 +174,25 @@ def random_crop(image: Tensor, size: tuple[int, int], scaled: float, random: np.
 def read_all(
     paths: Sequence[Path], size: tuple[int, int], device: torch.device, purpose: str = "train on", quiet: bool = False
 ) -> dict:
-    """All photographs on a device, by number, or the reason why one cannot be used, which is printed too."""
+    """All photographs on a device, by number, or the reason why one cannot be read.
+
+    Those that cannot be read, or are smaller than `size`, are named. ImageError where no other is left.
+    """
     cache: dict[int, Tensor | str] = {}
+    some = False
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.filterwarnings("ignore", module="PIL")  # about pictures that are read all the same
-        images = pool.map(lambda path: usable(path, size), paths)
+        images = pool.map(_read, paths)
         bar = tqdm(images, total=len(paths), desc="reading photographs", unit="file", disable=True if quiet else None)
         for number, image in enumerate(bar):
-            if isinstance(image, str) and not quiet:
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
+            found = usable(paths[number], size, image)
+            if isinstance(found, Tensor):
+                some = True
+            elif not quiet:
+                tqdm.write(f"skipped: {found}", file=sys.stderr)
             cache[number] = image if isinstance(image, str) else image.to(device)
-    if not any(isinstance(image, Tensor) for image in cache.values()):
-        raise ImageError(f"no photograph is left to {purpose}; the last one tried: {cache[len(paths) - 1]}")
+    if not some:
+        raise ImageError(f"no photograph is left to {purpose}; the last one tried: {found}")
     return cache
 
 

@@ -37,7 +37,7 @@ from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.objectives import Objective
-from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches
+from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches, usable
 from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
 from utils.training.validation import log_validation, validate
 
@@ -118,7 +118,8 @@ class Trainer:
         self.data_seconds = 0.0
         self.next_line = 0.0  # when the next line of progress is due
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
-        self.unusable = {told for told in self.dataset.cache.values() if isinstance(told, str)}
+        known = (usable(dataset.paths[number], dataset.size, image) for number, image in dataset.cache.items())
+        self.unusable = {told for told in known if isinstance(told, str)}  # and were named when they were read
         self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
         self.signal = 0  # by which it was asked
         self.writer: SummaryWriter | None = None
