@@ -311,9 +311,9 @@ def main(argv: list[str] | None = None) -> int:
         hidden = ", refined or not" if args.command == "encode" and args.steps else ""
         print(f"{len(done)} of {len(work)} are finished and left alone{hidden}; --force makes them again", file=sys.stderr)
         work = [(source, target) for source, target in work if target not in done]
-    if to_folder:
+    if work and to_folder:
         check_output_folder(args.output)
-    elif args.output != "-":
+    elif work and args.output != "-":
         check_output_file(args.output)
 
     @functools.cache

@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         codec, broken = measure(model, file, paths, args=args, context=context, map_of=map_of)
         codecs.append(codec)
         failed = max(failed, broken)
-        if context.is_main and (len(files) > 1 or known):  # what follows may be interrupted
+        if context.is_main and args.json and (len(files) > 1 or known):  # what follows may be interrupted
             write_json(comparison.together(codecs, []) | {"made": provenance(argv, context)})
     codecs = comparison.join_fixed_rates(codecs)
     ours = max(1, len(codecs))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import ConvTransBlock
+from models.state_dict import normalize
 from models.tcm import TCM
 
 
@@ -43,6 +44,14 @@ class TCM_Mapped(TCM):
         super().__init__(*args, **kwargs)
         self.contextual = contextual
         self.map = nn.ModuleDict({name: Gain(self.M, contextual) for name in ("g_a", "g_s")})
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> "TCM_Mapped":
+        """As of every codec; whether the gains see the latent is in the names."""
+        state_dict = normalize(state_dict)
+        model = cls(cls.Config.infer(state_dict), contextual="map.g_a.alpha" in state_dict)
+        model.load_state_dict(state_dict)
+        return model.eval()
 
     @property
     def arguments(self) -> dict:

@@ -8,8 +8,9 @@ entropy models and the coder are imported by themselves, and other code finds al
 
 import importlib
 import sys
-import threading
+import time
 from collections.abc import Sequence
+from importlib import _bootstrap
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -47,26 +48,38 @@ class _LaterLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         elsewhere = LATER[module.__name__]
-        lock = threading.RLock()  # other threads wait while one runs the package
         running = False
 
         def find(name: str) -> object:
-            nonlocal running
             if name in elsewhere:
                 return getattr(importlib.import_module(elsewhere[name]), name)
-            with lock:
-                if running:  # it asks itself, before it has the name
-                    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-                if vars(module).get("__getattr__") is find:  # nobody else has run it in between
-                    module.__spec__.loader = module.__loader__ = self.loader
-                    running = True
-                    try:
-                        self.loader.exec_module(module)  # an error here comes again when it is asked again
-                    finally:
-                        running = False
-                    if vars(module).get("__getattr__") is find:
-                        del module.__getattr__
+            missing = AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            for again in (True, False):
+                try:
+                    # Other threads wait while one runs the package. Where two wait for what the other imports, one is
+                    # told so by this lock, which is the import system's own and has no public name.
+                    with _bootstrap._ModuleLockManager(module.__name__):
+                        if running:  # it asks itself, before it has the name
+                            raise missing
+                        if vars(module).get("__getattr__") is find:  # nobody else has run it in between
+                            run()
+                    break
+                except _bootstrap._DeadlockError:
+                    if not again:
+                        raise missing from None
+                    time.sleep(0.1)  # for the other thread to take the lock
             return getattr(module, name)
+
+        def run() -> None:
+            nonlocal running
+            module.__spec__.loader = module.__loader__ = self.loader
+            running = True
+            try:
+                self.loader.exec_module(module)  # an error here comes again when it is asked again
+            finally:
+                running = False
+            if vars(module).get("__getattr__") is find:
+                del module.__getattr__
 
         module.__getattr__ = find
 

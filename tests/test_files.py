@@ -319,6 +319,7 @@ def test_pictures_whose_files_would_have_one_name_are_refused(script, option, ph
         ("-", "--roi 1,2,3,4 does not fit", "error: -: --roi 1,2,3,4 does not fit"),
         ("a.png", "a.png: no such file", "error: a.png: no such file"),
         ("a.png", FileNotFoundError(2, "No such file", "a.png"), "error: [Errno 2] No such file: 'a.png'"),
+        ("it's.png", FileNotFoundError(2, "No such file", "it's.png"), 'error: [Errno 2] No such file: "it\'s.png"'),
     ],
 )
 def test_an_error_names_its_file_once(path, error, told, capsys):
@@ -329,6 +330,9 @@ def test_an_error_names_its_file_once(path, error, told, capsys):
 def test_a_device_that_is_full_and_a_folder_without_room_are_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         write_json("/dev/full", {"bpp": 1})
+
+    with pytest.raises(OSError, match="a.bin: encoder error -2"), atomic_write(tmp_path / "a.bin"):
+        raise OSError("encoder error -2")  # as Pillow does
 
     def refuse(*args, **kwargs):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"{tmp_path}/.a.json.x7")

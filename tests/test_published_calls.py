@@ -16,6 +16,7 @@ from models.registry import from_preset
 from tests.conftest import TINY
 from utils.checkpoint import read_checkpoint
 from utils.cli.training_arguments import check_run_arguments
+from utils.cli.training_stages import new_model
 from utils.images import save_image
 
 
@@ -118,10 +119,10 @@ def test_folders_of_the_published_layout(checkpoint, tmp_path, capsys):
 def test_N_alone_names_a_published_network():
     args = train_vbr.parse(["-d", "x", "--N", "96", "-e", "1"])
     train_vbr.check(args)
-    assert args.preset == "full" and from_preset(args.preset, N=args.N).arguments == TCM_VBR(N=96).arguments
+    assert new_model(args).arguments == TCM_VBR(N=96).arguments
     args = train_vbr.parse(["-d", "x", "-e", "1"])
     train_vbr.check(args)
-    assert args.preset == "small" and args.batch_size == 8
+    assert new_model(args).arguments == from_preset("small").arguments and args.batch_size == 8
     with pytest.raises(SystemExit):
         train_vbr.parse(["-d", "x", "--seed", "1.5"])
     check_run_arguments(train_vbr.parse(["-d", "x", "--seed", "1e2", "-e", "1"]))

@@ -87,31 +87,27 @@ def test_a_picture_that_is_named_twice_is_measured_once(checkpoint, photos, caps
     assert "mean of 8" in capsys.readouterr().out
 
 
-def test_what_was_measured_is_told_though_the_disk_is_full_or_the_rest_is_not_waited_for(
+def test_what_was_measured_is_told_though_the_rest_is_not_waited_for(
     checkpoint, photos, tmp_path, monkeypatch, capsys
 ):
     both = ["--checkpoint", checkpoint, str(shutil.copy(checkpoint, tmp_path / "other.pth.tar"))]
-    pictures = [str(photos / f"p{i}.png") for i in range(3)]
+    pictures = [str(photos / f"p{i}.png") for i in range(2)]
     measured = []
 
     def measure(model, name, *more, **options):
         measured.append(name)
-        if len(measured) == 5:
+        if len(measured) == 4:
             raise KeyboardInterrupt
-        if name == "p1.png":
-            raise OSError(28, "No space left on device", "out/p1.png")
         return evaluate(model, name, *more, **options)
 
     monkeypatch.setattr("utils.evaluation.evaluate.evaluate", measure)
     with pytest.raises(KeyboardInterrupt):
         eval_vbr.main(["-d", *pictures, "-l", "1", "--per-image", *both, "--json", str(tmp_path / "rd.json")])
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
-    assert lines[0] == "tiny:" and [line.split()[0] for line in lines[2:4]] == ["p0.png", "p2.png"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny:" and [line.split()[0] for line in lines[2:4]] == ["p0.png", "p1.png"]
     assert any(line.startswith("mean of 2") for line in lines)
     assert lines[lines.index("other:") + 2].startswith("p0.png")  # by the second weights, before the interruption
-    assert "error: " in told.err and "No space left on device: 'out/p1.png'" in told.err
-    assert {row["image"] for row in json.loads((tmp_path / "rd.json").read_text())["images"]} == {"p0.png", "p2.png"}
+    assert [row["image"] for row in json.loads((tmp_path / "rd.json").read_text())["images"]] == ["p0.png", "p1.png"]
 
 
 def test_mean_loss_is_that_of_all_rates(checkpoint, photos, tmp_path, capsys):

@@ -48,7 +48,10 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], what: str
             found.append(path)
         else:
             raise error(f"{path}: {'a broken link' if path.is_symlink() else 'no such file or folder'}")
-    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
+    once: dict[str, Path] = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return list(once.values())
 
 
 def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[Path]]:
@@ -88,6 +91,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             with _replacing(path.resolve()) as file:  # a symbolic link keeps pointing to the file
                 yield file
     except OSError as error:
+        if error.errno is None:  # Pillow's
+            raise OSError(f"{path}: {error}") from None
         if error.filename is None:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise

@@ -11,7 +11,7 @@ _said_once: set[str] = set()
 def print_error(path: str | Path, error: Exception | str) -> None:
     """Print one line on stderr that names the file and the cause."""
     text = str(error)
-    named = text.startswith(f"{path}:") or f"'{path}'" in text  # as our errors do, and those of Python
+    named = text.startswith(f"{path}:") or repr(str(path)) in text  # as our errors do, and those of Python
     tqdm.write(f"error: {text}" if named else f"error: {path}: {text}", file=sys.stderr)
 
 

@@ -26,6 +26,7 @@ def test_every_part_is_printed(capsys):
         (rate_control.main, ["--targets", "0"]),
         (decoding.main, ["-l", "7"]),
         (training.main, ["-bs", "1.5"]),
+        (speed.main, ["--runs", "inf"]),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_in_a_line(main, arguments, capsys):

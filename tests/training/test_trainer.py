@@ -291,7 +291,9 @@ def test_the_latent_map_is_learnt_and_can_be_evaluated(photos, tmp_path, kind, r
     row = json.loads((tmp_path / "map" / "validation.jsonl").read_text())
     assert row["to_low_db"][0] > row["unmapped_db"][0] + gain_db
     model = load_model(tmp_path / "map" / "model.pth.tar")
-    assert isinstance(model, TCM_Mapped)
+    assert isinstance(model, TCM_Mapped) and model.contextual == (kind == "contextual")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    assert load_model(tmp_path / "bare.pth").fingerprint == model.fingerprint
     gain = torch.nn.functional.softsign(model.map.g_a.lmd_map).exp()
     if kind == "channel":
         assert torch.allclose(gain, torch.tensor(0.5), atol=0.06)

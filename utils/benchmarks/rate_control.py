@@ -68,8 +68,8 @@ def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality
     return rows
 
 
-def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
-    """Measure the modes, and print the table."""
+def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> int:
+    """Measure the modes, and print the table; returns the exit status."""
     device = pick_device(args.device)
     paths = find_images_or_samples(args.data)
     model = load_model(args.checkpoint, device, variable_rate=True)
@@ -95,12 +95,13 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> None:
         print(f"{mode:<15} {mean:14.3f} {worst:8.2f} {max(errors):9.3f} {trials:6.2f} {seconds:7.2f} {share:12.2f}")
     print(f"{len(found)} pictures, {args.targets} targets each; on {torch.get_num_threads()} threads of {device}")
     write_json(rows)
+    return 1 if len(found) < len(paths) else 0
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with json_output(args.json) as write_json:
-        run(args, write_json)
+        return run(args, write_json)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def accept_published(parser: argparse.ArgumentParser, *names: str) -> None:
 def whole_number(text: str) -> int:
     """A whole number, also in the form of published command lines: 100.0."""
     value = float(text)
-    if value != int(value):
+    if not value.is_integer():  # infinity is none
         raise ValueError
     return int(value)
 

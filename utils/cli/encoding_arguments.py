@@ -30,7 +30,7 @@ def rate_index(text: str) -> float:
     if not 0 <= value <= MAX_INDEX:
         raise argparse.ArgumentTypeError(f"an index must lie in [0, {MAX_INDEX:g}], not {text}")
     if value in LADDER:
-        print_note(f"-l {text}", f"is a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
+        print_note(text, f"is taken as a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
     return value
 
 

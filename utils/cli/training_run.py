@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def train(
 ) -> int:
     """Read the photographs, make the objective, train it, and print the path of the weights.
 
-    Returns the exit status: that of the signal which ended one process before its budget, else 0.
+    Returns the exit status: that of the signal which ended the run before its budget; else, and under torchrun, 0.
 
     Args:
         args: as `check_run_arguments` left them.
@@ -107,8 +108,8 @@ def train(
     if context.is_main and (weights := folder / "model.pth.tar").exists():
         older = "" if trainer.finished else " (of the last validation, so older than what --resume goes on from)"
         print(f"{result}: {weights}{older}")
-    # torchrun ends its processes by a signal itself, and takes another status than 0 for a fault.
-    return 128 + trainer.signal if trainer.signal and not trainer.finished and context.world_size == 1 else 0
+    # torchrun takes another status than 0 for a fault.
+    return 128 + trainer.signal if trainer.signal and not trainer.finished and "WORLD_SIZE" not in os.environ else 0
 
 
 def take_over(args: argparse.Namespace, state: dict, world_size: int) -> None:

@@ -29,8 +29,9 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
-        model = new_model(args) if args.preset or args.N else cls(**state["arguments"])
-        if type(model) is not cls or model.arguments != state["arguments"]:
+        model = cls(**state["arguments"])
+        asked = new_model(args) if args.preset or args.N else model
+        if type(asked) is not cls or asked.arguments != model.arguments:
             raise UserError(f"{args.save_path}: holds a run of another network than --preset and --N ask for")
     elif args.checkpoint is None:
         model = new_model(args)

@@ -123,7 +123,7 @@ def add_codec(codecs: list[dict], codec: dict, source: str) -> None:
         number += 1
     codec = codec | {"name": name}
     if codecs and "images" in codec and "images" in codecs[0] and pictures(codec) != pictures(codecs[0]):
-        print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}")
+        print_note(source, f"{codec['name']} was measured on other pictures than {codecs[0]['name']}", once=True)
     codecs.append(codec)
 
 

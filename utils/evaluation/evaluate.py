@@ -39,7 +39,7 @@ def for_each(
     Args:
         jobs: rates, or whatever else `work` takes.
         work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
-            ValueError: sides or latents that the file format cannot hold, or no room in memory; or by an OSError.
+            ValueError: sides or latents that the file format cannot hold, or no room in memory.
         names: short names of the pictures (default: those that are short among `paths`).
     """
     names = names or short_names(paths)
@@ -56,7 +56,7 @@ def for_each(
                     raise image
                 with out_of_memory_as_value_error():
                     result = work(names[path], image.to(device), job)
-            except (ImageError, OSError, ValueError) as error:
+            except (ImageError, ValueError) as error:
                 if path not in failed:
                     print_error(path, error)
                 failed.add(path)

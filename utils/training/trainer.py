@@ -78,7 +78,7 @@ class Trainer:
     Args:
         objective: on its device, with the settings of the run.
         folder: where the run is kept.
-        validation: photographs, at least one, uint8 `[3, H, W]`, sides multiples of 128; the same in every process.
+        validation: photographs, uint8 `[3, H, W]`, sides multiples of 128, for `validate`; the same in every process.
         workers: processes that read photographs which are not cached.
         history: training records of the weights at the start.
     """
@@ -443,9 +443,9 @@ class Trainer:
         """
         theirs = state["objective"]
         ours = self.objective.describe()
-        if theirs != ours:
-            keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-            told = "; ".join(f"{key} {theirs.get(key, '(none)')}, not {ours.get(key, '(none)')}" for key in keys)
+        # Runs of earlier versions do not record all of it.
+        if other := [key for key in theirs if theirs[key] != ours.get(key)]:
+            told = "; ".join(f"{key} {theirs[key]}, not {ours.get(key, '(none)')}" for key in other)
             raise UserError(f"{self.folder} holds another run: {told}")
         for name, value in asdict(self.settings).items():
             before = state["settings"].get(name, value)  # a run of an older version has not all of them
