@@ -382,7 +382,7 @@ def test_what_would_overwrite_a_photograph_is_refused(codec, photos):
 
 def test_a_lambda_in_place_of_an_index_is_noticed(codec, photos, tmp_path, capsys):
     assert codec("encode", photos / "p0.png", tmp_path / "a.tvbr", "--lmd", 0.05) == 0
-    assert "note: -l 0.05: is a rate index; the λ of that value has index 5" in capsys.readouterr().err
+    assert "note: 0.05: is taken as a rate index; the λ of that value has index 5" in capsys.readouterr().err
     assert unpack((tmp_path / "a.tvbr").read_bytes()).index == np.float32(0.05)
 
 

@@ -381,10 +381,11 @@ def test_latents_at_a_given_rate_move_by_shorter_steps(monkeypatch):
     assert 0.5 < lengths[1] / lengths[0] < 0.8
 
 
-def test_the_papers_learning_rate_is_better_than_its_half_and_its_double():
-    """With the shipped weights, by ten steps on small parts of two of scikit-image's photographs."""
+def test_the_papers_learning_rate_is_better_than_its_half_and_four_times_as_much():
+    """With the shipped weights, by ten steps on small parts of two of scikit-image's photographs. Twice as much is as
+    good: a little better here, and a little worse by twenty steps on the crops of docs/rate_control.md."""
     model = load_model(BUNDLED)
-    gains = {0.5: 0.0, 1: 0.0, 2: 0.0}
+    gains = {0.5: 0.0, 1: 0.0, 4: 0.0}
     for number in (0, 2):
         photo = read_image(find_images_or_samples(None)[number])[:, 100:228, 150:278]
         image = AnalyzedImage(model, photo)
@@ -393,7 +394,7 @@ def test_the_papers_learning_rate_is_better_than_its_half_and_its_double():
             settings = RefinementSettings(10, learning_rate=factor * METHODS["sgd"].learning_rate)
             steps, best, *_ = refinement.descend(image, start, settings, None, None)
             gains[factor] += 1 - best.loss / steps[0].loss
-    assert gains[1] > 1.03 * max(gains[0.5], gains[2])
+    assert gains[1] > 1.1 * max(gains[0.5], gains[4])
 
 
 def test_annealing_cools(varied, picture, monkeypatch):

@@ -123,7 +123,7 @@ class PatchDataset(Dataset):
     def _number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.paths))
         if self._pass[0] != epoch:
-            self._pass = epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.paths))
+            self._pass = epoch, np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.paths))
         return int(self._pass[1][place])
 
 
