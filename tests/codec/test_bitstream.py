@@ -284,8 +284,8 @@ def test_a_stream_of_ones_makes_the_coder_read_nothing_beyond_its_end():
     """Runs in another process: a decoder that reads beyond its stream may crash, and the other tests must go on."""
     program = """
 import torch
-from compressai.entropy_models import EntropyBottleneck
 from models.coding.tables import CodingTables, open_stream
+from compressai.entropy_models import EntropyBottleneck
 bottleneck = EntropyBottleneck(1)
 bottleneck.update()
 tables = CodingTables(bottleneck)
