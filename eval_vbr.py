@@ -128,7 +128,9 @@ def measure(
     groups = [[result for result in results if result.index == index] for index in indexes]
     if context.is_main:
         if args.per_image:
-            print(*(() if alone else (table.row(result.image, [result]) for result in results)), table.rule, sep="\n")
+            for result in () if alone else results:
+                print(table.row(result.image, [result]))
+            print(table.rule)
         for group in filter(None, groups):
             print(table.row(f"mean of {len(group)}", group))
         if variable and not args.index and (loss := mean(result.loss for result in results)) is not None:
