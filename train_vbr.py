@@ -23,9 +23,13 @@ from models.lambdas import LADDERS
 from models.registry import PRESETS
 from utils import cli
 from utils.cli.training_arguments import add_run_arguments, check_run_arguments
-from utils.messages import print_weights
+from utils.messages import print_note, print_weights
 
 KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
+OF_TRAINING = (
+    "val", "epochs", "max_steps", "max_minutes", "batch_size", "learning_rate", "balance", "synthetic_share", "schedule",
+    "warmup", "ema", "amp", "compile",
+)
 MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 
 
@@ -45,7 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
     add("--N", type=int, metavar="N", help="half the width of the transforms of a TCM, a multiple of 32, in place of the preset's; 64, 96 and 128 are the published networks")
     add_run_arguments(parser, save_path="runs/train_vbr")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stage == "tables":
+        given = [name.replace("_", "-") for name in OF_TRAINING if getattr(args, name) != parser.get_default(name)]
+        if given:
+            print_note("--stage tables", f"trains no network: without effect: {', '.join(given)}")
+    return args
 
 
 def check(args: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ from models.large.bands import (
 )
 from models.state_dict import WeightsError, digest, empty_tables, explain_mismatch, normalize
 
-# In [0, 5]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
+# In [−2, 7]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
 AS_COMPRESSAI = Quantization()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.codec import RateIndex
-from models.lambdas import MAX_INDEX, check_index
+from models.lambdas import LAST_INDEX, check_index, log_gain
 from models.large.bands import scaled_bands
 from models.large.memory import send
 from models.layers import ConvTransBlock
@@ -40,40 +40,40 @@ class fcn(nn.Module):
 class mask(nn.Module):
     """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1), for a latent y; arguments and shapes as of `LAE`."""
 
-    def __init__(self, n: int, M: int) -> None:
+    def __init__(self, n: int, M: int, sign: int = 1) -> None:
         super().__init__()
+        self.sign = sign
         self.lmd_map = fcn(n, M)
         self.latent_attn = ConvTransBlock(M // 2, M // 2, head_dim=32, window_size=4, drop_path=0, type="SW")
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        return self.log_m(self.rate(index), self.content(y))
+        return self.log_m(index, self.content(y))
 
-    @staticmethod
-    def log_m(rate: Tensor, content: Tensor) -> Tensor:
-        """ln m from both parts of the logits, which broadcast."""
-        return F.softsign(rate + content)
+    def log_m(self, index: Tensor, content: Tensor) -> Tensor:
+        """ln m from rate indexes and `content`; beyond the ladder that of its end, and sign times the gain."""
+        places = index if index.dim() == 4 else index.view(-1, 1, 1, 1)
+        return F.softsign(self.rate(places) + content) + self.sign * log_gain(places).to(content)
 
     def content(self, y: Tensor) -> Tensor:
         """α · attn(y), the part of the logits that depends on no rate."""
         return self.alpha * self.latent_attn(y)
 
     def rate(self, index: Tensor) -> Tensor:
-        """f_λ, of rate indexes `[B]`: `[B, M, 1, 1]`; of maps `[B, 1, h, w]`: `[B, M, h, w]`. In float32 under autocast
-        too: in bfloat16 m would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
+        """f_λ, of `[B, 1, h, w]`: `[B, M, h, w]`, constant beyond the ladder. In float32 under autocast too: in bfloat16
+        m would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
         with torch.autocast(self.alpha.device.type, enabled=False):
-            if index.dim() == 4:
-                return self.lmd_map(index.to(self.alpha).movedim(1, -1)).movedim(-1, 1)
-            return self.lmd_map(index.to(self.alpha).view(-1, 1))[:, :, None, None]
+            return self.lmd_map(index.clamp(0, LAST_INDEX).to(self.alpha).movedim(1, -1)).movedim(-1, 1)
 
 
 class LAE(nn.Module):
     """Latent-domain auto-encoder: y `[B, M, h, w]` and rate indexes, `[B]` or maps `[B, 1, h, w]`, to y · m and ln m,
-    `[B, M, h, w]` both, with m in (1/e, e). f_λ has n linear layers. It is the identity at the start."""
+    `[B, M, h, w]` both. m is in (1/e, e), and multiplied by a gain beyond the ladder, or divided where sign is −1. f_λ has
+    n linear layers. It is the identity at the start."""
 
-    def __init__(self, n: int, M: int) -> None:
+    def __init__(self, n: int, M: int, sign: int = 1) -> None:
         super().__init__()
-        self.mask = mask(n, M)
+        self.mask = mask(n, M, sign)
 
     def forward(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         log_m = self.mask(y, index)
@@ -88,14 +88,14 @@ class VariableRate:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M)
+        self.modnet_ga, self.modnet_gs = LAE(2, self.M), LAE(2, self.M, sign=-1)
 
     def resolve_index(self, index: RateIndex, batch: int) -> Tensor:
         """The checked index; None draws a whole one per sample in training, as published, and is a ValueError else."""
         if index is None:
             if not self.training:
                 raise ValueError("a variable-rate model needs a rate index in evaluation: forward(x, index)")
-            index = torch.randint(int(MAX_INDEX) + 1, (batch,))
+            index = torch.randint(int(LAST_INDEX) + 1, (batch,))
         return send(check_index(index, batch), self.medians.device)  # checked before, as reading a GPU waits for it
 
     def modulate(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

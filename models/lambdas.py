@@ -1,7 +1,10 @@
 """The λ ladders, and the rate index that stands for λ.
 
-A rate is named by an index in [0, 5], a float: whole indexes are the six λ of the published models, and log λ is
-piecewise linear between them. The loss is λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
+A rate is named by an index, a float: 0 … 5 are the six λ of the published models, and log λ is piecewise linear between
+them and beyond. The loss is λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
+
+Training sees [0, 5] alone. Beyond it, in [−2, 7], m is that of the end of the ladder times √(λ / λ_end), which is how the
+inverse of a quantization step depends on λ where D is proportional to the step squared and R falls with its logarithm.
 """
 
 import math
@@ -16,7 +19,9 @@ LADDERS = {
     "ms-ssim": (3.0, 5.0, 8.0, 16.0, 36.0, 64.0),
 }
 LADDER = LADDERS["mse"]
-MAX_INDEX = float(len(LADDER) - 1)
+LAST_INDEX = float(len(LADDER) - 1)  # of the ladder; the first is 0
+MIN_INDEX, MAX_INDEX = -2.0, LAST_INDEX + 2
+INDEX_RANGE = f"[{MIN_INDEX:g}, {MAX_INDEX:g}]"  # for messages
 
 
 def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | float":
@@ -27,10 +32,20 @@ def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | f
         return float(index_to_lambda(torch.tensor(float(index), dtype=torch.float64), metric))
     index = index if index.is_floating_point() else index.float()
     logs = torch.tensor(LADDERS[metric], dtype=index.dtype, device=index.device).log()
-    lower = index.floor().clamp(0, MAX_INDEX - 1)
+    lower = index.floor().clamp(0, LAST_INDEX - 1)
     start = logs[lower.long()]
     end = logs[lower.long() + 1]
     return (start + (index - lower) * (end - start)).exp()
+
+
+def log_gain(index: "Tensor") -> "Tensor":
+    """½ · ln(λ / λ_end) where an index lies beyond an end of the ladder, and 0 within, of the shape of `index`.
+
+    λ is that of the ladder for MSE, also in codecs for MS-SSIM: what is coded depends on the index alone.
+    """
+    beyond = index - index.clamp(0, LAST_INDEX)
+    below, above = (0.5 * math.log(LADDER[i + 1] / LADDER[i]) for i in (0, -2))
+    return below * beyond.clamp(max=0) + above * beyond.clamp(min=0)
 
 
 def middle_lambda(metric: str = "mse") -> float:
@@ -42,7 +57,7 @@ def check_index(index: "Tensor | float", batch: int) -> "Tensor":
     """The index of every image as a float32 tensor `[batch]`, or of every place `[batch, 1, h, w]`.
 
     Takes a number, a tensor of 1 or `batch` elements, or maps `[1 or batch, 1, h, w]` on the grid of the latent, one
-    place for 16×16 pixels. ValueError if an index is not within [0, 5].
+    place for 16×16 pixels. ValueError if an index is not within [−2, 7].
     """
     import torch
 
@@ -53,6 +68,6 @@ def check_index(index: "Tensor | float", batch: int) -> "Tensor":
         raise ValueError(f"a map of indexes must be [B, 1, h, w], not {list(index.shape)}")
     if len(index) not in (1, batch):
         raise ValueError(f"{len(index)} indexes for {batch} images: give one, or one per image")
-    if not (index.numel() and (index >= 0).all() and (index <= MAX_INDEX).all()):  # NaN is refused too
-        raise ValueError(f"index must lie in [0, {MAX_INDEX:g}], not {index.flatten()[:8].tolist()}")
+    if not (index.numel() and (index >= MIN_INDEX).all() and (index <= MAX_INDEX).all()):  # NaN is refused too
+        raise ValueError(f"index must lie in {INDEX_RANGE}, not {index.flatten()[:8].tolist()}")
     return index.expand(batch, *index.shape[1:])

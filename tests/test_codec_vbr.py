@@ -432,7 +432,7 @@ def test_killed_in_the_middle_of_a_batch_nothing_finished_is_lost(photos, checkp
     assert len(list((tmp_path / "coded").glob("p*.tvbr"))) == 8
 
 
-@pytest.mark.parametrize("more", [["encode", "-l", "7", "a", "b"], ["decode"], []])
+@pytest.mark.parametrize("more", [["encode", "-l", "8", "a", "b"], ["decode"], []])
 def test_wrong_arguments(more, capsys):
     with pytest.raises(SystemExit) as leaving:
         codec_vbr.main(more)

@@ -110,7 +110,7 @@ def test_codec_meets_targets(weights, two, tmp_path, capsys):
         (["--trials", "0", "--target-bpp", "1"], "at least 1"),
         (["--trials", "2", "-l", "1"], "--trials needs a target"),
         (["--method", "sga", "-t", "0"], "--method needs -t"),
-        (["-l", "5.1"], "index must lie in"),
+        (["-l", "7.1"], "index must lie in"),
         (["--step-size", "0"], "must be positive"),
         (["--step-size", "1", "-t", "0"], "needs -t"),
         (["--keep-rate", "--max-bytes", "9", "-t", "1"], "no target"),

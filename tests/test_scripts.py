@@ -189,5 +189,5 @@ def test_help_tells_the_defaults(main, capsys):
 
 def test_index_outside_is_refused(capsys):
     with pytest.raises(SystemExit):
-        eval_vbr.main(["-l", "5.5"])
-    assert "index must lie in [0, 5]" in capsys.readouterr().err
+        eval_vbr.main(["-l", "7.5"])
+    assert "index must lie in [-2, 7]" in capsys.readouterr().err

@@ -65,6 +65,16 @@ def test_more_bits_at_every_higher_index(bundled, photo):
     assert all(lower < higher for lower, higher in zip(bpp, bpp[1:], strict=False)), bpp
 
 
+def test_rates_go_on_beyond_the_ladder(bundled, photo):
+    """With files that decode. A step there buys the less for its bits the higher the rate, as λ says."""
+    results = [evaluate(bundled, "cat", photo, EncodeRequest(float(index)), real=True)[0] for index in (-2, -1, 0, 5, 6, 7)]
+    for start in (0, 3):
+        part = results[start : start + 3]
+        assert part[0].bpp < 0.95 * part[1].bpp < 0.9 * part[2].bpp
+        assert part[0].psnr < part[1].psnr < part[2].psnr
+    assert results[2].bpp < results[3].bpp
+
+
 def test_real_files_cost_what_was_estimated(bundled, photo):
     real, decoded = evaluate(bundled, "cat", photo, EncodeRequest(2.5), real=True)
     estimated, expected = evaluate(bundled, "cat", photo, EncodeRequest(2.5), real=False)

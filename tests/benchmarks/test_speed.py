@@ -24,7 +24,7 @@ def test_every_part_is_printed(capsys):
         (speed.main, ["--width", "0"]),
         (speed.main, ["--threads", "-1"]),
         (rate_control.main, ["--targets", "0"]),
-        (decoding.main, ["-l", "7"]),
+        (decoding.main, ["-l", "8"]),
         (training.main, ["-bs", "1.5"]),
         (speed.main, ["--runs", "inf"]),
     ],

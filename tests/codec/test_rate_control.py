@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import TCM_VBR
+from models.lambdas import MAX_INDEX, MIN_INDEX
 from tests.conftest import TINY
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.encode import encode
@@ -43,7 +44,7 @@ def test_escapes_are_counted(tiny, image):
 
 
 def reach(picture: AnalyzedImage) -> tuple[int, int]:
-    return tuple(8 * len(picture.write(picture.quantize(index)).data) for index in (0.0, 5.0))
+    return tuple(8 * len(picture.write(picture.quantize(index)).data) for index in (MIN_INDEX, MAX_INDEX))
 
 
 def test_three_trials_meet_a_target(picture):
@@ -73,7 +74,7 @@ def test_a_cap_is_never_broken_and_nearly_used_up(picture, trials):
 def test_the_smallest_file_is_a_cap_that_can_be_met(picture):
     low, _ = reach(picture)
     found = RateController(picture).meet(Target(low, cap=True))
-    assert found.bits == low and found.index == 0
+    assert found.bits == low and found.index == MIN_INDEX
     with pytest.raises(UnreachableError, match=f"smallest file of this picture has {low // 8} bytes"):
         RateController(picture).meet(Target(low - 8, cap=True))
 
@@ -81,13 +82,18 @@ def test_the_smallest_file_is_a_cap_that_can_be_met(picture):
 def test_targets_impossible_both_ways(picture):
     low, high = reach(picture)
     for target, nearest, index in (
-        (Target(low / 2), low, 0.0),
-        (Target(2 * high), high, 5.0),
-        (Target(2 * high, cap=True), high, 5.0),
+        (Target(low / 2), low, MIN_INDEX),
+        (Target(2 * high), high, MAX_INDEX),
+        (Target(2 * high, cap=True), high, MAX_INDEX),
     ):
         for trials in (1, 3):
             found = RateController(picture).meet(target, trials)
             assert found.index == index and found.bits == nearest
+
+
+def share(index: float) -> float:
+    """Where an index lies in its range, in [0, 1]: the first that is tried at ½."""
+    return (index - MIN_INDEX) / (MAX_INDEX - MIN_INDEX)
 
 
 class FormulaController(RateController):
@@ -106,7 +112,8 @@ class FormulaController(RateController):
 @pytest.mark.parametrize("cap", [False, True])
 def test_a_curve_with_bumps(cap):
     def bits(index):
-        return 14000 + 3000 * index + 300 * index**2 + 60 * math.sin(40 * index)
+        at = share(index)
+        return 14000 + 15000 * at + 7500 * at**2 + 60 * math.sin(200 * at)
 
     for goal in (15000, 19000, 25000, 35000):
         controller = FormulaController(bits)
@@ -176,15 +183,16 @@ class FormulaImage:
 
 
 def test_the_smallest_file_is_looked_for_where_rates_are_not_monotone():
-    """As on flat pictures: a file of 91 bytes at index 5, and 99 at index 0."""
+    """As on flat pictures: a file of 91 bytes at the largest index, and 99 at the smallest."""
 
     def bits(index):
-        return 8 * (99 + 4 * index - 1.12 * index**2)
+        at = share(index)
+        return 8 * (99 + 20 * at - 28 * at**2)
 
     controller = RateController(FormulaImage(bits))
     found = controller.meet(Target(8 * 95, cap=True))
-    assert len(found.data) <= 95 and found.index >= 4.5
-    assert RateController(FormulaImage(bits)).meet(Target(8.0)).index == 5.0
+    assert len(found.data) <= 95 and found.index >= 6
+    assert RateController(FormulaImage(bits)).meet(Target(8.0)).index == MAX_INDEX
     with pytest.raises(UnreachableError, match="smallest file of this picture has 91 bytes"):
         RateController(FormulaImage(bits)).meet(Target(8 * 80, cap=True))
 
@@ -206,10 +214,10 @@ def test_a_few_more_trials_are_allowed_where_files_are_far_below_a_cap(below, fe
 
 @pytest.mark.parametrize(("size", "searched"), [(1004, False), (1007, True)])
 def test_files_all_over_the_range_are_tried_where_a_target_is_missed_by_half_a_percent(size, searched):
-    """Here the largest file, of 1,000 bytes, has the smallest index. Each is a trial: some two dozen in all."""
-    controller = RateController(FormulaImage(lambda index: 8 * (1000 - 0.2 * index)))
+    """Here the largest file, of 1,000 bytes, has the smallest index. Each is a trial: some forty in all."""
+    controller = RateController(FormulaImage(lambda index: 8 * (1000 - 0.2 * (index - MIN_INDEX))))
     controller.meet(Target(8 * size))
-    assert 20 < controller.trials < 30 if searched else controller.trials <= 4
+    assert 36 < controller.trials < 46 if searched else controller.trials <= 4
 
 
 def test_under_a_cap_a_little_less_is_aimed_at():
@@ -220,7 +228,7 @@ def test_under_a_cap_a_little_less_is_aimed_at():
 @pytest.mark.parametrize(("apart", "spared"), [(1.3, True), (1.15, False)])
 def test_a_search_everywhere_is_spared_where_rates_lie_far_apart(apart, spared):
     """The file of index 2.5 is 30 % larger than the smallest, or 15 %."""
-    controller = RateController(FormulaImage(lambda index: 8000 * apart ** (index / 2.5)))
+    controller = RateController(FormulaImage(lambda index: 8000 * apart ** (2 * share(index))))
     with pytest.raises(UnreachableError):
         controller.meet(Target(4000, cap=True))
     assert (controller.trials <= 3) == (controller.reach is None) == spared
@@ -228,7 +236,7 @@ def test_a_search_everywhere_is_spared_where_rates_lie_far_apart(apart, spared):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"index": 6}, {"index": math.nan}, {"index": 1, "bpp": 1}, {"bpp": 1, "bytes": 9}, {"max_bytes": 0}]
+    [{"index": 7.5}, {"index": math.nan}, {"index": 1, "bpp": 1}, {"bpp": 1, "bytes": 9}, {"max_bytes": 0}]
     + [{"max_bytes": 9, "keep_rate": True}],
 )
 def test_requests_that_contradict_themselves_are_refused(arguments):

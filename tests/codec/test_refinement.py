@@ -12,7 +12,7 @@ import torch
 from codec_vbr import describe
 from models import TCM_VBR
 from models.coding.slice_coders import Quantization
-from models.lambdas import index_to_lambda
+from models.lambdas import MAX_INDEX, MIN_INDEX, index_to_lambda
 from tests.conftest import TINY
 from utils.checkpoint import load_model
 from utils.codec import encode as encode_module
@@ -214,9 +214,9 @@ def test_an_index_may_keep_its_rate(varied, picture):
 
 
 def test_targets_out_of_reach_still_give_a_file(varied, picture):
-    smallest, largest = (size_at(varied, picture, index) for index in (0.0, 5.0))
+    smallest, largest = (size_at(varied, picture, index) for index in (MIN_INDEX, MAX_INDEX))
     result = encode(varied, picture, request_of(bytes=round(smallest / 3), steps=20))
-    assert result.error > 1 and (result.note.startswith("out of reach: the smallest") or result.index > 0)
+    assert result.error > 1 and (result.note.startswith("out of reach: the smallest") or result.index > MIN_INDEX)
     result = encode(varied, picture, request_of(max_bytes=3 * largest, steps=3))
     assert result.error is None and result.note.startswith("above the largest file")
     assert gain(result) > 0
@@ -262,7 +262,7 @@ def test_what_a_constraint_prefers():
 
 def test_refined_latents_stay_below_a_cap_and_are_not_held_at_one_that_every_file_is_far_below():
     cap = Target(10000.0, cap=True)
-    near, far = (RateConstraint.of_target(cap, CodedTrial(5.0, bytes(size)), 100) for size in (1235, 1212))
+    near, far = (RateConstraint.of_target(cap, CodedTrial(MAX_INDEX, bytes(size)), 100) for size in (1235, 1212))
     assert near.limit == 100 and near.controlled and not far.controlled  # 1 % below, and 3 %
     reached = [near.bpp * (1 + off) / near.limit for off in (-REFINED_TOLERANCE, REFINED_TOLERANCE)]
     assert 0.99 < reached[0] < reached[1] < 1

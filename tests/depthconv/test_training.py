@@ -34,7 +34,7 @@ def train(photos, folder, *more) -> dict:
     return read_checkpoint(folder / "model.pth.tar")
 
 
-def test_every_stage_trains_it(photos, tmp_path):
+def test_every_stage_trains_it(photos, tmp_path, capsys):
     teachers = tmp_path / "teachers"
     for lmbda in LADDERS["mse"]:
         more = ["--stage", "base", "--preset", "depthconv", "--lambda", lmbda, "--max-steps", 1]
@@ -50,7 +50,9 @@ def test_every_stage_trains_it(photos, tmp_path):
     assert all(torch.equal(entropy["state_dict"][name], base["state_dict"][name])
                for name in base["state_dict"] if name.startswith(("g_a.", "g_s.", "lrp_transforms.")))
     found = tmp_path / "static" / "model.pth.tar"
+    capsys.readouterr()
     tables = train(photos, tmp_path / "tables", "--stage", "tables", "--checkpoint", found)
+    assert "note: --stage tables: trains no network: without effect: batch-size, warmup" in capsys.readouterr().err
     assert tables["model"] == "DepthConv_VBR"
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.lambdas import LADDER, check_index, index_to_lambda
+from models.lambdas import LADDER, LAST_INDEX, MAX_INDEX, MIN_INDEX, check_index, index_to_lambda, log_gain
 
 
 def test_whole_indexes_are_the_published_ladder():
@@ -16,10 +16,18 @@ def test_between_them_lambda_is_geometric():
     assert (values.diff() > 0).all()
 
 
-@pytest.mark.parametrize("index", [-0.1, 5.01, float("nan"), float("inf"), torch.tensor([0.0, 7.0])])
+@pytest.mark.parametrize("index", [-2.1, 7.01, float("nan"), float("inf"), torch.tensor([0.0, 8.0])])
 def test_index_outside(index):
     with pytest.raises(ValueError, match="index must lie"):
         check_index(index, 2)
+
+
+def test_beyond_the_ladder_the_gain_is_the_root_of_lambda():
+    index = torch.linspace(MIN_INDEX, MAX_INDEX, 37)
+    wanted = 0.5 * (index_to_lambda(index) / index_to_lambda(index.clamp(0, LAST_INDEX))).log()
+    assert torch.allclose(log_gain(index), wanted, atol=1e-6)
+    assert (log_gain(index)[(index >= 0) & (index <= LAST_INDEX)] == 0).all()
+    assert index_to_lambda(MAX_INDEX) == pytest.approx(0.2) and index_to_lambda(MIN_INDEX) == pytest.approx(0.0025**3 / 0.0035**2)
 
 
 def test_forms_of_an_index():

@@ -10,6 +10,7 @@ from models import LAE, TCM, TCM_VBR, TCMConfig
 from models.coding.portable import table_rows
 from models.coding.slice_coders import ste_round
 from models.coding.tables import CodingTables
+from models.lambdas import index_to_lambda
 from models.registry import from_preset
 from tests.conftest import TINY, shake
 
@@ -167,6 +168,24 @@ def code_latent(model, y, z, index) -> dict:
     quantized = model.quantize(y, z, portable=False, complete=True)
     x_hat = model.synthesize(quantized.y_hat, model.resolve_index(index, len(y))).clamp(0, 1)
     return model.encode_symbols(quantized) | {"x_hat": x_hat}
+
+
+@pytest.mark.parametrize("index", [[-2.0], [3.0], [6.5], [[[[-1.0, 2.0, 5.0, 7.0]]]]])
+def test_beyond_the_ladder_latents_are_scaled_by_the_root_of_lambda_and_back(tiny, index):
+    """In bands as in one piece, and for a map as for one index."""
+    index = torch.tensor(index)
+    y = torch.randn(1, tiny.M, 8, 4, generator=torch.Generator().manual_seed(0))
+    if index.dim() == 4:
+        index = index.expand(1, 1, 8, 4)
+    ends = index.clamp(0, 5)
+    gain = (index_to_lambda(index) / index_to_lambda(ends)).sqrt().view(1, 1, *(index.shape[2:] or (1, 1)))
+    with torch.no_grad():
+        scaled, log_m = tiny.modulate(y, index)
+        torch.testing.assert_close(scaled, tiny.modulate(y, ends)[0] * gain)
+        torch.testing.assert_close(log_m, (scaled / y).log())
+        back, _ = tiny.demodulate(y, index)
+        torch.testing.assert_close(back, tiny.demodulate(y, ends)[0] / gain)
+        torch.testing.assert_close(torch.cat([*tiny.demodulate_bands(y, index, 4)], 2), back)
 
 
 def test_from_latent_equals_forward(tiny, image):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import VariableRate
-from models.lambdas import MAX_INDEX
+from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils import cli
 from utils.checkpoint import load_model
 from utils.cli.encoding_arguments import add_map_arguments, check_map_arguments, map_of_arguments
@@ -47,8 +47,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
     """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
     analyzed = AnalyzedImage(model, image, quality_map)
-    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in (0.0, MAX_INDEX))
-    _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(MAX_INDEX / 2)), image.device)
+    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in (MIN_INDEX, MAX_INDEX))
+    _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(LAST_INDEX / 2)), image.device)
     rows = []
     for mode, (max_trials, cap) in MODES.items():
         for number in range(targets):

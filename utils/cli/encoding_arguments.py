@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from models.lambdas import LADDER, MAX_INDEX
+from models.lambdas import INDEX_RANGE, LADDER, LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils import cli
 from utils.codec.request import METHODS, EncodeRequest, RefinementSettings
 from utils.messages import print_note
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: str) -> None:
     """Add --index, -l; --lmd, its published name, is taken too."""
-    text = f"rate {'indexes' if several else 'index'} in [0, {MAX_INDEX:g}], fractions allowed: a larger index is a better picture and a larger file (default: {default})"
+    text = f"rate {'indexes' if several else 'index'} in {INDEX_RANGE}, fractions allowed: a larger index is a better picture and a larger file; the weights have learned 0 to {LAST_INDEX:g}, and what lies beyond costs some bits more (default: {default})"
     many = "+" if several else None
     parser.add_argument("-l", "--index", nargs=many, type=rate_index, metavar="INDEX", help=text)
     parser.add_argument("--lmd", "--lmd_index", dest="index", nargs=many, type=rate_index, help=argparse.SUPPRESS)
@@ -27,8 +27,8 @@ def rate_index(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-    if not 0 <= value <= MAX_INDEX:
-        raise argparse.ArgumentTypeError(f"an index must lie in [0, {MAX_INDEX:g}], not {text}")
+    if not MIN_INDEX <= value <= MAX_INDEX:
+        raise argparse.ArgumentTypeError(f"an index must lie in {INDEX_RANGE}, not {text}")
     if value in LADDER:
         print_note(text, f"is taken as a rate index; the λ of that value has index {LADDER.index(value)}", once=True)
     return value
@@ -84,8 +84,8 @@ def check_map_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     rate = (args.region_index, args.region_weight)
     if bool(region) != (rate != (None, None)):
         parser.error("a region needs --mask or --roi, and --mask-index or --mask-weight")
-    if args.region_weight is not None and not 0 < abs(args.region_weight) <= MAX_INDEX:
-        parser.error(f"--mask-weight: must lie within ±{MAX_INDEX:g} and not be 0, not {args.region_weight:g}")
+    if args.region_weight is not None and not 0 < abs(args.region_weight) <= MAX_INDEX - MIN_INDEX:
+        parser.error(f"--mask-weight: must lie within ±{MAX_INDEX - MIN_INDEX:g} and not be 0, not {args.region_weight:g}")
 
 
 def map_of_arguments(args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":

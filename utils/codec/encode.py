@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.coding.precision import without_autocast
-from models.lambdas import MAX_INDEX, index_to_lambda
+from models.lambdas import MAX_INDEX, MIN_INDEX, index_to_lambda
 from utils.codec.analyzed import AnalyzedImage, CodedTrial
 from utils.codec.decode import decode
 from utils.codec.rate_control import RateController, UnreachableError
@@ -199,7 +199,7 @@ def _target_error(
     error = found.bits / target.bits - 1
     size = f"{len(found.data)} bytes, {found.bits / pixels:.4f} bpp"
     largest = unrefined >= reach[1] if reach else found.index == MAX_INDEX
-    smallest = unrefined <= reach[0] if reach else found.index == 0
+    smallest = unrefined <= reach[0] if reach else found.index == MIN_INDEX
     if error < -TARGET_TOLERANCE and largest:
         if target.cap:
             return None, f"above the largest file ({size})"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.lambdas import MAX_INDEX, index_to_lambda
+from models.lambdas import INDEX_RANGE, MAX_INDEX, MIN_INDEX, index_to_lambda
 from models.large.memory import send
 from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
@@ -27,6 +27,7 @@ from utils.pictures import ImageError, read_pixels
 
 CELL = 64  # pixels: the grid of a map is that of z
 LATENTS_PER_CELL, PIXELS_PER_LATENT = 4, 16
+LARGEST_OFFSET = 127  # a signed byte
 LARGEST_LABEL = 31  # the brightest value of a mask of 8 bits that is taken for a label
 
 
@@ -51,8 +52,8 @@ class QualityMap:
     def __post_init__(self) -> None:
         if (self.index is None) == (self.above is None):
             raise ValueError("a region needs either index or above, exactly one of them")
-        if self.index is not None and not 0 <= self.index <= MAX_INDEX:
-            raise ValueError(f"a region's index must lie in [0, {MAX_INDEX:g}], not {self.index:g}")
+        if self.index is not None and not MIN_INDEX <= self.index <= MAX_INDEX:
+            raise ValueError(f"a region's index must lie in {INDEX_RANGE}, not {self.index:g}")
         if self.above is not None and not math.isfinite(self.above):
             raise ValueError(f"above must be a finite number of indexes, not {self.above}")
 
@@ -82,11 +83,14 @@ class QualityMap:
         return cls(weights, cells.reshape(shares.shape), region=inside, index=index, above=above)
 
     def offsets(self, base: float | np.ndarray) -> np.ndarray:
-        """Offsets in steps of 1/16 from the index of the file, such that all lie within [0, 5]: int8 `[…, K]`."""
+        """Offsets in steps of 1/16 from the index of the file, such that all lie within [−2, 7]: int8 `[…, K]`, so that
+        no index is more than 127/16 away."""
         base = np.asarray(base, np.float32).astype(np.float64)[..., None]  # the file holds float32
         top = base + self.above if self.index is None else self.index
-        wanted = np.round(STEPS * self.weights * (np.clip(top, 0, MAX_INDEX) - base))
-        return np.clip(wanted, np.ceil(-STEPS * base), np.floor(STEPS * (MAX_INDEX - base))).astype(np.int8)
+        wanted = np.round(STEPS * self.weights * (np.clip(top, MIN_INDEX, MAX_INDEX) - base))
+        lowest = np.ceil(STEPS * (MIN_INDEX - base)).clip(-LARGEST_OFFSET)
+        highest = np.floor(STEPS * (MAX_INDEX - base)).clip(max=LARGEST_OFFSET)
+        return np.clip(wanted, lowest, highest).astype(np.int8)
 
     def indexes(self, base: float | np.ndarray) -> np.ndarray:
         """The index of each of `weights`, `[…, K]`."""

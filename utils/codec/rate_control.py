@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.lambdas import MAX_INDEX
+from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.rate_model import RateCurve
 from utils.codec.request import Target
 from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, TARGET_TOLERANCE
 
-FIRST_INDEX = MAX_INDEX / 2  # where the first trial is
-SEARCHED = 21  # indexes all over the range
+FIRST_INDEX = LAST_INDEX / 2  # where the first trial is
+SEARCHED = 37  # indexes all over the range, a quarter apart
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
 
 
@@ -63,7 +63,7 @@ class RateController:
                 return self._search_everywhere(target, found)
             if target.allows(found.bits):
                 return found
-            if found.index == 0:
+            if found.index == MIN_INDEX:
                 raise UnreachableError(found)
             self.curve.calibrate(found.index, found.bits)  # the code lengths were some bytes too few
             aimed = replace(aimed, bits=aimed.bits - (found.bits - target.bits))
@@ -78,7 +78,7 @@ class RateController:
             return False
         bits = [bits for _, bits in sorted(self.curve.measured.items())]
         others = [value for index, value in self.curve.measured.items() if index != found.index]
-        at_an_end = found.index in (0, MAX_INDEX)
+        at_an_end = found.index in (MIN_INDEX, MAX_INDEX)
         apart = all(abs(value / found.bits - 1) > CLEARLY_APART for value in others)
         return sorted(bits) != bits or (at_an_end and not apart)
 
@@ -90,7 +90,7 @@ class RateController:
             return not allowed, target.distance(found.bits) if allowed else found.bits
 
         sizes = [best.bits]
-        for index in np.linspace(0, MAX_INDEX, SEARCHED).tolist():
+        for index in np.linspace(MIN_INDEX, MAX_INDEX, SEARCHED).tolist():
             found = self.image.write(self.try_index(index))
             sizes.append(found.bits)
             best = min(best, found, key=rank)

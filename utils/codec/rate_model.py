@@ -17,17 +17,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models import VariableRate
 from models.coding.tables import rounded_gaussians
-from models.lambdas import MAX_INDEX
+from models.lambdas import MAX_INDEX, MIN_INDEX, log_gain
 from models.large.bands import content_bands, gather, latent_height, located, log_m_of_band
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
-GRID = np.linspace(0, MAX_INDEX, 21)
+GRID = np.arange(MIN_INDEX, MAX_INDEX + 0.25, 0.25)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
 _SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
-_REACH = 2.0  # the change of ln m between two indexes is less
+_REACH = 3.25  # the change of ln m between two indexes is less
 _LOG_STEP = 1 / 8  # between the values of ln σ at which H is computed
 _FINE = 128  # parts that these steps are cut into
 
@@ -196,9 +197,12 @@ class RateModel:
         points = np.append(GRID, index)
         cells = None
         if self.quality_map:
-            points = self.quality_map.indexes(points)  # [22, K]
+            points = self.quality_map.indexes(points)  # [38, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
-        *rates, own = self.mask.rate(torch.from_numpy(points).flatten().float()).view(len(points), -1)  # [K · M] each
+        points = torch.from_numpy(points).float().view(-1, 1, 1, 1)
+        logits = self.mask.rate(points)
+        both = torch.stack((logits, log_gain(points).to(logits).expand_as(logits)), -1)
+        *parts, own = both.view(len(GRID) + 1, -1, 2)  # of ln m, [K · M, 2] each
         table = EntropyTable(self.gaussian.scale_table)
         shape = np.zeros(len(GRID))
         for here, content in self.content():
@@ -209,7 +213,8 @@ class RateModel:
             which = alive // places
             if cells is not None:
                 which += self.y.shape[1] * cells[here].flatten()[alive % places]
-            log_m = (self.mask.log_m(rate.index_select(0, which), values) for rate in (own, *rates))
+            chosen = (part.index_select(0, which).unbind(1) for part in (own, *parts))
+            log_m = (F.softsign(logit + values) + gain for logit, gain in chosen)
             log_sigma = table.log_levels[rows_here[alive]] - next(log_m)
             shape += [float(table(log_sigma + change).double().sum()) for change in log_m]
         return RateCurve(shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import VariableRate
-from models.lambdas import MAX_INDEX, index_to_lambda
+from models.lambdas import LAST_INDEX, index_to_lambda
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.rate_control import FIRST_INDEX
 from utils.errors import UserError
@@ -21,7 +21,7 @@ from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import TextColumn, TextTable
 from utils.files import atomic_write, finite
 
-INDEXES = np.linspace(0, MAX_INDEX, 21)
+INDEXES = np.linspace(0, LAST_INDEX, 21)
 FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
 MODELS = {"paper": "Σ log2 m", "entropy": "Σ H(σ · m)"}
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.lambdas import MAX_INDEX
+from models.lambdas import LAST_INDEX
 from utils.codec.quality_map import CELL, LATENTS_PER_CELL, enlarge
 
 MAX_BLOCKS = 3
@@ -33,9 +33,9 @@ def _draw_map(index: float, rate_uniform: float, size: tuple[int, int], share: f
     if random.random() >= share:
         return cells
     if random.random() < 0.5:
-        ends = torch.from_numpy(random.uniform(0, MAX_INDEX, (1, 1, 2, 2))).float()
+        ends = torch.from_numpy(random.uniform(0, LAST_INDEX, (1, 1, 2, 2))).float()
         return F.interpolate(ends, size, mode="bilinear", align_corners=True)[0, 0]
     for _ in range(random.integers(1, MAX_BLOCKS + 1)):
         (top, bottom), (left, right) = (np.sort(random.integers(0, side + 1, 2)) for side in size)
-        cells[top : bottom + 1, left : right + 1] = random.uniform(0, MAX_INDEX)
+        cells[top : bottom + 1, left : right + 1] = random.uniform(0, LAST_INDEX)
     return cells

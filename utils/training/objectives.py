@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models import Codec, VariableRate
 from models.coding.slice_coders import Quantization
-from models.lambdas import LADDERS, MAX_INDEX, index_to_lambda, middle_lambda
+from models.lambdas import LADDERS, LAST_INDEX, index_to_lambda, middle_lambda
 from models.large.bands import multiple
 from models.large.memory import send
 from models.state_dict import digest
@@ -88,7 +88,7 @@ class Objective(nn.Module):
 
     def index(self, rate_uniform: Tensor) -> Tensor | None:
         """Rate index of each sample, `[B]`: uniform over [0, 5]."""
-        return rate_uniform * MAX_INDEX
+        return rate_uniform * LAST_INDEX
 
     def lambdas(self, index: Tensor | float | None, x: Tensor) -> Tensor:
         """λ of each sample of x, `[B]`, on its device."""

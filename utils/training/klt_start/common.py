@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import LAE, Codec, VariableRate
-from models.lambdas import MAX_INDEX, index_to_lambda, middle_lambda
+from models.lambdas import LAST_INDEX, index_to_lambda, middle_lambda
 
 NEIGHBORS = 16  # coefficients of each place around that synthesis looks at; with more it learns the sample's noise
 PRIOR = 8000  # weight of the transposed transform in that fit, in places of the sample
@@ -30,7 +30,7 @@ def zero(conv: nn.Conv2d, outputs: int | None = None) -> None:
 def write_lae(lae: LAE, sign: int) -> None:
     """ln m = sign · ½ ln(λ/λ_mid) at whole indexes, and f_λ piecewise linear between: one ReLU for each piece."""
     first, last = lae.mask.lmd_map.fc_layers
-    pieces = int(MAX_INDEX)
+    pieces = int(LAST_INDEX)
     lambdas = torch.tensor([index_to_lambda(i) for i in range(pieces + 1)], dtype=torch.float64)
     log_m = 0.5 * (lambdas / middle_lambda()).log()
     logits = log_m / (1 - log_m.abs())  # the inverse of softsign
@@ -68,9 +68,9 @@ def rounded_latents(model: Codec, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(model, VariableRate):
         return y.round(), torch.ones(len(y), 1, 1)
-    index = torch.linspace(0, MAX_INDEX, len(y))
+    index = torch.linspace(0, LAST_INDEX, len(y))
     mask = model.modnet_ga.mask
-    m = mask.log_m(mask.rate(index), torch.zeros(1))[:, : y.shape[1]].exp()
+    m = mask.log_m(index, torch.zeros(1))[:, : y.shape[1]].exp()
     weights = index_to_lambda(index).view(-1, 1, 1)
     return (y * m).round() / m, weights / weights.mean()
 
