@@ -27,8 +27,9 @@ from utils.messages import print_note, print_weights
 
 KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
 OF_TRAINING = (
-    "val", "epochs", "max_steps", "max_minutes", "batch_size", "learning_rate", "balance", "synthetic_share", "schedule",
-    "warmup", "ema", "amp", "compile",
+    "val", "val_size", "synthetic_share", "batch_size", "cache_gb", "num_workers", "epochs", "max_steps", "max_minutes",
+    "learning_rate", "balance", "aux_learning_rate", "schedule", "warmup", "clip_max_norm", "ema", "amp", "compile",
+    "validate_minutes", "save_minutes",
 )
 MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 
@@ -51,9 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_run_arguments(parser, save_path="runs/train_vbr")
     args = parser.parse_args(argv)
     if args.stage == "tables":
-        given = [name.replace("_", "-") for name in OF_TRAINING if getattr(args, name) != parser.get_default(name)]
-        if given:
-            print_note("--stage tables", f"trains no network: without effect: {', '.join(given)}")
+        idle = [f"--{name.replace('_', '-')}" for name in OF_TRAINING if getattr(args, name) != parser.get_default(name)]
+        if idle:
+            print_note("--stage tables", f"trains no network, without effect are {', '.join(idle)}")
     return args
 
 

@@ -69,9 +69,10 @@ def published_names(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(self: "Codec", *args, lmd_test: RateIndex = None, lmd_index: RateIndex = None, **kwargs) -> dict:
-        for index in (lmd_index, lmd_test):
-            if isinstance(index, Tensor) or index is not None and index >= 0:
-                kwargs["index"] = index
+        if lmd_index is not None:
+            kwargs["index"] = lmd_index
+        if isinstance(lmd_test, Tensor) or lmd_test is not None and lmd_test >= 0:
+            kwargs["index"] = lmd_test
         return method(self, *args, **kwargs)
 
     return call

@@ -2,9 +2,8 @@
 
     y → y · m,    m = exp(softsign(f_λ(λ) + α · attn(y)))
 
-f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, and `LAE` the scaling. The LAE before synthesis has its
-own weights, and learns to scale back. The paper's rate model follows: R(λ) = Σ log2 m(λ) + C, in bits, with the sum
-over all elements of y (utils/codec/rate_model.py). Names of classes and weights are the published ones.
+f_λ (`fcn`) sees the rate, attn(y) the content; `mask` is ln m, `LAE` the scaling. The LAE before synthesis learns to
+scale back. The paper's rate model follows: R(λ) = Σ log2 m(λ) + C bits (utils/codec/rate_model.py). Published names.
 """
 
 from collections.abc import Iterator
@@ -22,8 +21,7 @@ from models.state_dict import normalize
 
 
 class fcn(nn.Module):
-    """f_λ: n linear layers, ReLU between them, from the rate index in [0, 5] (not λ), `[…, 1]`, to M logits `[…, M]`.
-    The last layer is zero at the start."""
+    """f_λ: n linear layers, from the rate index (not λ) `[…, 1]` to M logits `[…, M]`. The last is zero at first."""
 
     def __init__(self, n: int, M: int) -> None:
         super().__init__()
@@ -38,7 +36,7 @@ class fcn(nn.Module):
 
 
 class mask(nn.Module):
-    """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1), for a latent y; arguments and shapes as of `LAE`."""
+    """ln m = softsign(f_λ(λ) + α · attn(y)), in (−1, 1) on the ladder, for a latent y; arguments as of `LAE`."""
 
     def __init__(self, n: int, M: int, sign: int = 1) -> None:
         super().__init__()
@@ -51,25 +49,28 @@ class mask(nn.Module):
         return self.log_m(index, self.content(y))
 
     def log_m(self, index: Tensor, content: Tensor) -> Tensor:
-        """ln m from rate indexes and `content`; beyond the ladder that of its end, and sign times the gain."""
+        """ln m from rate indexes and `content`; beyond the ladder ln m at its nearer end, plus sign · ln gain."""
+        index = send(index, content.device)
         places = index if index.dim() == 4 else index.view(-1, 1, 1, 1)
-        return F.softsign(self.rate(places) + content) + self.sign * log_gain(places).to(content)
+        return F.softsign(self.rate(index) + content) + self.sign * log_gain(places).to(content.dtype)
 
     def content(self, y: Tensor) -> Tensor:
         """α · attn(y), the part of the logits that depends on no rate."""
         return self.alpha * self.latent_attn(y)
 
     def rate(self, index: Tensor) -> Tensor:
-        """f_λ, of `[B, 1, h, w]`: `[B, M, h, w]`, constant beyond the ladder. In float32 under autocast too: in bfloat16
-        m would be off by up to 0.4 %, which is half a quantization step where the latent is 128."""
+        """f_λ, constant beyond the ladder; of `[B]`: `[B, M, 1, 1]`, of maps `[B, 1, h, w]`: `[B, M, h, w]`. In float32
+        under autocast too: in bfloat16 m is off by up to 0.4 %, half a quantization step where the latent is 128."""
+        index = index.clamp(0, LAST_INDEX).to(self.alpha)
         with torch.autocast(self.alpha.device.type, enabled=False):
-            return self.lmd_map(index.clamp(0, LAST_INDEX).to(self.alpha).movedim(1, -1)).movedim(-1, 1)
+            if index.dim() == 4:
+                return self.lmd_map(index.movedim(1, -1)).movedim(-1, 1)
+            return self.lmd_map(index.view(-1, 1))[:, :, None, None]
 
 
 class LAE(nn.Module):
-    """Latent-domain auto-encoder: y `[B, M, h, w]` and rate indexes, `[B]` or maps `[B, 1, h, w]`, to y · m and ln m,
-    `[B, M, h, w]` both. m is in (1/e, e), and multiplied by a gain beyond the ladder, or divided where sign is −1. f_λ has
-    n linear layers. It is the identity at the start."""
+    """y `[B, M, h, w]` and rate indexes, `[B]` or maps `[B, 1, h, w]`, to y · m and ln m, `[B, M, h, w]` both. f_λ has
+    n layers; sign is 1 before the entropy model, −1 before synthesis. It is the identity at the start."""
 
     def __init__(self, n: int, M: int, sign: int = 1) -> None:
         super().__init__()
@@ -83,8 +84,7 @@ class LAE(nn.Module):
 class VariableRate:
     """Put before a fixed-rate codec among the bases of a class: the same codec at every rate. Everything between the
     two LAEs sees the scaled latent. The weights of the fixed-rate codec can be loaded: the LAEs are then the identity,
-    and the output at every index is that of the fixed-rate codec. Arguments are its arguments.
-    """
+    and the output in [0, 5] is that of the fixed-rate codec. Arguments are its arguments."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

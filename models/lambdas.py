@@ -3,8 +3,9 @@
 A rate is named by an index, a float: 0 … 5 are the six λ of the published models, and log λ is piecewise linear between
 them and beyond. The loss is λ · 255² · MSE + bits per pixel, or λ · (1 − MS-SSIM) + bits per pixel.
 
-Training sees [0, 5] alone. Beyond it, in [−2, 7], m is that of the end of the ladder times √(λ / λ_end), which is how the
-inverse of a quantization step depends on λ where D is proportional to the step squared and R falls with its logarithm.
+Training sees [0, 5] alone. Beyond it, in [−2, 7], the m before the entropy model is that of the nearer end of the
+ladder times √(λ / λ_end), and the m before synthesis is divided by as much: the quantization step changes. Where D goes
+with the step squared and R falls with its logarithm, λ · D + R is least at a step that goes with 1/√λ.
 """
 
 import math

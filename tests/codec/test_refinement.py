@@ -226,11 +226,11 @@ def test_targets_out_of_reach_still_give_a_file(varied, picture):
 
 def test_a_cap_below_the_smallest_file_is_met_by_what_refinement_finds(varied, picture, monkeypatch):
     def found(image, start, settings, target, on_step):
-        y = 0.3 * image.latents(0.0)[0]
-        return [(image.quantize_latents(0.0, y, varied.h_a(y).detach()), Step(1, 1, 1, 1, 1))], []
+        y = 0.3 * image.latents(MIN_INDEX)[0]
+        return [(image.quantize_latents(MIN_INDEX, y, varied.h_a(y).detach()), Step(1, 1, 1, 1, 1))], []
 
     monkeypatch.setattr(encode_module, "refine", found)
-    smallest = len(encode(varied, picture, request_of(0.0)).data)
+    smallest = len(encode(varied, picture, request_of(MIN_INDEX)).data)
     result = encode(varied, picture, request_of(max_bytes=smallest - 1, steps=1))
     assert len(result.data) < smallest and result.refinement.chosen == 1
 

@@ -52,7 +52,8 @@ def test_every_stage_trains_it(photos, tmp_path, capsys):
     found = tmp_path / "static" / "model.pth.tar"
     capsys.readouterr()
     tables = train(photos, tmp_path / "tables", "--stage", "tables", "--checkpoint", found)
-    assert "note: --stage tables: trains no network: without effect: batch-size, warmup" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--stage tables: trains no network, without effect are --val-size, --batch-size, --warmup" in told
     assert tables["model"] == "DepthConv_VBR"
 
 

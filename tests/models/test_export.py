@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models import DepthConv_VBR
 from tests.depthconv import conftest as depthconv
 
-RATES = [torch.tensor([rate]) for rate in (2.5, 4.0)]
+RATES = [torch.tensor([rate]) for rate in (2.5, 4.0, 6.5)]
 
 
 class Analysis(nn.Module):

@@ -27,7 +27,8 @@ def test_beyond_the_ladder_the_gain_is_the_root_of_lambda():
     wanted = 0.5 * (index_to_lambda(index) / index_to_lambda(index.clamp(0, LAST_INDEX))).log()
     assert torch.allclose(log_gain(index), wanted, atol=1e-6)
     assert (log_gain(index)[(index >= 0) & (index <= LAST_INDEX)] == 0).all()
-    assert index_to_lambda(MAX_INDEX) == pytest.approx(0.2) and index_to_lambda(MIN_INDEX) == pytest.approx(0.0025**3 / 0.0035**2)
+    assert index_to_lambda(MAX_INDEX) == pytest.approx(0.2)
+    assert index_to_lambda(MIN_INDEX) == pytest.approx(0.0025**3 / 0.0035**2)
 
 
 def test_forms_of_an_index():

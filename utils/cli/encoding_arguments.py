@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_index_argument(parser: argparse.ArgumentParser, several: bool, default: str) -> None:
     """Add --index, -l; --lmd, its published name, is taken too."""
-    text = f"rate {'indexes' if several else 'index'} in {INDEX_RANGE}, fractions allowed: a larger index is a better picture and a larger file; the weights have learned 0 to {LAST_INDEX:g}, and what lies beyond costs some bits more (default: {default})"
+    text = f"rate {'indexes' if several else 'index'} in {INDEX_RANGE}, fractions allowed: a larger index is a better picture and a larger file; the weights have learned 0 to {LAST_INDEX:g}, and beyond files are somewhat larger than they might be (default: {default})"
     many = "+" if several else None
     parser.add_argument("-l", "--index", nargs=many, type=rate_index, metavar="INDEX", help=text)
     parser.add_argument("--lmd", "--lmd_index", dest="index", nargs=many, type=rate_index, help=argparse.SUPPRESS)
@@ -63,7 +63,7 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask", dest="region", metavar="PICTURE", help="a region with an index of its own: white in a picture of the same size; gray is in between. It is as exact as cells of 64×64 pixels")
     group.add_argument("--roi", metavar="X,Y,W,H", type=parse_box, action="append", help="the same as a rectangle in pixels, from the upper left corner; may be repeated")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--mask-index", dest="region_index", type=rate_index, metavar="INDEX", help="index of the region; the rest has the index of the file")
+    group.add_argument("--mask-index", dest="region_index", type=rate_index, metavar="INDEX", help="index of the region, at most 7.9 from that of the file, which the rest has")
     group.add_argument("--mask-weight", dest="region_weight", type=float, metavar="OFFSET", help="instead, how far the region's index lies above that of the rest; a target moves both")
 
 
@@ -84,8 +84,8 @@ def check_map_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     rate = (args.region_index, args.region_weight)
     if bool(region) != (rate != (None, None)):
         parser.error("a region needs --mask or --roi, and --mask-index or --mask-weight")
-    if args.region_weight is not None and not 0 < abs(args.region_weight) <= MAX_INDEX - MIN_INDEX:
-        parser.error(f"--mask-weight: must lie within ±{MAX_INDEX - MIN_INDEX:g} and not be 0, not {args.region_weight:g}")
+    if args.region_weight is not None and not 0 < abs(args.region_weight) <= LAST_INDEX:
+        parser.error(f"--mask-weight: must lie within ±{LAST_INDEX:g} and not be 0, not {args.region_weight:g}")
 
 
 def map_of_arguments(args: argparse.Namespace, height: int, width: int) -> "QualityMap | None":

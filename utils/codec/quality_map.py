@@ -1,7 +1,7 @@
 """Several qualities in one picture: where, and by how much, the rate index differs from that of the file.
 
-The network's rate enters through f_λ(index) alone, channel by channel, and m scales every place of the latent by
-itself. So an index for each place is as good as one for all, and R = Σ log m + C holds as it stands.
+The rate enters the network through m alone, by f_λ(index), channel by channel, and m scales every place of the latent
+by itself. So an index for each place is as good as one for all, and R = Σ log m + C holds as it stands.
 """
 
 import io
@@ -39,7 +39,7 @@ class QualityMap:
         weights: distinct mask values, in [0, 1], `[K]`; those between 0 and 1 interpolate the index.
         cells: position in `weights` of each cell's value, `[h, w]` of z.
         region: pixels whose mask value is above the middle of all, bool `[H, W]`.
-        index: the region's index, whatever that of the file; or
+        index: the region's index, whatever that of the file, but at most LARGEST_OFFSET / STEPS from it; or
         above: how far the region's index lies above that of the file.
     """
 

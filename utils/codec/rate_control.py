@@ -7,16 +7,13 @@ A trial encode is `h_a`, the slices, and the code lengths of the symbols: no ana
 import math
 from dataclasses import replace
 
-import numpy as np
-
 from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
-from utils.codec.rate_model import RateCurve
+from utils.codec.rate_model import GRID, RateCurve
 from utils.codec.request import Target
 from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, TARGET_TOLERANCE
 
-FIRST_INDEX = LAST_INDEX / 2  # where the first trial is
-SEARCHED = 37  # indexes all over the range, a quarter apart
+FIRST_TRIAL = LAST_INDEX / 2  # its index
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
 
 
@@ -48,7 +45,7 @@ class RateController:
         """The file nearest to a target, or to a little below a cap.
 
         Where it is missed, and the bits are not monotone in the index or hardly differ at an end of the range,
-        SEARCHED files all over the range are made.
+        files at all indexes of GRID are made.
 
         Args:
             max_trials: as in `search`.
@@ -90,7 +87,7 @@ class RateController:
             return not allowed, target.distance(found.bits) if allowed else found.bits
 
         sizes = [best.bits]
-        for index in np.linspace(MIN_INDEX, MAX_INDEX, SEARCHED).tolist():
+        for index in GRID.tolist():
             found = self.image.write(self.try_index(index))
             sizes.append(found.bits)
             best = min(best, found, key=rank)
@@ -114,7 +111,7 @@ class RateController:
         best: TrialEncode | None = None
         tried: set[float] = set()
         aim = target.aim
-        index = FIRST_INDEX if self.curve is None else self.curve.solve(aim)
+        index = FIRST_TRIAL if self.curve is None else self.curve.solve(aim)
         while index not in tried:
             tried.add(index)
             trial = self.try_index(index)

@@ -28,7 +28,7 @@ from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index
 GRID = np.arange(MIN_INDEX, MAX_INDEX + 0.25, 0.25)
 _MIN_DISTANCE = 0.1  # measurements at nearer indexes say nothing about the slope: rounding moves the bits up and down
 _SLOPES = 1 / 3, 3.0  # limits of the slope outside of the measurements
-_REACH = 3.25  # the change of ln m between two indexes is less
+_REACH = 3.25  # the change of ln m between two indexes is less: 2, and both gains
 _LOG_STEP = 1 / 8  # between the values of ln σ at which H is computed
 _FINE = 128  # parts that these steps are cut into
 
@@ -199,10 +199,10 @@ class RateModel:
         if self.quality_map:
             points = self.quality_map.indexes(points)  # [38, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
-        points = torch.from_numpy(points).float().view(-1, 1, 1, 1)
-        logits = self.mask.rate(points)
-        both = torch.stack((logits, log_gain(points).to(logits).expand_as(logits)), -1)
-        *parts, own = both.view(len(GRID) + 1, -1, 2)  # of ln m, [K · M, 2] each
+        points = torch.from_numpy(points).flatten().float()
+        logits = self.mask.rate(points)  # [38 · K, M, 1, 1]
+        gains = log_gain(points).to(logits).view(-1, 1, 1, 1).expand_as(logits)
+        *parts, own = torch.stack((logits, gains), -1).view(len(GRID) + 1, -1, 2)  # of ln m, [K · M, 2] each
         table = EntropyTable(self.gaussian.scale_table)
         shape = np.zeros(len(GRID))
         for here, content in self.content():

@@ -15,14 +15,14 @@ from tqdm import tqdm
 from models import VariableRate
 from models.lambdas import LAST_INDEX, index_to_lambda
 from utils.codec.analyzed import AnalyzedImage
-from utils.codec.rate_control import FIRST_INDEX
+from utils.codec.rate_control import FIRST_TRIAL
 from utils.errors import UserError
 from utils.evaluation.evaluate import for_each
 from utils.evaluation.results import TextColumn, TextTable
 from utils.files import atomic_write, finite
 
 INDEXES = np.linspace(0, LAST_INDEX, 21)
-FIRST = int(np.abs(INDEXES - FIRST_INDEX).argmin())  # position of the index that rate control tries first
+FIRST = int(np.abs(INDEXES - FIRST_TRIAL).argmin())  # position of the index that rate control tries first
 MODELS = {"paper": "Σ log2 m", "entropy": "Σ H(σ · m)"}
 
 
@@ -60,7 +60,7 @@ class Study:
 def study(model: VariableRate, name: str, image: Tensor) -> Study:
     """Measure one picture, uint8 `[3, H, W]` on the model's device."""
     analyzed = AnalyzedImage(model, image)
-    curve = analyzed.rate_model.curve(FIRST_INDEX, analyzed.quantize(FIRST_INDEX).quantized.rows)
+    curve = analyzed.rate_model.curve(FIRST_TRIAL, analyzed.quantize(FIRST_TRIAL).quantized.rows)
     models = {
         "paper": np.array([analyzed.rate_model.log2_m(index) for index in INDEXES]),
         "entropy": curve.shape_at(INDEXES),
@@ -123,7 +123,7 @@ def draw(studies: list[Study]) -> Figure:
         axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1, label="slope 1")
         slope, r2 = np.mean([s.fit(name) for s in studies], 0)
         axes.plot([low, high], [slope * low, slope * high], "r-", linewidth=1, label=f"mean slope {slope:.2f}")
-        axes.set(xlabel=f"{text}, bits per pixel, from index {FIRST_INDEX:g}", ylabel="bits per pixel, from the same")
+        axes.set(xlabel=f"{text}, bits per pixel, from index {FIRST_TRIAL:g}", ylabel="bits per pixel, from the same")
         axes.set_title(f"{text}: mean R² {r2:.3f}")
     lambdas = [index_to_lambda(float(index), studies[0].metric) for index in INDEXES]
     for number, s in enumerate(studies):
