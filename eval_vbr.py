@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
 
-ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
+ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "avif-fast", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.save and several:
         parser.error("--save takes the reconstructions of one --checkpoint")
     args.measure = bool(args.data or args.checkpoint or args.anchors is not None or not args.compare)
-    if not args.measure and (args.index or region or args.save or args.per_image):
+    if not args.measure and (args.index or region or args.save or args.per_image or args.real or args.nearest):
         parser.error("--compare alone measures nothing: name pictures with -d")
     args.real |= args.anchors is not None or args.report is not None or bool(region)
     args.index = list(dict.fromkeys(args.index or ())) or None

@@ -86,7 +86,7 @@ TABLE = TextTable(
     TextColumn("index", "5.2f", lambda row: row.result.index),
     TextColumn("bpp", "7.4f", lambda row: row.result.bpp),
     TextColumn("PSNR dB", "8.2f", lambda row: row.result.psnr),
-    TextColumn("MS-SSIM", "8.2f", lambda row: row.result.ms_ssim, unit=decibels),
+    TextColumn("MS-SSIM dB", "11.2f", lambda row: row.result.ms_ssim, unit=decibels),
     TextColumn("Δbpp %", "7.2f", lambda row: 100 * (row.result.bpp / row.plain.bpp - 1)),
     TextColumn("ΔPSNR", "6.3f", lambda row: row.refined("gain")),
     TextColumn("Δloss %", "7.2f", lambda row: 100 * row.refined("loss_change")),
@@ -130,11 +130,13 @@ def watch(bar: tqdm, writer, name: str) -> Callable[["Step"], None]:
 
 
 def encode_all(
-    model: "VariableRate", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace, context: "DistContext"
+    model: "VariableRate", paths: list[Path], requests: list[EncodeRequest], args: argparse.Namespace, context: "DistContext",
+    keep: Callable[[list[list[Row]]], object],
 ) -> tuple[list[list[Row]], int]:
     """Every picture by every request; returns the rows of each request, and how many pictures failed.
 
-    Processes share the pictures; all of them get all rows. A line is printed as soon as the main process has a row.
+    Processes share the pictures; all of them get all rows. A line is printed as soon as the main process has a row; one
+    that is alone has `keep` called with the rows after each picture, as the next ones may take hours.
     """
     from utils.evaluation.evaluate import for_each
     from utils.images import save_image
@@ -171,16 +173,23 @@ def encode_all(
             if args.save:
                 save_image(Path(args.save) / f"{row.name}.png", decoded)
         bar.update(count * steps - bar.n)  # steps that the method did not need
+        if context.world_size == 1 and len(found_rows[-1]) == len(requests):
+            keep(by_request(found_rows))
     bar.close()
     if writer:
         writer.close()
     pictures = context.join(found_rows)
-    rows = [[row for row in group if row] for group in zip(*pictures, strict=True)]
+    rows = by_request(pictures)
     tell(context, TABLE.rule)
     for group in filter(None, rows):
         sizes = [replace(row, error=None if row.error is None else abs(row.error)) for row in group]
         tell(context, TABLE.row(f"mean of {len(group)}", sizes))
     return rows, sum(None in picture for picture in pictures)
+
+
+def by_request(pictures: list[list[Row | None]]) -> list[list[Row]]:
+    """The rows of each request, from those of each picture, without the failed ones."""
+    return [[row for row in group if row] for group in zip(*pictures, strict=True)]
 
 
 def tell(context: "DistContext", text: str) -> None:
@@ -194,18 +203,15 @@ def results_of(rows: list[list[Row]], kind: str) -> list[list[Result]]:
     return [[getattr(row, kind) for row in group] for group in rows if group]
 
 
-def bd_rate_of_refinement(rows: list[list[Row]]) -> str:
-    """BD-rate of refinement: the curve of mean rates and qualities with it against the one without it."""
-    from utils.evaluation.bd_rate import MIN_POINTS, rising, summary
+def bd_rate_of_refinement(whole: dict) -> str:
+    """BD-rate of refinement, by the metric of the loss: the curve with it against the one without it."""
+    from utils.evaluation.bd_rate import MIN_POINTS, points_of, rising, summary
 
-    def curve(kind: str) -> list[tuple[float, float]]:
-        groups = results_of(rows, kind)
-        return rising((mean(r.bpp for r in group), mean(r.psnr for r in group)) for group in groups)[0]
-
-    curves = curve("plain"), curve("result")
+    metric = "psnr" if whole["metric"] == "mse" else "ms-ssim"
+    curves = [rising(points_of(codec, metric))[0] for codec in (whole["unrefined"], whole)]
     if min(map(len, curves)) < MIN_POINTS:
         return f"BD-rate: none, a curve has fewer than {MIN_POINTS} rising points"
-    return summary(*curves)
+    return summary(*curves, metric=metric)
 
 
 def json_of(rows: list[list[Row]], args: argparse.Namespace, method: str) -> dict:
@@ -258,19 +264,27 @@ def run(
     if context.is_main:
         print_weights(args.checkpoint)
     model.prepare()
-    rows, failed = encode_all(model, paths, requests, args=args, context=context)
+    facts = {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
+
+    def keep(rows: list[list[Row]]) -> dict | None:
+        if not any(rows):
+            return None
+        whole = json_of(rows, args, requests[0].refinement.method) | facts
+        write_json(whole)
+        return whole
+
+    rows, failed = encode_all(model, paths, requests, args=args, context=context, keep=keep)
     context.close()
     if not any(rows):
         raise cli.UserError("none of the pictures could be coded")
     if not context.is_main:
         return 0
-    whole = json_of(rows, args, requests[0].refinement.method) | {"metric": model.metric, "checkpoint": origin(args.checkpoint, model), "made": provenance(argv, context)}
-    write_json(whole)
+    whole = keep(rows)
     errors = [abs(row.error) for row in rows[0] if row.error is not None]
     if errors and requests[0].has_target:
         print(f"size against target: mean |error| {mean(errors):.3f} %, worst {max(errors):.3f} %")
     if args.steps and len(requests) >= MIN_POINTS:
-        print(bd_rate_of_refinement(rows))
+        print(bd_rate_of_refinement(whole))
     if args.report:
         print(write_report(Path(args.report), whole))
     return 1 if failed else 0

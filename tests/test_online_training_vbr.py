@@ -72,6 +72,22 @@ def test_pictures_that_fail_are_named_and_the_others_go_on(weights, two, tmp_pat
     assert "p1.png: the smallest file of this picture has" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_leaves_the_results_of_the_pictures_before(weights, two, tmp_path, monkeypatch):
+    real = online_training_vbr.code
+
+    def interrupted(model, image_name, *args, **kwargs):
+        if image_name == "p1.png":
+            raise KeyboardInterrupt
+        return real(model, image_name, *args, **kwargs)
+
+    monkeypatch.setattr(online_training_vbr, "code", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        options = ["-t", "0", "--checkpoint", weights, "--json", str(tmp_path / "r.json")]
+        online_training_vbr.main(["-d", *two, "-l", "1", "2", *options])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["image"], row["index"]) for row in found["images"]] == [("p0.png", 1), ("p0.png", 2)]
+
+
 def test_codec_meets_targets(weights, two, tmp_path, capsys):
     file = tmp_path / "a.tvbr"
     options = ["--force", "--checkpoint", weights]

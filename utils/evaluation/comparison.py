@@ -231,7 +231,7 @@ def table(summary: dict) -> str:
         TextColumn("decode s", "8.2f", lambda row: row["decode_seconds"]),
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
-    notes = [f"BD: of {first} against each; a negative rate is fewer bits of {first} at equal quality"]
+    notes = [f"BD (Akima): of {first} against each; a negative rate is fewer bits of {first} at equal quality"]
     for row in summary["codecs"][1:]:
         if row["bd_psnr"]["rate"]["value"] is None:
             notes.append(f"no BD-rate against {row['name']}: {row['bd_psnr']['rate']['reason']}")

@@ -220,7 +220,7 @@ def _side_by_side(summary: dict) -> Section:
     if not any(row[-1] for row in rows):
         columns = columns[:-1]
         rows = [row[:-1] for row in rows]
-    caption = f"Bjøntegaard deltas of {first}; a negative rate: fewer bits than the other codec at equal quality"
+    caption = f"Bjøntegaard deltas (Akima) of {first}; a negative rate: fewer bits than the other at equal quality"
     bd = Table(caption, columns, rows)
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
     text += (
