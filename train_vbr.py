@@ -27,7 +27,7 @@ from utils.messages import print_note, print_weights
 
 KEPT_LATENTS = 4096  # patches of 256×256: 400 MB of latents of preset small
 OF_TRAINING = (
-    "val", "val_size", "synthetic_share", "batch_size", "cache_gb", "num_workers", "epochs", "max_steps", "max_minutes",
+    "type", "val", "val_size", "synthetic_share", "batch_size", "cache_gb", "num_workers", "epochs", "max_steps", "max_minutes",
     "learning_rate", "balance", "aux_learning_rate", "schedule", "warmup", "clip_max_norm", "ema", "amp", "compile",
     "validate_minutes", "save_minutes",
 )

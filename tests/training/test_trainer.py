@@ -483,7 +483,10 @@ def test_the_share_of_synthetic_patches_is_for_training_and_not_for_tables(photo
 
 def test_a_signal_saves_and_ends_in_peace(photos, checkpoint, tmp_path, start):
     more = ["--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000, "--cache-gb", 0, "-n", 1]
-    folders = {number: tmp_path / number.name for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        numbers.append(signal.SIGHUP)
+    folders = {number: tmp_path / number.name for number in numbers}
     processes = {number: start(folder, *arguments(photos, folder, *more)) for number, folder in folders.items()}
     for number, process in processes.items():
         output = folders[number] / "output"
@@ -692,6 +695,30 @@ def test_what_differs_from_the_run_that_is_resumed_is_said(photos, checkpoint, t
     assert "--val-size 256: 1 of 1 photographs to validate on are smaller" in told.err
 
 
+def test_a_step_without_memory_is_told_in_a_line(photos, checkpoint, tmp_path, monkeypatch):
+    def step(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(cli.UserError, match="not enough memory for a step: a smaller --batch-size"):
+        train(photos, tmp_path / "run", "--checkpoint", checkpoint, "--max-steps", 1)
+
+
+def test_options_are_not_abbreviated(photos, tmp_path, capsys):
+    """--lr was taken for the published --lr_epoch, which has no meaning, and the run had the default rate."""
+    args = train_vbr.parse(arguments(photos, tmp_path, "--lr", 1e-3))
+    assert args.learning_rate == 1e-3 and "--lr_epoch" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_vbr.parse(arguments(photos, tmp_path, "--learn", 1e-3))
+
+
+def test_times_of_validations_are_multiples_whenever_a_run_is_resumed():
+    class Resumed:
+        progress = Progress(seconds=60 * 44)
+
+    assert Trainer._next_time(Resumed, 15) == 45 and Trainer._next_time(Resumed, 0) == 44
+
+
 def test_a_file_in_place_of_the_folder_is_told_before_the_work(photos, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "run").write_text("")
     monkeypatch.setattr("utils.pictures.find_images", lambda *_: pytest.fail("the work has begun"))
@@ -760,7 +787,9 @@ def test_what_is_compiled_is_what_runs(tiny, image, monkeypatch):
     """With gradients and without; a network whose layers were called one by one would not be."""
     used = set()
 
-    def compile_(network):
+    def compile_(network, dynamic):
+        assert dynamic is False
+
         def call(*args):
             used.add(network)
             return network._call_impl(*args)

@@ -26,7 +26,9 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose description is the first paragraph of a module's docstring; its usage is as the module is run."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
     name = module and f"python -m {module.name.removesuffix('.__main__')}"
-    return argparse.ArgumentParser(name, description=docstring.split("\n\n")[0], formatter_class=HelpFormatter)
+    description = docstring.split("\n\n")[0]
+    # No abbreviations: --lr would be taken for --lr_epoch, of published scripts, which has no meaning.
+    return argparse.ArgumentParser(name, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 class _WithoutMeaning(argparse.Action):

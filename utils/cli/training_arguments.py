@@ -41,7 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--last-batch-size", type=int, metavar="B", help="of them per step and process (default: as many pixels as before, but at most --batch-size patches)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("-lr", "--learning-rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
+    add("-lr", "--learning-rate", "--lr", dest="learning_rate", type=float, default=Settings.learning_rate, metavar="LR", help="peak learning rate of Adam")
     add("--transform-lr-factor", dest="transform_factor", type=float, default=Settings.transform_factor, metavar="F", help="learning rate of g_a and g_s (of a DepthConv: of what the start in closed form writes, not of the blocks), in units of --learning-rate; weights that start in closed form want 0.1 to 0.5")
     add("--balance", type=float, default=Settings.balance, metavar="P", help="multiply each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not dominate the gradient; 0 is the published loss")
     add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")

@@ -28,7 +28,7 @@ from models import Codec
 from models.layers import Float32GDN
 from models.state_dict import without_tables
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
-from utils.device import out_of_memory_as_value_error, processor
+from utils.device import is_out_of_memory, out_of_memory_as_value_error, processor
 from utils.distributed import DistContext, is_lost_peer
 from utils.errors import UserError
 from utils.files import atomic_write, finite, remove_left_over
@@ -237,8 +237,8 @@ class Trainer:
             UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
         """
         with self._started(), self._bar() as bar:
-            next_save = self.progress.seconds / 60 + self.settings.save_minutes
-            next_validation = self.progress.seconds / 60 + self.settings.validate_minutes
+            next_save = self._next_time(self.settings.save_minutes)
+            next_validation = self._next_time(self.settings.validate_minutes)
             while budget_used(self.progress, self.settings) < 1:
                 self._log_step(self.step(), bar)
                 if self.all_stop:
@@ -247,11 +247,11 @@ class Trainer:
                     return
                 minutes = self.progress.seconds / 60
                 if minutes >= next_validation:
-                    next_validation = minutes + self.settings.validate_minutes
+                    next_validation = self._next_time(self.settings.validate_minutes)
                     self.save()
                     self.validate()
                 elif minutes >= next_save:
-                    next_save = minutes + self.settings.save_minutes
+                    next_save = self._next_time(self.settings.save_minutes)
                     self.save()
                 else:
                     continue
@@ -261,6 +261,11 @@ class Trainer:
             self.save()  # first: what follows may be interrupted
             self._print("validating the weights, and fitting their coding tables")
             self.validate(last=True)
+
+    def _next_time(self, interval: float) -> float:
+        """The next multiple of an interval in minutes: the same for a run that is often resumed, as it may be."""
+        minutes = self.progress.seconds / 60
+        return (minutes // interval + 1) * interval if interval else minutes
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[None]:
@@ -274,6 +279,9 @@ class Trainer:
                 try:
                     yield
                 except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        advice = f"a smaller --batch-size (or --cache-gb) may do; {self._how_to_continue()}"
+                        raise UserError(f"there is not enough memory for a step: {advice}") from None
                     if self.context.world_size == 1 or not is_lost_peer(error):
                         raise
                     handlers.pop_all()  # torchrun's SIGTERM comes now; it must not end this process before its message
@@ -383,7 +391,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGINT and SIGTERM end the run after the step, a second SIGINT at once. A suspended run does not train."""
+        """SIGINT, SIGTERM and SIGHUP (of a terminal that closes, without nohup) end the run after the step, a second
+        SIGINT at once. A suspended run does not train."""
 
         def handle(number: int, frame: object) -> None:
             self.stop = True
@@ -396,6 +405,8 @@ class Trainer:
         handlers = {signal.SIGINT: handle, signal.SIGTERM: handle}
         if hasattr(signal, "SIGCONT"):  # not on Windows
             handlers[signal.SIGCONT] = go_on
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                handlers[signal.SIGHUP] = handle
         with contextlib.ExitStack() as stack:
             for number, handler in handlers.items():
                 stack.callback(signal.signal, number, signal.signal(number, handler))
@@ -485,7 +496,7 @@ def compile_networks(model: Codec) -> None:
     setattr(config, limit, max(getattr(config, limit), 4 * len(networks)))
     config.optimize_ddp = False  # would split graphs where gradients are sent, and each is small already
     for network in networks:
-        network.compile()
+        network.compile(dynamic=False)  # to Dynamo the next network is the same one on another shape: else dynamic
 
 
 def _distributed(objective: Objective) -> nn.Module:
