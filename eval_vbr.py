@@ -140,7 +140,8 @@ def measure(
             print_note("MS-SSIM", f"{len(small)} of the pictures are too small for it: its means leave them out, and it has no curve")
     kind = ("real files" if args.real else "code lengths") + (", nearest symbols" if args.nearest else "")
     codec = to_json(groups, checkpoint_name(file), description=kind, results=results)
-    return codec | {"metric": model.metric, "model": type(model).__name__, "checkpoint": origin(file, model)}, failed
+    network = {"model": type(model).__name__, "arguments": model.arguments}
+    return codec | network | {"metric": model.metric, "checkpoint": origin(file, model)}, failed
 
 
 def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[dict], None]) -> int:
@@ -185,7 +186,6 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         if context.is_main and args.json and (len(files) > 1 or known):  # what follows may be interrupted
             write_json(comparison.together(codecs, []) | {"made": provenance(argv, context)})
     codecs = comparison.join_fixed_rates(codecs)
-    ours = max(1, len(codecs))
     codecs += anchors.measure_all(known, paths, context)
     context.close()
     if not context.is_main:
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         studies = rate_study.study_all(model, shown) if isinstance(model, VariableRate) else []
         if studies:
             whole["rate_model"] = rate_study.summary(studies)
-        print(report.write_report(Path(args.report), whole, ours, viewers=viewers, studies=studies))
+        print(report.write_report(Path(args.report), whole, viewers=viewers, studies=studies))
         write_json(whole)
     return 1 if failed else 0
 

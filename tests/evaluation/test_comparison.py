@@ -100,6 +100,8 @@ def test_models_of_one_rate_are_joined_where_they_make_a_curve():
     assert comparison.join_fixed_rates(four[:3]) == four[:3]
     mixed = [one | {"model": "Hyperprior"} for one in four[:2]] + four[2:]
     assert comparison.join_fixed_rates(mixed) == mixed
+    mixed = [one | {"arguments": {"N": 128, "means": number < 2}} for number, one in enumerate(four)]
+    assert comparison.join_fixed_rates(mixed) == mixed
     (other,) = comparison.join_fixed_rates([one | {"model": "DepthConv"} for one in four])
     assert other["name"] == "4 fixed-rate DepthConvs"
 
@@ -113,7 +115,7 @@ def test_curves_of_other_weights_are_not_taken_for_one(tmp_path):
         (tmp_path / name).write_text(json.dumps(first | {"name": name, "compared": [curve]}))
     files = [(name, comparison.read_codecs(str(tmp_path / name))) for name in ("one", "two", "three")]
     names = [one["name"] for one in comparison.together([], files)["compared"]]
-    assert names == ["4 fixed-rate TCMs", "two", "4 fixed-rate TCMs (two)", "three"]
+    assert names == ["4 fixed-rate TCMs", "4 fixed-rate TCMs (two)", "two", "three"]  # "two" names no weights
 
 
 def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):

@@ -62,12 +62,15 @@ def points(codec: dict) -> list[Point]:
 def join_fixed_rates(codecs: list[dict]) -> list[dict]:
     """Join fixed-rate models (same network, metric and pictures, at least four) to a curve, in the place of the first.
 
-    Their checkpoints are a list, in the order of the points.
+    Their checkpoints are a list, in the order of the points. N and M may differ, as between the qualities of
+    CompressAI's zoo.
     """
     groups = defaultdict(list)
     for number, codec in enumerate(codecs):
         fixed = "index" not in codec["results"]
-        kind = "fixed", codec.get("model"), codec["metric"], frozenset(pictures(codec))
+        sizes = {key: value for key, value in codec.get("arguments", {}).items() if key not in ("N", "M")}
+        network = codec.get("model"), json.dumps(sizes, sort_keys=True)
+        kind = "fixed", *network, codec["metric"], frozenset(pictures(codec))
         groups[kind if fixed else number].append(codec)
     curves = [group for group in groups.values() if len(group) >= MIN_POINTS]
     joined = {id(group[0]): _one_curve(group) for group in curves}
@@ -152,6 +155,7 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
         for number, codec in enumerate(codecs):
             if not number or _identity(codec) not in known:  # what it was compared with may be there already
                 add_codec(found, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
+    found[1:] = sorted(found[1:], key=lambda codec: not weights_of(codec))  # classical codecs come last
     return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
 
 

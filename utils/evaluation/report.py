@@ -119,14 +119,14 @@ def _version(codec: str, result: Result, decoded: Tensor, middle: tuple[int, int
 # Sections ------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path, whole: dict, ours: int, viewers: list[Viewer], studies: list[rate_study.Study]) -> Path:
+def write_report(folder: Path, whole: dict, viewers: list[Viewer], studies: list[rate_study.Study]) -> Path:
     """Write the page and its plots, and return the page's path.
 
     Args:
-        whole: the JSON: a codec, with others under "compared", and their "summary".
-        ours: how many of the codecs are checkpoints; they come first.
+        whole: the JSON: a codec, with others under "compared", checkpoints first, and their "summary".
     """
     codecs = [whole, *whole["compared"]]
+    ours = 1 + sum(bool(weights_of(codec)) for codec in whole["compared"])
     from_papers = published() if is_kodak(whole) else []
     sections = [
         _curves(folder, codecs, ours, from_papers=from_papers),
