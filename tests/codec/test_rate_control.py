@@ -64,7 +64,7 @@ def test_three_trials_meet_a_target(picture):
 @pytest.mark.parametrize("trials", [1, 3])
 def test_a_cap_is_never_broken_and_nearly_used_up(picture, trials):
     low, high = reach(picture)
-    for cap in range(low // 8, high // 8, 150):
+    for cap in range(low // 8, high // 8, 300):
         controller = RateController(picture)
         found = controller.meet(Target(8 * cap, cap=True), trials)
         assert 0 <= 1 - len(found.data) / cap < 0.01
