@@ -173,7 +173,7 @@ def encode_all(
             if args.save:
                 save_image(Path(args.save) / f"{row.name}.png", decoded)
         bar.update(count * steps - bar.n)  # steps that the method did not need
-        if context.world_size == 1 and len(found_rows[-1]) == len(requests):
+        if args.json and context.world_size == 1 and len(found_rows[-1]) == len(requests):
             keep(by_request(found_rows))
     bar.close()
     if writer:

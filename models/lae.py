@@ -46,26 +46,27 @@ class mask(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, y: Tensor, index: Tensor) -> Tensor:
-        return self.log_m(index, self.content(y))
+        return self.log_m(*self.rate(index), self.content(y))
 
-    def log_m(self, index: Tensor, content: Tensor) -> Tensor:
-        """ln m from rate indexes and `content`; beyond the ladder ln m at its nearer end, plus sign · ln gain."""
-        index = send(index, content.device)
-        places = index if index.dim() == 4 else index.view(-1, 1, 1, 1)
-        return F.softsign(self.rate(index) + content) + self.sign * log_gain(places).to(content.dtype)
+    @staticmethod
+    def log_m(logits: Tensor, gain: Tensor, content: Tensor) -> Tensor:
+        """ln m from what `rate` returns and `content`, which broadcast."""
+        return F.softsign(logits + content) + gain
 
     def content(self, y: Tensor) -> Tensor:
         """α · attn(y), the part of the logits that depends on no rate."""
         return self.alpha * self.latent_attn(y)
 
-    def rate(self, index: Tensor) -> Tensor:
-        """f_λ, constant beyond the ladder; of `[B]`: `[B, M, 1, 1]`, of maps `[B, 1, h, w]`: `[B, M, h, w]`. In float32
-        under autocast too: in bfloat16 m is off by up to 0.4 %, half a quantization step where the latent is 128."""
+    def rate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """f_λ, of `[B]`: `[B, M, 1, 1]`, of maps `[B, 1, h, w]`: `[B, M, h, w]`; and ln of the gain beyond the ladder.
+        f_λ is in float32 under autocast too: in bfloat16 m is off by 0.4 %, half a step where the latent is 128."""
+        index = send(index, self.alpha.device)
+        gain = self.sign * log_gain(index if index.dim() == 4 else index.view(-1, 1, 1, 1)).to(self.alpha)
         index = index.clamp(0, LAST_INDEX).to(self.alpha)
         with torch.autocast(self.alpha.device.type, enabled=False):
             if index.dim() == 4:
-                return self.lmd_map(index.movedim(1, -1)).movedim(-1, 1)
-            return self.lmd_map(index.view(-1, 1))[:, :, None, None]
+                return self.lmd_map(index.movedim(1, -1)).movedim(-1, 1), gain
+            return self.lmd_map(index.view(-1, 1))[:, :, None, None], gain
 
 
 class LAE(nn.Module):
@@ -113,7 +114,6 @@ class VariableRate:
         """As the fixed-rate codec, whose weights are taken too."""
         if not any("modnet_ga." in name for name in state_dict):
             identity = LAE(2, self.M).state_dict()
-            state_dict = normalize(state_dict)
-            for lae in ("modnet_ga", "modnet_gs"):
-                state_dict |= {f"{lae}.{name}": value for name, value in identity.items()}
+            laes = {f"{lae}.{name}": identity[name] for lae in ("modnet_ga", "modnet_gs") for name in identity}
+            state_dict = normalize(state_dict) | laes
         return super().load_state_dict(state_dict, strict)

@@ -39,6 +39,11 @@ def index_to_lambda(index: "Tensor | float", metric: str = "mse") -> "Tensor | f
     return (start + (index - lower) * (end - start)).exp()
 
 
+def in_range(index: float) -> bool:
+    """Whether a rate may have this index; NaN may not."""
+    return MIN_INDEX <= index <= MAX_INDEX
+
+
 def log_gain(index: "Tensor") -> "Tensor":
     """½ · ln(λ / λ_end) where an index lies beyond an end of the ladder, and 0 within, of the shape of `index`.
 

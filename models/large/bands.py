@@ -210,8 +210,8 @@ def content_bands(mask: nn.Module, y: Tensor, height: int) -> Iterator[Tensor]:
 
 
 def log_m_of_band(mask: nn.Module, index: Tensor, here: slice, content: Tensor) -> Tensor:
-    """ln m of some rows, from their content and an index as in `mask.log_m`, which for maps is that of all rows."""
-    return mask.log_m(index[:, :, here] if index.dim() == 4 else index, content)
+    """ln m of some rows, from their content and an index as in `mask.rate`, which for maps is that of all rows."""
+    return mask.log_m(*mask.rate(index[:, :, here] if index.dim() == 4 else index), content)
 
 
 def scaled_bands(lae: nn.Module, y: Tensor, index: Tensor, height: int) -> Iterator[Tensor]:

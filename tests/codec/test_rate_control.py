@@ -64,7 +64,7 @@ def test_three_trials_meet_a_target(picture):
 @pytest.mark.parametrize("trials", [1, 3])
 def test_a_cap_is_never_broken_and_nearly_used_up(picture, trials):
     low, high = reach(picture)
-    for cap in range(low // 8, high // 8, 300):
+    for cap in range(low // 8, high // 8, 270):
         controller = RateController(picture)
         found = controller.meet(Target(8 * cap, cap=True), trials)
         assert 0 <= 1 - len(found.data) / cap < 0.01
@@ -191,7 +191,7 @@ def test_the_smallest_file_is_looked_for_where_rates_are_not_monotone():
 
     controller = RateController(FormulaImage(bits))
     found = controller.meet(Target(8 * 95, cap=True))
-    assert len(found.data) <= 95 and found.index >= 6
+    assert len(found.data) <= 95 and share(found.index) >= 0.9
     assert RateController(FormulaImage(bits)).meet(Target(8.0)).index == MAX_INDEX
     with pytest.raises(UnreachableError, match="smallest file of this picture has 91 bytes"):
         RateController(FormulaImage(bits)).meet(Target(8 * 80, cap=True))

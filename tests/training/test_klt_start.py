@@ -119,9 +119,9 @@ def test_every_preset_starts_as_a_codec(patches, preset, metric):
     assert record["mse_lost_in_each_stage"][0] == pytest.approx(0, abs=0.01)  # 12 of 12 are kept
     model.requires_grad_(False)
     for index in (0.0, 2.0, 5.0):
-        m = F.softsign(model.modnet_ga.mask.rate(torch.tensor([index]))).exp()
+        m = F.softsign(model.modnet_ga.mask.rate(torch.tensor([index]))[0]).exp()
         assert m.mean() == pytest.approx((index_to_lambda(index) / middle_lambda()) ** 0.5, rel=1e-4)
-        n = F.softsign(model.modnet_gs.mask.rate(torch.tensor([index]))).exp()
+        n = F.softsign(model.modnet_gs.mask.rate(torch.tensor([index]))[0]).exp()
         assert torch.allclose(m * n, torch.ones(()), atol=1e-5)
     x = patches[:1].float() / 255
     with torch.no_grad():

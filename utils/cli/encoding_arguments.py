@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from models.lambdas import INDEX_RANGE, LADDER, LAST_INDEX, MAX_INDEX, MIN_INDEX
+from models.lambdas import INDEX_RANGE, LADDER, LAST_INDEX, in_range
 from utils import cli
 from utils.codec.request import METHODS, EncodeRequest, RefinementSettings
 from utils.messages import print_note
@@ -27,7 +27,7 @@ def rate_index(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-    if not MIN_INDEX <= value <= MAX_INDEX:
+    if not in_range(value):
         raise argparse.ArgumentTypeError(f"an index must lie in {INDEX_RANGE}, not {text}")
     if value in LADDER:
         print_note(text, f"is taken as a rate index; the λ of that value has index {LADDER.index(value)}", once=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from models import STRIDE
 from models.coding.side_info import SideInfo
-from models.lambdas import MAX_INDEX, MIN_INDEX
+from models.lambdas import in_range
 from utils.files import MAX_PIXELS, MAX_SIDE
 
 MAGIC = b"TVBR"
@@ -95,7 +95,7 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> CodedImage:
         raise BitstreamError("the file is damaged: its header does not fit its length")
     if not width or not height:
         raise BitstreamError("the file is damaged: a picture without pixels")
-    if not flags & FIXED_RATE and not MIN_INDEX <= index <= MAX_INDEX:
+    if not flags & FIXED_RATE and not in_range(index):
         raise BitstreamError(f"the file is damaged: a rate index of {index:g}")
     if width * height > max_pixels:
         most = f"{max_pixels / 1e6:.0f} megapixels"
@@ -130,7 +130,7 @@ def _unpack_offsets(packed: bytes, coded: CodedImage) -> bytes:
     if len(offsets) != count or not decompressor.eof or decompressor.unused_data:
         raise BitstreamError("the file is damaged: its map of rate indexes does not fit the picture")
     for extreme in extremes(coded.index, offsets):
-        if not MIN_INDEX <= extreme <= MAX_INDEX:
+        if not in_range(extreme):
             raise BitstreamError(f"the file is damaged: a rate index of {extreme:g} in its map")
     return offsets
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.lambdas import INDEX_RANGE, MAX_INDEX, MIN_INDEX, index_to_lambda
+from models.lambdas import INDEX_RANGE, MAX_INDEX, MIN_INDEX, in_range, index_to_lambda
 from models.large.memory import send
 from utils.codec.bitstream import STEPS
 from utils.files import MAX_PIXELS
@@ -52,7 +52,7 @@ class QualityMap:
     def __post_init__(self) -> None:
         if (self.index is None) == (self.above is None):
             raise ValueError("a region needs either index or above, exactly one of them")
-        if self.index is not None and not MIN_INDEX <= self.index <= MAX_INDEX:
+        if self.index is not None and not in_range(self.index):
             raise ValueError(f"a region's index must lie in {INDEX_RANGE}, not {self.index:g}")
         if self.above is not None and not math.isfinite(self.above):
             raise ValueError(f"above must be a finite number of indexes, not {self.above}")

@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models import VariableRate
 from models.coding.tables import rounded_gaussians
-from models.lambdas import MAX_INDEX, MIN_INDEX, log_gain
+from models.lambdas import MAX_INDEX, MIN_INDEX
 from models.large.bands import content_bands, gather, latent_height, located, log_m_of_band
 from utils.codec.quality_map import LATENTS_PER_CELL, QualityMap, enlarge, index_of_places
 
@@ -199,10 +198,8 @@ class RateModel:
         if self.quality_map:
             points = self.quality_map.indexes(points)  # [38, K]
             cells = enlarge(torch.from_numpy(self.quality_map.cells), LATENTS_PER_CELL).to(self.y.device)
-        points = torch.from_numpy(points).flatten().float()
-        logits = self.mask.rate(points)  # [38 · K, M, 1, 1]
-        gains = log_gain(points).to(logits).view(-1, 1, 1, 1).expand_as(logits)
-        *parts, own = torch.stack((logits, gains), -1).view(len(GRID) + 1, -1, 2)  # of ln m, [K · M, 2] each
+        rates = torch.broadcast_tensors(*self.mask.rate(torch.from_numpy(points).flatten().float()))
+        *parts, own = torch.stack(rates, -1).view(len(GRID) + 1, -1, 2)  # [K · M, 2] each
         table = EntropyTable(self.gaussian.scale_table)
         shape = np.zeros(len(GRID))
         for here, content in self.content():
@@ -214,7 +211,7 @@ class RateModel:
             if cells is not None:
                 which += self.y.shape[1] * cells[here].flatten()[alive % places]
             chosen = (part.index_select(0, which).unbind(1) for part in (own, *parts))
-            log_m = (F.softsign(logit + values) + gain for logit, gain in chosen)
+            log_m = (self.mask.log_m(*rate, values) for rate in chosen)
             log_sigma = table.log_levels[rows_here[alive]] - next(log_m)
             shape += [float(table(log_sigma + change).double().sum()) for change in log_m]
         return RateCurve(shape)

@@ -5,7 +5,7 @@ import numbers
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from models.lambdas import INDEX_RANGE, MAX_INDEX, MIN_INDEX
+from models.lambdas import INDEX_RANGE, in_range
 from utils.codec.tolerances import CAP_MARGIN
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class EncodeRequest:
             raise ValueError("one rate index or one target, not several of them")
         if targets and not 0 < targets[0] < math.inf:
             raise ValueError(f"a target must be positive, not {targets[0]:g}")
-        if self.index is not None and not MIN_INDEX <= self.index <= MAX_INDEX:
+        if self.index is not None and not in_range(self.index):
             raise ValueError(f"the rate index must lie in {INDEX_RANGE}, not {self.index:g}")
         if self.keep_rate and targets:
             raise ValueError("a target is a rate to keep itself: not keep_rate beside it")

@@ -70,7 +70,7 @@ def rounded_latents(model: Codec, y: Tensor) -> tuple[Tensor, Tensor]:
         return y.round(), torch.ones(len(y), 1, 1)
     index = torch.linspace(0, LAST_INDEX, len(y))
     mask = model.modnet_ga.mask
-    m = mask.log_m(index, torch.zeros(1))[:, : y.shape[1]].exp()
+    m = mask.log_m(*mask.rate(index), torch.zeros(1))[:, : y.shape[1]].exp()
     weights = index_to_lambda(index).view(-1, 1, 1)
     return (y * m).round() / m, weights / weights.mean()
 
