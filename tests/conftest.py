@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models import TCM_VBR
+from models import TCM_VBR, DepthConv_VBR
+from tests.depthconv import tiny as depthconv
 from utils.checkpoint import export_model
 
 TINY = dict(
@@ -113,6 +114,22 @@ def varied_checkpoint(varied, tmp_path_factory) -> str:
     """File of the model `varied`."""
     path = tmp_path_factory.mktemp("weights") / "varied.pth.tar"
     export_model(path, varied, [])
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def quick_model() -> DepthConv_VBR:
+    """For tests of what is the same with all networks: a training step takes a fifth of that of `tiny`. Its rates
+    differ; not to be changed."""
+    model = depthconv.made()
+    return vary(model, model.g_s[-2])
+
+
+@pytest.fixture(scope="session")
+def quick(quick_model, tmp_path_factory) -> str:
+    """File of `quick_model`."""
+    path = tmp_path_factory.mktemp("weights") / "quick.pth.tar"
+    export_model(path, quick_model, [])
     return str(path)
 
 

@@ -12,7 +12,8 @@ from models import DepthConv, DepthConv_VBR
 from models.depthconv import DepthConvBlock, DepthConvConfig
 from models.lambdas import LADDERS
 from models.registry import PRESETS
-from tests.depthconv.conftest import TINY
+from tests.depthconv.tiny import TINY
+from tests.training.runs import SIZES
 from tests.training.test_klt_start import patches  # noqa: F401
 from utils import cli
 from utils.benchmarks import speed, training
@@ -20,8 +21,6 @@ from utils.checkpoint import build_model, export_model, load_model, read_checkpo
 from utils.training.klt_start import klt_start
 from utils.training.schedule import Settings
 from utils.training.trainer import compile_networks, make_optimizers
-
-SIZES = ["--patch-size", "128", "--val-size", "128", "-bs", "2", "--warmup", "2", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)

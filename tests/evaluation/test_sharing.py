@@ -14,7 +14,7 @@ import torch
 
 import eval_vbr
 import online_training_vbr
-from tests.training.test_trainer import ROOT, wait_for
+from tests.training.runs import ROOT, wait_for
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -33,12 +33,12 @@ def without_times(file):
     [(eval_vbr, ["--anchors", "jpeg", "-l", "0", "5"]), (online_training_vbr, ["-t", "2", "-l", "1", "4"])],
     ids=["eval_vbr", "online_training_vbr"],
 )
-def test_two_processes_find_what_one_does(script, options, photos, varied_checkpoint, tmp_path, capsys):
+def test_two_processes_find_what_one_does(script, options, photos, quick, tmp_path, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun does: sums over threads round differently
     (photos / "p1.png").write_bytes(b"broken")  # shares are of all pictures, and results of those that can be read
     pictures = [str(photos / f"p{i}.png") for i in range(4)]
-    common = ["-d", *pictures, "--checkpoint", varied_checkpoint, *options, "--json"]
+    common = ["-d", *pictures, "--checkpoint", quick, *options, "--json"]
     command = [*TORCHRUN, f"{script.__name__}.py", *common, str(tmp_path / "two.json")]
     two = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -52,9 +52,9 @@ def test_two_processes_find_what_one_does(script, options, photos, varied_checkp
     assert one == two
 
 
-def test_a_dead_process_ends_the_run_with_a_message(photos, varied_checkpoint, tmp_path):
+def test_a_dead_process_ends_the_run_with_a_message(photos, quick, tmp_path):
     pictures = [str(photos / f"p{i}.png") for i in range(4)] * 40
-    command = [*TORCHRUN, "eval_vbr.py", "-d", *pictures, "--checkpoint", varied_checkpoint, "--real", "--json"]
+    command = [*TORCHRUN, "eval_vbr.py", "-d", *pictures, "--checkpoint", quick, "--real", "--json"]
     with (tmp_path / "output").open("w") as output:
         run = subprocess.Popen(
             [*command, str(tmp_path / "rd.json")], cwd=ROOT, stdout=output, stderr=output, start_new_session=True

@@ -15,7 +15,7 @@ import torch
 
 from models import TCM_VBR
 from tests.conftest import TINY
-from tests.training.test_trainer import ROOT, arguments, recorded_losses, train, wait_for
+from tests.training.runs import ROOT, arguments, recorded_losses, train, wait_for
 from utils.checkpoint import export_model, read_checkpoint
 from utils.cli import UserError
 from utils.distributed import DistContext
@@ -89,9 +89,9 @@ def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     assert record["processes"] == 2 and record["settings"]["batch_size"] == 4
 
 
-def test_a_dead_process_ends_the_run_with_a_message(photos, checkpoint, tmp_path, start):
+def test_a_dead_process_ends_the_run_with_a_message(photos, quick, tmp_path, start):
     folder = tmp_path / "run"
-    more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 0)
+    more = arguments(photos, folder, "--checkpoint", quick, "--max-steps", 100000, "--save-minutes", 0)
     process = start(folder, *more)
     wait_for(lambda: len(losses(folder)) > 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -103,9 +103,9 @@ def test_a_dead_process_ends_the_run_with_a_message(photos, checkpoint, tmp_path
     assert read_checkpoint(folder / "last.pth.tar")["progress"]["step"] > 0
 
 
-def test_a_signal_reaches_all_processes_at_one_step(photos, checkpoint, tmp_path, start):
+def test_a_signal_reaches_all_processes_at_one_step(photos, quick, tmp_path, start):
     folder = tmp_path / "run"
-    more = arguments(photos, folder, "--checkpoint", checkpoint, "--max-steps", 100000, "--save-minutes", 1000)
+    more = arguments(photos, folder, "--checkpoint", quick, "--max-steps", 100000, "--save-minutes", 1000)
     process = start(folder, *more)
     wait_for(lambda: len(losses(folder)) > 2, process)
     process.send_signal(signal.SIGTERM)
