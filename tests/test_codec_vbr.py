@@ -34,47 +34,47 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def codec(checkpoint):
+def codec(quick):
     """Call codec_vbr.py's main with the tiny weights; returns its status."""
 
     def call(command, *more) -> int:
-        weights = [] if command == "info" else ["--checkpoint", checkpoint, "--device", "cpu"]
+        weights = [] if command == "info" else ["--checkpoint", quick, "--device", "cpu"]
         return codec_vbr.main([command, *map(str, more), *weights])
 
     return call
 
 
-def test_one_picture_there_and_back(codec, photos, checkpoint, tmp_path, capsys):
+def test_one_picture_there_and_back(codec, photos, quick, tmp_path, capsys):
     file, back = tmp_path / "a.tvbr", tmp_path / "back.png"
     assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--verify") == 0
     said = capsys.readouterr().err
     assert f"{file.stat().st_size} bytes" in said and "index 1.5, 190×170" in said
     assert codec("decode", file, back) == 0
-    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    model, image = load_model(quick), read_image(photos / "p0.png")
     assert torch.equal(read_image(back), decode(model, encode(model, image, EncodeRequest(1.5)).data))
     assert float(re.search(r"verified: ([\d.]+) dB", said)[1]) == round(psnr(image, read_image(back)), 2)
     capsys.readouterr()
     assert codec("info", file) == 0
     said = capsys.readouterr().out
-    assert "version 3, 190×170" in said and "index 1.5" in said and load_model(checkpoint).fingerprint.hex() in said
+    assert "version 3, 190×170" in said and "index 1.5" in said and load_model(quick).fingerprint.hex() in said
 
 
-def test_the_papers_rounding(codec, photos, checkpoint, tmp_path):
+def test_the_papers_rounding(codec, photos, quick, tmp_path):
     """`--nearest` takes the nearest symbols, those that `compress` takes."""
     file = tmp_path / "a.tvbr"
     assert codec("encode", photos / "p0.png", file, "-l", 1.5, "--nearest") == 0
-    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    model, image = load_model(quick), read_image(photos / "p0.png")
     assert unpack(file.read_bytes()).y == model.compress(pad(to_float(image)), 1.5, portable=True)["strings"][0][0]
 
 
-def test_a_picture_without_colors_has_none_again(codec, photos, checkpoint, tmp_path, capsys):
+def test_a_picture_without_colors_has_none_again(codec, photos, quick, tmp_path, capsys):
     gray = tmp_path / "gray.png"
     Image.open(photos / "p0.png").convert("L").save(gray)
     file, back = tmp_path / "a.tvbr", tmp_path / "back.png"
     assert codec("encode", gray, file, "-l", 1.5) == 0 and codec("decode", file, back) == 0
     with Image.open(back) as decoded:
         assert decoded.mode == "L" and decoded.size == Image.open(gray).size
-    model, data = load_model(checkpoint), file.read_bytes()
+    model, data = load_model(quick), file.read_bytes()
     image = decode(model, data)
     assert torch.equal(image[0], image[1]) and torch.equal(image, read_image(back))
     colored = decode(model, replace(unpack(data), gray=False)).float()
@@ -85,9 +85,9 @@ def test_a_picture_without_colors_has_none_again(codec, photos, checkpoint, tmp_
     assert not unpack(encode(model, read_image(photos / "p0.png"), EncodeRequest(1.5)).data).gray
 
 
-def test_what_is_around_a_picture_has_the_colors_of_its_edges(checkpoint, photos):
+def test_what_is_around_a_picture_has_the_colors_of_its_edges(quick, photos):
     """Smoothed along the edges; with `nearest` it has the published zeros."""
-    model, image = load_model(checkpoint), read_image(photos / "p0.png")
+    model, image = load_model(quick), read_image(photos / "p0.png")
     height, width = image.shape[1:]
     left, right, top, bottom = margins(height, width)
     (padded,) = padded_bands(image, 10**6, extend=True)
@@ -190,11 +190,11 @@ def test_a_rerun_names_what_was_made_with_other_settings(codec, photos, tmp_path
     assert (folder / "p0.tvbr").read_bytes() == data
 
 
-def test_a_rerun_with_other_weights_names_what_the_former_made(codec, photos, varied_checkpoint, tmp_path, capsys):
+def test_a_rerun_with_other_weights_names_what_the_former_made(codec, photos, checkpoint, tmp_path, capsys):
     folder = str(tmp_path / "coded")
     assert codec("encode", photos / "p0.png", f"{folder}/") == 0
     pictures = [str(photos / f"p{i}.png") for i in range(2)]
-    assert codec_vbr.main(["encode", *pictures, folder, "--checkpoint", varied_checkpoint, "--device", "cpu"]) == 1
+    assert codec_vbr.main(["encode", *pictures, folder, "--checkpoint", checkpoint, "--device", "cpu"]) == 1
     assert "p0.tvbr: was made with other weights" in capsys.readouterr().err
     assert len(list((tmp_path / "coded").iterdir())) == 2
 
@@ -248,11 +248,11 @@ def test_streams_as_shells_leave_them(codec, photos, tmp_path):
     assert "190\\xd7170" in ran.stdout  # the × of the size
 
 
-def test_standard_input_and_output(photos, checkpoint):
+def test_standard_input_and_output(photos, quick):
     """Two processes and a pipe."""
 
     def start(data, *more):
-        command = [sys.executable, "codec_vbr.py", *more, "-", "-", "--checkpoint", checkpoint]
+        command = [sys.executable, "codec_vbr.py", *more, "-", "-", "--checkpoint", quick]
         return subprocess.Popen(command, cwd=ROOT, stdin=data, stdout=subprocess.PIPE)
 
     with (
@@ -356,7 +356,7 @@ def test_a_picture_without_room_is_named_and_the_others_coded(error, where, code
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets a limit that only Linux keeps")
-def test_a_picture_without_room_in_memory_is_named_and_the_others_coded(checkpoint, photos, tmp_path):
+def test_a_picture_without_room_in_memory_is_named_and_the_others_coded(quick, photos, tmp_path):
     Image.new("RGB", (3000, 2200)).save(photos / "large.png")
     program = """
 import resource, sys, codec_vbr
@@ -366,7 +366,7 @@ size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.s
 resource.setrlimit(resource.RLIMIT_AS, (1024 * size + 100 * 2**20, resource.RLIM_INFINITY))
 sys.exit(codec_vbr.main(["encode", photos, f"{folder}/coded", *more]))
 """
-    command = [sys.executable, "-c", program, photos, tmp_path, "--checkpoint", checkpoint, "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, "-c", program, photos, tmp_path, "--checkpoint", quick, "--device", "cpu", "--threads", "1"]
     run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert f"error: {photos / 'large.png'}: too large for the memory of this machine" in run.stderr
@@ -413,8 +413,8 @@ def test_another_models_file_is_refused(codec, photos, tmp_path, capsys):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_killed_in_the_middle_of_a_batch_nothing_finished_is_lost(photos, checkpoint, tmp_path):
-    command = ["encode", str(photos), str(tmp_path / "coded"), "--checkpoint", checkpoint]
+def test_killed_in_the_middle_of_a_batch_nothing_finished_is_lost(photos, quick, tmp_path):
+    command = ["encode", str(photos), str(tmp_path / "coded"), "--checkpoint", quick]
     process = subprocess.Popen([sys.executable, "codec_vbr.py", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 100
     while len(list((tmp_path / "coded").glob("p*.tvbr")) if (tmp_path / "coded").exists() else []) < 2:
@@ -422,7 +422,7 @@ def test_killed_in_the_middle_of_a_batch_nothing_finished_is_lost(photos, checkp
         time.sleep(0.01)
     process.kill()
     process.wait()
-    model = load_model(checkpoint)
+    model = load_model(quick)
     finished = list((tmp_path / "coded").glob("p*.tvbr"))
     for path in finished:
         decode(model, path.read_bytes())

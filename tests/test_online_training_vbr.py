@@ -15,20 +15,13 @@ from utils import cli
 from utils.checkpoint import export_model
 
 
-@pytest.fixture(scope="module")
-def weights(varied, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("varied") / "varied.pth.tar"
-    export_model(path, varied, [])
-    return str(path)
-
-
 @pytest.fixture
 def two(photos) -> list[str]:
     return [str(photos / "p0.png"), str(photos / "p1.png")]
 
 
-def test_refining_at_an_index(weights, two, tmp_path, capsys):
-    arguments = ["-l", "3", "-d", *two, "-t", "3", "--checkpoint", weights, "--out", str(tmp_path / "out"), "--cuda"]
+def test_refining_at_an_index(quick, two, tmp_path, capsys):
+    arguments = ["-l", "3", "-d", *two, "-t", "3", "--checkpoint", quick, "--out", str(tmp_path / "out"), "--cuda"]
     more = ["--save", str(tmp_path / "png"), "--json", str(tmp_path / "r.json"), "--log", str(tmp_path / "log")]
     assert online_training_vbr.main(arguments + more) == 0
     said = capsys.readouterr().out
@@ -39,21 +32,21 @@ def test_refining_at_an_index(weights, two, tmp_path, capsys):
     # The files are what the table says, and decode to what was saved, with the decoder as it was.
     size = (tmp_path / "out" / "p0.png_index3.tvbr").stat().st_size
     assert found["images"][0]["bpp"] == pytest.approx(8 * size / (190 * 170))
-    assert codec_vbr.main(["decode", str(tmp_path / "out"), str(tmp_path / "back"), "--checkpoint", weights]) == 0
+    assert codec_vbr.main(["decode", str(tmp_path / "out"), str(tmp_path / "back"), "--checkpoint", quick]) == 0
     for name in ("p0.png_index3.png", "p1.png_index3.png"):
         assert Image.open(tmp_path / "back" / name).tobytes() == Image.open(tmp_path / "png" / name).tobytes()
     assert any((tmp_path / "log").iterdir())
 
 
-def test_curves_have_a_bd_rate(weights, two, capsys):
+def test_curves_have_a_bd_rate(quick, two, capsys):
     arguments = ["-l", "0", "1.5", "3", "4.5", "-d", two[0], "-t", "1"]
-    assert online_training_vbr.main([*arguments, "--checkpoint", weights]) == 0
+    assert online_training_vbr.main([*arguments, "--checkpoint", quick]) == 0
     assert "BD-" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", ["0", "2"])
-def test_a_target_rate(weights, two, steps, tmp_path, capsys):
-    options = ["-t", steps, "--checkpoint", weights, "--json", str(tmp_path / "r.json")]
+def test_a_target_rate(quick, two, steps, tmp_path, capsys):
+    options = ["-t", steps, "--checkpoint", quick, "--json", str(tmp_path / "r.json")]
     assert online_training_vbr.main(["-d", *two, "--target-bpp", "4.35", *options]) == 0
     said = capsys.readouterr().out
     assert "size against target: mean |error|" in said
@@ -61,9 +54,9 @@ def test_a_target_rate(weights, two, steps, tmp_path, capsys):
         assert image["bpp"] == pytest.approx(4.35 * (1 + image["error"]))
 
 
-def test_pictures_that_fail_are_named_and_the_others_go_on(weights, two, tmp_path, capsys):
+def test_pictures_that_fail_are_named_and_the_others_go_on(quick, two, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no")
-    arguments = ["-d", str(tmp_path / "bad.png"), *two, "-t", "0", "--checkpoint", weights]
+    arguments = ["-d", str(tmp_path / "bad.png"), *two, "-t", "0", "--checkpoint", quick]
     assert online_training_vbr.main([*arguments, "-l", "1"]) == 1
     said = capsys.readouterr()
     assert "bad.png: cannot be read as a picture" in said.err and "mean of 2" in said.out
@@ -72,7 +65,7 @@ def test_pictures_that_fail_are_named_and_the_others_go_on(weights, two, tmp_pat
     assert "p1.png: the smallest file of this picture has" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_leaves_the_results_of_the_pictures_before(weights, two, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_results_of_the_pictures_before(quick, two, tmp_path, monkeypatch):
     real = online_training_vbr.code
 
     def interrupted(model, image_name, *args, **kwargs):
@@ -82,15 +75,15 @@ def test_an_interrupted_run_leaves_the_results_of_the_pictures_before(weights, t
 
     monkeypatch.setattr(online_training_vbr, "code", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        options = ["-t", "0", "--checkpoint", weights, "--json", str(tmp_path / "r.json")]
+        options = ["-t", "0", "--checkpoint", quick, "--json", str(tmp_path / "r.json")]
         online_training_vbr.main(["-d", *two, "-l", "1", "2", *options])
     found = json.loads((tmp_path / "r.json").read_text())
     assert [(row["image"], row["index"]) for row in found["images"]] == [("p0.png", 1), ("p0.png", 2)]
 
 
-def test_codec_meets_targets(weights, two, tmp_path, capsys):
+def test_codec_meets_targets(quick, two, tmp_path, capsys):
     file = tmp_path / "a.tvbr"
-    options = ["--force", "--checkpoint", weights]
+    options = ["--force", "--checkpoint", quick]
     codec_vbr.main(["encode", two[0], str(file), "-l", "2", *options])
     middle = file.stat().st_size
     bpp = 8 * middle / (190 * 170)

@@ -15,9 +15,10 @@ from compressai.utils.plot.__main__ import parse_json_file
 import eval_vbr
 import train_latent_e2e
 import train_vbr
-from models import TCM
+from models import TCM, DepthConv
 from models.lambdas import LADDER
 from tests.conftest import TINY, shake
+from tests.depthconv import tiny as depthconv
 from utils import cli
 from utils.checkpoint import export_model
 from utils.codec.request import EncodeRequest
@@ -32,9 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # eval_vbr.py ---------------------------------------------------------------------------------
 
 
-def test_eval_measures_real_files(checkpoint, photos, tmp_path, capsys):
+def test_eval_measures_real_files(quick, photos, tmp_path, capsys):
     json_file, out = tmp_path / "rd.json", tmp_path / "out"
-    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "-l", "0", "2.5", "--checkpoint", checkpoint]
+    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "-l", "0", "2.5", "--checkpoint", quick]
     assert eval_vbr.main([*arguments, "--real", "--per-image", "--json", str(json_file), "--save", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
@@ -73,24 +74,22 @@ def test_small_pictures_are_coded(tiny, size):
     assert torch.equal(decoded, estimate(tiny, image, 0.5)[1])
 
 
-def test_unreadable_pictures_are_named_and_the_status_tells(checkpoint, photos, capsys):
+def test_unreadable_pictures_are_named_and_the_status_tells(quick, photos, capsys):
     (photos / "p3.png").write_bytes(b"broken")
-    assert eval_vbr.main(["-d", str(photos), "-l", "1", "--checkpoint", checkpoint]) == 1
+    assert eval_vbr.main(["-d", str(photos), "-l", "1", "--checkpoint", quick]) == 1
     output = capsys.readouterr()
     assert "p3.png" in output.err
     assert "mean of 7" in output.out
 
 
-def test_a_picture_that_is_named_twice_is_measured_once(checkpoint, photos, capsys):
+def test_a_picture_that_is_named_twice_is_measured_once(quick, photos, capsys):
     again = ["-d", str(photos), str(photos / "p1.png"), f"{photos}/../{photos.name}/p1.png"]
-    assert eval_vbr.main([*again, "-l", "1", "--checkpoint", checkpoint]) == 0
+    assert eval_vbr.main([*again, "-l", "1", "--checkpoint", quick]) == 0
     assert "mean of 8" in capsys.readouterr().out
 
 
-def test_what_was_measured_is_told_though_the_rest_is_not_waited_for(
-    checkpoint, photos, tmp_path, monkeypatch, capsys
-):
-    both = ["--checkpoint", checkpoint, str(shutil.copy(checkpoint, tmp_path / "other.pth.tar"))]
+def test_what_was_measured_is_told_though_the_rest_is_not_waited_for(quick, photos, tmp_path, monkeypatch, capsys):
+    both = ["--checkpoint", quick, str(shutil.copy(quick, tmp_path / "other.pth.tar"))]
     pictures = [str(photos / f"p{i}.png") for i in range(2)]
     measured = []
 
@@ -104,14 +103,14 @@ def test_what_was_measured_is_told_though_the_rest_is_not_waited_for(
     with pytest.raises(KeyboardInterrupt):
         eval_vbr.main(["-d", *pictures, "-l", "1", "--per-image", *both, "--json", str(tmp_path / "rd.json")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "tiny:" and [line.split()[0] for line in lines[2:4]] == ["p0.png", "p1.png"]
+    assert lines[0] == "quick:" and [line.split()[0] for line in lines[2:4]] == ["p0.png", "p1.png"]
     assert any(line.startswith("mean of 2") for line in lines)
     assert lines[lines.index("other:") + 2].startswith("p0.png")  # by the second weights, before the interruption
     assert [row["image"] for row in json.loads((tmp_path / "rd.json").read_text())["images"]] == ["p0.png", "p1.png"]
 
 
-def test_mean_loss_is_that_of_all_rates(checkpoint, photos, tmp_path, capsys):
-    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--checkpoint", checkpoint]
+def test_mean_loss_is_that_of_all_rates(quick, photos, tmp_path, capsys):
+    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--checkpoint", quick]
     assert eval_vbr.main([*arguments, "--json", str(tmp_path / "rd.json")]) == 0
     images = json.loads((tmp_path / "rd.json").read_text())["images"]
     losses = [
@@ -142,30 +141,29 @@ def test_a_fixed_rate_model_is_measured_once(photos, tmp_path, capsys):
         eval_vbr.main([*arguments, "-l", "1"])
 
 
-def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(checkpoint, photos, tmp_path, capsys):
+def test_fixed_rate_models_are_one_curve_beside_a_variable_rate_one(quick, quick_model, photos, tmp_path, capsys):
     gains = 8, 1, 4, 2
     files = [str(tmp_path / f"{gain}.pth.tar") for gain in gains]
-    torch.manual_seed(0)
-    weights = shake(TCM(**TINY)).state_dict()
+    weights = {name: value for name, value in quick_model.state_dict().items() if not name.startswith("modnet_")}
     for gain, file in zip(gains, files, strict=True):
-        model = TCM(**TINY)
+        model = DepthConv(**depthconv.TINY)
         model.load_state_dict(weights)
         with torch.no_grad():
-            model.g_a[-1].weight *= gain
+            model.g_a[3].weight *= gain  # the strided convolution
         export_model(file, model, [])
     arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--json", str(tmp_path / "rd.json")]
-    assert eval_vbr.main([*arguments, "--checkpoint", checkpoint, *files]) == 0
+    assert eval_vbr.main([*arguments, "--checkpoint", quick, *files]) == 0
     whole = json.loads((tmp_path / "rd.json").read_text())
     (fixed,) = whole["compared"]
     assert [one["file"] for one in fixed["checkpoints"]] == [f"{gain}.pth.tar" for gain in sorted(gains)]
     assert whole["results"]["index"] == [0, 1, 2, 3, 4, 5] and "index" not in fixed["results"]
     bpp = fixed["results"]["bpp"]
     assert bpp == sorted(bpp) and [point.bpp for point in comparison.points(fixed)] == pytest.approx(bpp)
-    assert "4 fixed-rate TCMs" in capsys.readouterr().out
-    report = ["--report", str(tmp_path / "page"), "--checkpoint", *files, checkpoint]
+    assert "4 fixed-rate DepthConvs" in capsys.readouterr().out
+    report = ["--report", str(tmp_path / "page"), "--checkpoint", *files, quick]
     assert eval_vbr.main(["-d", str(photos / "p0.png"), *report]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
-    assert "4 fixed-rate TCMs" in page and "; 8.pth.tar, fingerprint" in page and 'class="viewer"' not in page
+    assert "4 fixed-rate DepthConvs" in page and "; 8.pth.tar, fingerprint" in page and 'class="viewer"' not in page
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -6,9 +6,9 @@ from models.coding.portable import EPSILON
 from utils.benchmarks import decoding
 
 
-def test_files_decode_under_every_setting(checkpoint, photos, tmp_path):
+def test_files_decode_under_every_setting(quick, photos, tmp_path):
     threads, file = torch.get_num_threads(), tmp_path / "decoding.json"
-    arguments = ["-d", str(photos / "p0.png"), "--crop", "128", "-l", "2", "--checkpoint", checkpoint]
+    arguments = ["-d", str(photos / "p0.png"), "--crop", "128", "-l", "2", "--checkpoint", quick]
     decoding.main([*arguments, "--json", str(file)])
     assert torch.get_num_threads() == threads
     results = json.loads(file.read_text())

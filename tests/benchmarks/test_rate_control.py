@@ -3,8 +3,8 @@ import json
 from utils.benchmarks import rate_control
 
 
-def test_every_mode_is_measured_and_a_cap_is_kept(varied_checkpoint, photos, capsys):
-    arguments = ["-d", str(photos / "p0.png"), "--checkpoint", varied_checkpoint, "--json", "-"]
+def test_every_mode_is_measured_and_a_cap_is_kept(quick, photos, capsys):
+    arguments = ["-d", str(photos / "p0.png"), "--checkpoint", quick, "--json", "-"]
     assert rate_control.main([*arguments, "--targets", "2"]) == 0
     output = capsys.readouterr()
     assert all(mode in output.err for mode in rate_control.MODES)
@@ -12,9 +12,9 @@ def test_every_mode_is_measured_and_a_cap_is_kept(varied_checkpoint, photos, cap
     assert len(rows) == 6 and all(row["error"] <= 0 for row in rows if row["mode"] == "not above")
 
 
-def test_a_picture_that_cannot_be_read_is_left_out(varied_checkpoint, photos, capsys):
+def test_a_picture_that_cannot_be_read_is_left_out(quick, photos, capsys):
     (photos / "p1.png").write_bytes(b"broken")
     pictures = [str(photos / f"p{i}.png") for i in range(2)]
-    assert rate_control.main(["-d", *pictures, "--checkpoint", varied_checkpoint, "--targets", "1"]) == 1
+    assert rate_control.main(["-d", *pictures, "--checkpoint", quick, "--targets", "1"]) == 1
     told = capsys.readouterr()
     assert "1 pictures, 1 targets each" in told.out and "p1.png: cannot be read" in told.err

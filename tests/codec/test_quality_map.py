@@ -270,13 +270,13 @@ def test_quality_inside_and_outside():
 
 
 @pytest.fixture
-def call(varied_checkpoint, picture, tmp_path):
+def call(quick, picture, tmp_path):
     """Encode the picture with arguments; returns the status and the file."""
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
 
     def encode(*more) -> tuple[int, bytes]:
         file = tmp_path / "p.tvbr"
-        arguments = ["encode", tmp_path / "p.png", file, "--checkpoint", varied_checkpoint, "--force", *more]
+        arguments = ["encode", tmp_path / "p.png", file, "--checkpoint", quick, "--force", *more]
         status = codec_vbr.main(list(map(str, arguments)))
         return status, file.read_bytes() if file.exists() else b""
 
@@ -324,16 +324,16 @@ def test_masks_that_do_not_fit_are_one_line_each(call, tmp_path, capsys):
     assert "does not lie within the picture" in capsys.readouterr().err
 
 
-def test_evaluation_tells_the_quality_of_the_region(varied_checkpoint, picture, tmp_path, capsys):
+def test_evaluation_tells_the_quality_of_the_region(quick, picture, tmp_path, capsys):
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
-    arguments = ["-d", str(tmp_path / "p.png"), "--checkpoint", varied_checkpoint, "-l", "1", "--json"]
+    arguments = ["-d", str(tmp_path / "p.png"), "--checkpoint", quick, "-l", "1", "--json"]
     eval_vbr.main([*arguments, str(tmp_path / "r.json"), "--roi", "8,22,128,128", "--mask-index", "4"])
     assert "inside dB" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "r.json").read_text())["images"]
     mask = np.zeros((HEIGHT, WIDTH), np.float32)
     mask[22:150, 8:136] = 1
     quality_map = QualityMap.from_region(mask, index=4.0)
-    model = load_model(varied_checkpoint)
+    model = load_model(quick)
     decoded = decode(model, encode(model, picture, EncodeRequest(1.0, quality_map=quality_map)).data)
     expected = psnr_by_region(picture, decoded, quality_map.region)
     assert (row["psnr_inside"], row["psnr_outside"]) == pytest.approx(expected) and row["loss"] is None

@@ -11,9 +11,9 @@ from tests.conftest import TINY
 from utils.checkpoint import export_model
 
 
-def test_the_rate_model_is_measured_and_drawn(varied_checkpoint, photos, tmp_path, capsys):
+def test_the_rate_model_is_measured_and_drawn(quick, photos, tmp_path, capsys):
     picture, file = tmp_path / "rate.png", tmp_path / "rate.json"
-    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--checkpoint", varied_checkpoint]
+    arguments = ["-d", str(photos / "p0.png"), str(photos / "p1.png"), "--checkpoint", quick]
     assert eval_vbr.main([*arguments, "--rate-model", str(picture), "--json", str(file)]) == 0
     output = capsys.readouterr().out
     assert "slope 4–5" in output and max(map(len, output.splitlines())) <= 100

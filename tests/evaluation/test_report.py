@@ -26,14 +26,14 @@ NASTY = "<img src=x onerror=alert(1)>&\"'.png"  # a name that must not become pa
 
 
 @pytest.fixture(scope="module")
-def report(made_photos, varied_checkpoint, tmp_path_factory):
+def report(made_photos, quick, tmp_path_factory):
     """A page of two pictures and two codecs, and its JSON."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "photos").mkdir()
     for number, name in enumerate(("p0.png", NASTY)):
         with Image.open(made_photos / f"p{number}.png") as picture:
             picture.resize((192, 192)).save(folder / "photos" / name)  # MS-SSIM needs more than 160
-    arguments = ["-d", str(folder / "photos"), "--checkpoint", varied_checkpoint, "--anchors", "jpeg", "webp"]
+    arguments = ["-d", str(folder / "photos"), "--checkpoint", quick, "--anchors", "jpeg", "webp"]
     arguments += ["--per-image", "-l", "0", "1", "3", "5"]
     arguments += ["--json", str(folder / "rd.json"), "--report", str(folder / "page")]
     with contextlib.redirect_stdout(None):
@@ -130,7 +130,7 @@ def test_the_same_command_gives_the_same_json_but_for_times(report, tmp_path):
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(
-    report, made_photos, varied_checkpoint, tmp_path, monkeypatch
+    report, made_photos, quick, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(eval_vbr, "measure", None)  # which would fail
     arguments = report[2][: report[2].index("--json")]
@@ -142,16 +142,16 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         eval_vbr.main([*arguments, "--json", str(tmp_path / "file" / "r.json")])
     export_model(tmp_path / "tcm.pth.tar", TCM(**TINY).eval(), [])
     with pytest.raises(cli.UserError, match="knows no regions"):
-        both = ["--checkpoint", varied_checkpoint, str(tmp_path / "tcm.pth.tar")]
+        both = ["--checkpoint", quick, str(tmp_path / "tcm.pth.tar")]
         eval_vbr.main(["-d", str(made_photos), *both, "--roi", "0,0,64,64", "--mask-index", "4"])
     with pytest.raises(cli.UserError, match="p1.png: not one of the pictures"):
         eval_vbr.main([*arguments, "--report", str(tmp_path / "page"), "--show", str(made_photos / "p1.png")])
 
 
-def test_names_that_are_no_utf8_and_look_like_formulas(made_photos, varied_checkpoint, tmp_path):
+def test_names_that_are_no_utf8_and_look_like_formulas(made_photos, quick, tmp_path):
     name = os.fsdecode(b"_a$_{$\xff.png")
     shutil.copy(made_photos / "p0.png", tmp_path / name)
-    arguments = ["-d", str(tmp_path / name), "--checkpoint", varied_checkpoint, "--report", str(tmp_path / "page")]
+    arguments = ["-d", str(tmp_path / name), "--checkpoint", quick, "--report", str(tmp_path / "page")]
     with contextlib.redirect_stdout(None):  # whose encoding cli.run takes care of
         assert online_training_vbr.main([*arguments, "-t", "1", "-l", "1"]) == 0
     assert r"_a$_{$\udcff.png" in (tmp_path / "page" / "index.html").read_text()
@@ -187,8 +187,8 @@ def test_no_name_of_a_plot_is_cut_off(length, columns):
         assert 0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.width
 
 
-def test_refinement_and_targets_have_a_page(made_photos, varied_checkpoint, tmp_path, capsys):
-    arguments = ["-d", str(made_photos / "p0.png"), str(made_photos / "p1.png"), "--checkpoint", varied_checkpoint]
+def test_refinement_and_targets_have_a_page(made_photos, quick, tmp_path, capsys):
+    arguments = ["-d", str(made_photos / "p0.png"), str(made_photos / "p1.png"), "--checkpoint", quick]
     arguments += ["-t", "2", "--target-bpp", "3", "--report", str(tmp_path), "--json", str(tmp_path / "o.json")]
     assert online_training_vbr.main(arguments) == 0
     whole = json.loads((tmp_path / "o.json").read_text())

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import TCM_VBR
-from tests.conftest import TINY
+from models import DepthConv_VBR
+from tests.depthconv.tiny import TINY
 from tests.training.runs import ROOT, arguments, recorded_losses, train, wait_for
 from utils.checkpoint import export_model, read_checkpoint
 from utils.cli import UserError
@@ -65,7 +65,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_two_processes_do_what_one_does(photos, tmp_path, start, monkeypatch):
     torch.manual_seed(0)
-    export_model(tmp_path / "fresh.pth.tar", TCM_VBR(**TINY), [])
+    export_model(tmp_path / "fresh.pth.tar", DepthConv_VBR(**TINY), [])
     (tmp_path / "held out").mkdir()
     for path in sorted(photos.iterdir())[:3]:  # the first process measures two, the second one
         shutil.copy(path, tmp_path / "held out")

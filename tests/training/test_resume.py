@@ -16,7 +16,6 @@ from utils import cli
 from utils.checkpoint import build_model, load_model, read_checkpoint
 from utils.training.trainer import Trainer
 
-
 STEPS = 24  # enough to be killed among them
 
 
