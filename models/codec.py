@@ -16,14 +16,10 @@ estimates its bits, writes its symbols, or reads them.
 
 import contextlib
 import functools
-import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from compressai.models.base import CompressionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +40,7 @@ from models.coding.slice_coders import (
     nearest_symbols,
     ste_round,
 )
-from models.coding.tables import CODER_STATE, SHORTEST_STREAM, CodingTables, open_stream
+from models.coding.tables import CODER_STATE, SHORTEST_STREAM, open_stream
 from models.lambdas import check_index
 from models.large.bands import (
     KEPT,
@@ -57,7 +53,7 @@ from models.large.bands import (
     latent_height,
     scaled_height,
 )
-from models.state_dict import WeightsError, digest, empty_tables, explain_mismatch, normalize
+from models.weights import CodecWeights
 
 # In [−2, 7]: one for all images, one per image `[B]`, or one per place `[B, 1, h, w]` on the grid of the latent.
 RateIndex = Tensor | float | None
@@ -78,21 +74,7 @@ def published_names(method: Callable) -> Callable:
     return call
 
 
-class CodecConfig:
-    """Base of the dataclasses of sizes: M, num_slices, max_support_slices (slices that a slice may look at) and
-    hyper_channels (of z) are fields, or properties, of each."""
-
-    def canonical(self) -> "CodecConfig":
-        """Equal networks have equal canonical configurations: one value for each field that changes nothing."""
-        return self
-
-    @classmethod
-    def infer(cls, state_dict: dict[str, Tensor]) -> "CodecConfig":
-        """Sizes of the network of a (normalized) state dict. ValueError or KeyError where it is of another class."""
-        raise NotImplementedError
-
-
-class Codec(CompressionModel):
+class Codec(CodecWeights):
     """What all backbones share. A fixed-rate backbone is a subclass that has
 
     - `Config`, a `CodecConfig` with M a multiple of 64 (for the LAEs) and of num_slices;
@@ -120,27 +102,18 @@ class Codec(CompressionModel):
         ValueError: naming the constraint of the `Config` that does not hold.
     """
 
-    Config: ClassVar[type[CodecConfig]]
     bytes_per_pixel: float
 
     def __init__(self, *args, **kwargs) -> None:
-        super().__init__()
-        self.config = c = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
-        self.M = c.M
-        self.num_slices = c.num_slices
-        self.max_support_slices = c.max_support_slices
+        super().__init__(*args, **kwargs)
+        self.M = self.config.M
+        self.num_slices = self.config.num_slices
+        self.max_support_slices = self.config.max_support_slices
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
-        self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
-        self._fingerprint: tuple[Any, bytes] | None = None
         self.epsilon = EPSILON
         self.checkpointing = False
         self.metric = "mse"
-
-    @property
-    def arguments(self) -> dict:
-        """Plain values that rebuild the model, `type(model)(**model.arguments)`; a checkpoint stores them."""
-        return asdict(self.config)
 
     # What a backbone defines -----------------------------------------------------------------
 
@@ -512,89 +485,3 @@ class Codec(CompressionModel):
             wanted = f"[B, 1, {sides[0]}, {sides[1]}]"
             raise ValueError(f"a map of indexes for these images is {wanted}, not {list(index.shape)}")
         return index
-
-    def check_precision(self) -> None:
-        """ValueError for weights that are not float32: half-precision codecs would not decode each other's files."""
-        if self.medians.dtype != torch.float32:
-            raise ValueError(f"the weights are {self.medians.dtype}; a codec computes in float32: call model.float()")
-
-    @property
-    def medians(self) -> Tensor:
-        """Medians of z, `[1, C, 1, 1]`."""
-        return self.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
-
-    @property
-    def coding_tables(self) -> tuple[CodingTables, CodingTables]:
-        """Coding tables of y and of z, made at the first use and anew when the buffers that they are made of change."""
-        models = self.gaussian_conditional, self.entropy_bottleneck
-        state = _state_of(buffer for model in models for buffer in model.buffers())
-        if self._tables is None or self._tables[0] != state:
-            self._tables = state, tuple(map(CodingTables, models))
-        return self._tables[1]
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Eight bytes that identify the weights and coding tables, computed at the first use and after a change.
-
-        Changes through `.data` leave no trace: call `train()` or `update()` after them.
-        """
-        state = _state_of(itertools.chain(self.parameters(), self.buffers()))
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            sizes = repr(asdict(self.config.canonical())).encode()
-            self._fingerprint = state, digest(self.state_dict(), sizes)
-        return self._fingerprint[1]
-
-    def train(self, mode: bool = True) -> "Codec":
-        """As in every module; forgets tables and fingerprint, as training may change weights without a trace."""
-        if mode:
-            self._tables = self._fingerprint = None
-        return super().train(mode)
-
-    def prepare(self) -> None:
-        """Make the coding tables and the fingerprint now, so that the first picture is not timed with them."""
-        _ = self.coding_tables, self.fingerprint
-
-    def update(self, *args, **kwargs) -> bool:
-        """Compute the coding tables (CompressAI) where there are none. With force also in place of fitted ones, which a
-        warning says."""
-        self._tables = self._fingerprint = None
-        gaussian = self.gaussian_conditional
-        scales, cdf = gaussian.scale_table, gaussian.quantized_cdf
-        updated = super().update(*args, **kwargs)
-        if cdf.numel() and torch.equal(gaussian.scale_table, scales) and not torch.equal(gaussian.quantized_cdf, cdf):
-            text = "tables of y that were fitted to photographs are replaced, and files made with them do not decode"
-            warnings.warn(f"update(force=True): {text}; without force they are kept", stacklevel=2)
-        return updated
-
-    def set_tables_of_y(self, cdf: Tensor) -> None:
-        """Code y with these tables, int32 `[levels, longest]`, of the lengths and offsets that `update()` gave them."""
-        self.gaussian_conditional._quantized_cdf = cdf.to(self.medians.device)
-        self._tables = self._fingerprint = None
-
-    # Weights ---------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True):
-        """Load published or own weights, in any of the forms that `models.state_dict` understands.
-
-        Raises:
-            WeightsError: one line that names what is missing, unknown or of another shape.
-        """
-        state_dict = normalize(state_dict, self)
-        if strict and (problem := explain_mismatch(state_dict, self)):
-            raise WeightsError(f"these weights do not fit {type(self).__name__}: {problem}")
-        self._tables = self._fingerprint = None
-        empty_tables(self)
-        return super().load_state_dict(state_dict, strict=strict)
-
-    @classmethod
-    def from_state_dict(cls, state_dict: dict) -> "Codec":
-        """The model that a state dict belongs to, whatever its size, with its weights, in evaluation mode."""
-        state_dict = normalize(state_dict)
-        model = cls(cls.Config.infer(state_dict))
-        model.load_state_dict(state_dict)
-        return model.eval()
-
-
-def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    """A value that changes when one of the tensors is replaced, or changed in place (but not through `.data`)."""
-    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

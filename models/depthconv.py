@@ -15,10 +15,11 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.codec import Codec, CodecConfig
+from models.codec import Codec
 from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv, PointwiseConv
+from models.weights import CodecConfig
 
 PATCH = 8  # pixels of a side that one place of the transforms stands for
 EXPANSION = 2  # hidden channels of a block, in units of its own

@@ -12,10 +12,11 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from compressai.layers import GDN
 from torch import Tensor, nn
 
-from models.codec import Codec, CodecConfig
+from models.codec import Codec
 from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv
+from models.weights import CodecConfig
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from compressai.models.base import SCALES_LEVELS, SCALES_MAX, SCALES_MIN, get_sc
 from compressai.models.utils import conv, find_named_buffer, find_named_module, update_registered_buffers
 from torch import Tensor, nn
 
-from models.codec import Codec, CodecConfig
+from models.codec import Codec
 from models.coding.slice_coders import ste_round
 from models.lae import LAE, VariableRate, fcn, mask
 from models.large.bands import Recomputed
 from models.layers import WMSA, Block, ConvTransBlock, Float32Conv, SubsampledConv, SWAtten, SwinBlock
+from models.weights import CodecConfig
 
 __all__ = [
     "LAE", "SCALES_LEVELS", "SCALES_MAX", "SCALES_MIN", "TCM", "TCM_VBR", "WMSA", "Block", "ConvTransBlock", "SWAtten",

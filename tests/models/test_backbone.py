@@ -12,8 +12,9 @@ from torch import nn
 import eval_vbr
 import train_vbr
 from models import VariableRate, registry
-from models.codec import Codec, CodecConfig
+from models.codec import Codec
 from models.layers import Float32Conv
+from models.weights import CodecConfig
 from utils import cli
 from utils.checkpoint import load_model, read_checkpoint
 from utils.codec.decode import decode

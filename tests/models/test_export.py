@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import DepthConv_VBR
-from tests.depthconv import conftest as depthconv
+from tests.depthconv import tiny as depthconv
 
 RATES = [torch.tensor([rate]) for rate in (2.5, 4.0, 6.5)]
 
@@ -28,8 +27,7 @@ class Synthesis(Analysis):
 @pytest.fixture(scope="module", params=["TCM_VBR", "DepthConv_VBR"])
 def exported(request, made_tiny) -> list[tuple[torch.export.ExportedProgram, Tensor, list[Tensor]]]:
     """Programs of both networks, each with an input and what PyTorch makes of it at RATES."""
-    torch.manual_seed(0)
-    codec = made_tiny if request.param == "TCM_VBR" else depthconv.shake(DepthConv_VBR(**depthconv.TINY)).eval()
+    codec = made_tiny if request.param == "TCM_VBR" else depthconv.made()
     found = []
     for network, x in ((Analysis, torch.rand(1, 3, 256, 128)), (Synthesis, 3 * torch.randn(1, codec.M, 16, 8))):
         with torch.no_grad():
