@@ -18,9 +18,10 @@ from tests.training.test_klt_start import patches  # noqa: F401
 from utils import cli
 from utils.benchmarks import speed, training
 from utils.checkpoint import build_model, export_model, load_model, read_checkpoint
+from utils.training.compiled import compile_networks
 from utils.training.klt_start import klt_start
+from utils.training.optimizers import make_optimizers
 from utils.training.schedule import Settings
-from utils.training.trainer import compile_networks, make_optimizers
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_tensorboard_is_not_worth_a_run(photos, quick, tmp_path, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.training.trainer.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("utils.training.log.SummaryWriter.add_scalar", full)
     state = train(photos, tmp_path / "run", "--checkpoint", quick, "--max-steps", 1)
     assert state["progress"]["step"] == 1
     assert capsys.readouterr().out.count("TensorBoard's events cannot be written any more") == 1

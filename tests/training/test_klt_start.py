@@ -19,8 +19,8 @@ from utils.checkpoint import read_checkpoint
 from utils.distributed import DistContext
 from utils.training.klt_start import WRITERS, klt_start, quantization_step
 from utils.training.objectives import EntropyObjective, Objective
+from utils.training.optimizers import make_optimizers
 from utils.training.schedule import Settings
-from utils.training.trainer import make_optimizers
 from utils.training.validation import validate
 
 

@@ -26,8 +26,8 @@ from utils.cli.training_stages import read_teachers
 from utils.codec.request import EncodeRequest
 from utils.evaluation.evaluate import evaluate
 from utils.images import read_image, save_image
+from utils.training.compiled import compile_networks
 from utils.training.objectives import StaticObjective
-from utils.training.trainer import compile_networks
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from utils.files import BUNDLED, json_output
 from utils.images import center_crop, read_image
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
-from utils.training.trainer import compile_networks
+from utils.training.compiled import compile_networks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -21,10 +21,11 @@ from utils.benchmarks.common import convolutions_use_tf32, count_macs, matrix_pr
 from utils.device import choose_kernels_for_training, pick_device
 from utils.distributed import DistContext
 from utils.errors import UserError
+from utils.training.compiled import compile_networks
 from utils.training.objectives import PRECISIONS, Objective
 from utils.training.patches import PatchDataset
 from utils.training.schedule import Settings
-from utils.training.trainer import Trainer, compile_networks
+from utils.training.trainer import Trainer
 
 PHOTOGRAPHS = 16
 

@@ -17,10 +17,11 @@ from utils.errors import UserError
 from utils.images import center_crop
 from utils.messages import print_note
 from utils.pictures import ImageError, find_images, part_of_data_set
+from utils.training.compiled import compile_networks
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read_all, usable
 from utils.training.schedule import Settings
-from utils.training.trainer import Trainer, compile_networks, read_run
+from utils.training.trainer import Trainer, read_run
 
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS-SSIM
 

@@ -6,13 +6,11 @@ coding tables), `validation.jsonl`, its picture `curves.png`, and TensorBoard's 
 
 import contextlib
 import functools
-import json
 import math
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +19,6 @@ import torch
 from compressai.layers import GDN
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models import Codec
@@ -31,45 +28,20 @@ from utils.checkpoint import describe, export_model, read_checkpoint, write_chec
 from utils.device import is_out_of_memory, out_of_memory_as_value_error, processor
 from utils.distributed import DistContext, is_lost_peer
 from utils.errors import UserError
-from utils.files import atomic_write, finite, remove_left_over
+from utils.files import finite, remove_left_over
 from utils.pictures import ImageError
-from utils.training.curves import draw_curves
 from utils.training.ema import ExponentialMovingAverage
 from utils.training.fit_tables import first_batches, fit_tables
+from utils.training.log import RunLog
 from utils.training.objectives import Objective
+from utils.training.optimizers import make_optimizers
 from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches, usable
-from utils.training.schedule import Progress, Settings, budget_used, in_last_part, learning_rate
-from utils.training.validation import log_validation, validate
+from utils.training.schedule import Progress, budget_used, in_last_part, learning_rate
+from utils.training.signals import answered_signals
+from utils.training.validation import validate
 
-SECONDS_PER_LINE = 60  # between lines of progress, where there is no terminal for a bar
 LONG_WAIT = 0.2  # share of the time in which patches were waited for, from which on it is told
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
-
-
-def make_optimizers(model: Codec, settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam "net" for the networks and Adam "aux" for the bottleneck's quantiles, of parameters that are trained.
-
-    CompressAI's net_aux_optimizer does not fit, as it has no groups: the density of z starts 10 wide, and Adam moves
-    a weight by the learning rate per step, so that at the networks' rate z would cost 3 bits per symbol for long.
-    """
-    networks = []
-    transforms = []
-    density = []
-    quantiles = []
-    slow = set(model.transform_parameters())
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.startswith("entropy_bottleneck."):
-            (quantiles if name.endswith(".quantiles") else density).append(p)
-        else:
-            (transforms if p in slow else networks).append(p)
-    factors = (1.0, settings.transform_factor, settings.density_factor)
-    groups = [{"params": p, "factor": f} for p, f in zip((networks, transforms, density), factors, strict=True) if p]
-    optimizers = {"net": torch.optim.Adam(groups, settings.learning_rate, fused=True)}
-    if quantiles:
-        optimizers["aux"] = torch.optim.Adam(quantiles, settings.aux_learning_rate, fused=True)
-    return optimizers
 
 
 class Trainer:
@@ -94,6 +66,7 @@ class Trainer:
         self.validation = validation
         self.workers = workers
         self.folder = folder
+        self.log = RunLog(folder, context.is_main)
         self.context = context
         self.history = list(history)
         self.device = context.device
@@ -116,13 +89,11 @@ class Trainer:
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.prefetched: Batch | None = None
         self.data_seconds = 0.0
-        self.next_line = 0.0  # when the next line of progress is due
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
         known = (usable(dataset.paths[number], dataset.size, image) for number, image in dataset.cache.items())
         self.unusable = {told for told in known if isinstance(told, str)}  # and were named when they were read
         self.stop = self.all_stop = False  # whether this process, or any, was asked to stop
         self.signal = 0  # by which it was asked
-        self.writer: SummaryWriter | None = None
         objective.train()
 
     # One step ---------------------------------------------------------------------------------
@@ -236,14 +207,14 @@ class Trainer:
         Raises:
             UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
         """
-        with self._started(), self._bar() as bar:
+        with self._started():
             next_save = self._next_time(self.settings.save_minutes)
             next_validation = self._next_time(self.settings.validate_minutes)
             while budget_used(self.progress, self.settings) < 1:
-                self._log_step(self.step(), bar)
+                self._log_step(self.step())
                 if self.all_stop:
                     self.save()
-                    self._print(f"stopped and saved at step {self.progress.step}; go on with --resume")
+                    self.log.print(f"stopped and saved at step {self.progress.step}; go on with --resume")
                     return
                 minutes = self.progress.seconds / 60
                 if minutes >= next_validation:
@@ -257,9 +228,9 @@ class Trainer:
                     continue
                 self.context.gather(None)  # the main process writes; the others would count the wait as training
                 self.lap = time.monotonic()
-            bar.close()
+            self.log.bar.close()
             self.save()  # first: what follows may be interrupted
-            self._print("validating the weights, and fitting their coding tables")
+            self.log.print("validating the weights, and fitting their coding tables")
             self.validate(last=True)
 
     def _next_time(self, interval: float) -> float:
@@ -272,10 +243,10 @@ class Trainer:
         """A run with its log and its answers to signals; what ends it before its time is told in a line."""
         if self.context.is_main:
             remove_left_over(self.folder, "*.pth.tar")
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.progress.step + 1)
+        self.log.open(self.progress.step, self._percent())
         self.lap = time.monotonic()
         try:
-            with self._signals() as handlers:
+            with answered_signals(self._stop, self._go_on) as handlers:
                 try:
                     yield
                 except RuntimeError as error:
@@ -290,38 +261,26 @@ class Trainer:
                     raise UserError(f"{lost}; {self._how_to_continue()}") from None
         except StoppedWaiting:
             self.save()
-            self._print(f"stopped and saved at step {self.progress.step}, while waiting for photographs; see --resume")
+            where = f"step {self.progress.step}, while waiting for photographs"
+            self.log.print(f"stopped and saved at {where}; go on with --resume")
         finally:
             self.batches.close()  # ends its workers
-            self._log(SummaryWriter.close)
+            self.log.close()
 
     def _percent(self) -> float:
         return round(100 * min(1, budget_used(self.progress, self.settings)), 1)
 
-    def _bar(self) -> tqdm:
-        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = None if self.context.is_main else True
-        return tqdm(desc="training", total=100, initial=self._percent(), bar_format=bar_format, disable=hidden)
-
-    def _log_step(self, values: dict[str, float], bar: tqdm) -> None:
+    def _log_step(self, values: dict[str, float]) -> None:
         """Log what a step returned. UserError after too many steps that were not finite."""
-        if self.progress.skipped_in_a_row:
-            self._print(f"step {self.progress.step}: loss or gradient not finite, skipped")
-        if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        progress = self.progress
+        if progress.skipped_in_a_row:
+            self.log.print(f"step {progress.step}: loss or gradient not finite, skipped")
+        if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             cause = f"{MAX_SKIPPED_STEPS} steps in a row had a loss or gradient that is not finite"
             advice = "--amp bf16, which has a larger range," if self.scaler.is_enabled() else "a lower learning rate"
             raise UserError(f"{cause}: {advice} may help; {self._how_to_continue()}")
-        told = {"step": self.progress.step, **{k: f"{values[k]:.4g}" for k in ("loss", "bpp") if k in values}}
-        if not bar.disable:
-            bar.n = self._percent()
-            bar.set_postfix(told)
-        elif time.monotonic() >= self.next_line:  # without a terminal
-            self.next_line = time.monotonic() + SECONDS_PER_LINE
-            self._print(f"{self._percent()} %, " + ", ".join(f"{name} {value}" for name, value in told.items()))
-        if self.progress.step % 10 == 0 or self.progress.skipped_in_a_row:
-            values["skipped steps"] = self.progress.skipped
-            for name, value in values.items():
-                self._log(SummaryWriter.add_scalar, f"training/{name}", value, self.progress.step)
+        values["skipped steps"] = progress.skipped
+        self.log.step(progress.step, values, percent=self._percent(), at_once=progress.skipped_in_a_row > 0)
 
     def validate(self, last: bool = False) -> None:
         """Measure the EMA weights, write them for use, and log. The last time their coding tables are fitted too."""
@@ -332,25 +291,21 @@ class Trainer:
             canceled=lambda: self.stop and alone,
         )
         if found is None:
-            self._print("stopped while validating; go on with --resume")
+            self.log.print("stopped while validating; go on with --resume")
             return
         means, pictures = found
         minutes = round(self.progress.seconds / 60, 2)
         result = {"step": self.progress.step, "patches": self.progress.patches, "minutes": minutes, **means}
         if self.context.is_main:
-            line = json.dumps(finite(result), allow_nan=False)
-            self._print(line)
-            self._log(log_validation, result, pictures, self.progress.step)
-            with (self.folder / "validation.jsonl").open("a") as file:
-                file.write(line + "\n")
+            self.log.validation(result, pictures)
             waiting, seconds = self.progress.waiting, self.progress.seconds
             if waiting > LONG_WAIT * seconds and not self.dataset.is_cached:
                 told = "more readers (-n) or a larger --cache-gb may help"
-                self._print(f"note: {waiting / seconds:.0%} of the time was spent waiting for patches: {told}")
+                self.log.print(f"note: {waiting / seconds:.0%} of the time was spent waiting for patches: {told}")
             history = [*self.history, self.record(result)]
             export_model(self.folder / "model.pth.tar", self.ema.model, history, fit=self._fit_tables if last else None)
             self.finished = last
-            self._draw_curves()
+            self.log.draw_curves()
 
     def _fit_tables(self, model: Codec) -> None:
         """Fit the coding tables of weights for use to the first patches of the run."""
@@ -362,55 +317,18 @@ class Trainer:
             with out_of_memory_as_value_error():
                 fit_tables(model, first_batches(dataset, self.progress.patches), self.objective.indexes)
         except (ValueError, ImageError) as error:  # the tables of Gaussians do, too
-            self._print(f"note: coding tables were not fitted: {error}")
-
-    def _log(self, write: Callable[..., None], *values) -> None:
-        """Call `write` with TensorBoard's writer, as long as that works: a run goes on without its curves."""
-        if self.writer:
-            try:
-                write(self.writer, *values)
-            except OSError as error:
-                self.writer = None  # not closed, as closing would wait for its thread, which has ended
-                self._print(f"note: TensorBoard's events cannot be written any more ({error})")
-
-    def _draw_curves(self) -> None:
-        """Draw `curves.png` of all validations, as long as that works: a run goes on without its picture."""
-        try:
-            draw_curves(self.folder / "validation.jsonl", self.folder / "curves.png")
-        except OSError as error:
-            self._print(f"note: the curves cannot be drawn ({error})")
+            self.log.print(f"note: coding tables were not fitted: {error}")
 
     def _how_to_continue(self) -> str:
         last = self.folder / "last.pth.tar"
         return f"the last good checkpoint is {last}: go on with --resume" if last.exists() else "nothing was saved yet"
 
-    def _print(self, text: str) -> None:
-        if self.context.is_main:
-            tqdm.write(text)
-            sys.stdout.flush()  # a log file shows it at once
+    def _stop(self, number: int) -> None:
+        self.stop = True
+        self.signal = number
 
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGINT, SIGTERM and SIGHUP (of a terminal that closes, without nohup) end the run after the step, a second
-        SIGINT at once. A suspended run does not train."""
-
-        def handle(number: int, frame: object) -> None:
-            self.stop = True
-            self.signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        def go_on(number: int, frame: object) -> None:
-            self.lap = time.monotonic()
-
-        handlers = {signal.SIGINT: handle, signal.SIGTERM: handle}
-        if hasattr(signal, "SIGCONT"):  # not on Windows
-            handlers[signal.SIGCONT] = go_on
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                handlers[signal.SIGHUP] = handle
-        with contextlib.ExitStack() as stack:
-            for number, handler in handlers.items():
-                stack.callback(signal.signal, number, signal.signal(number, handler))
-            yield stack
+    def _go_on(self) -> None:
+        self.lap = time.monotonic()  # a suspended run does not train
 
     # Saving and resuming -----------------------------------------------------------------------
 
@@ -461,7 +379,7 @@ class Trainer:
         for name, value in asdict(self.settings).items():
             before = state["settings"].get(name, value)  # a run of an older version has not all of them
             if before != value:
-                self._print(f"note: {name} was {before} in this run and is {value} from here on")
+                self.log.print(f"note: {name} was {before} in this run and is {value} from here on")
         self.model.load_state_dict(state["state_dict"])
         self.ema.model.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
@@ -476,27 +394,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.history = state["training"][: state.get("history")]
-        path = self.folder / "validation.jsonl"
-        if self.context.is_main and path.exists():  # forget validations that will be made again
-            done = budget_used(self.progress, self.settings) >= 1  # then the last one is among them
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step - done]
-            with atomic_write(path) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-
-
-def compile_networks(model: Codec) -> None:
-    """`torch.compile` the sub-networks in place; the slice loop between them is not compiled."""
-    parts = list(model.children())
-    networks = [part for part in parts if isinstance(part, nn.Sequential)]
-    networks += [network for part in parts if isinstance(part, nn.ModuleList) for network in part]
-    # Dynamo counts the graphs of all networks together, as they are calls of one nn.Module method: its limit of 8 would
-    # leave g_s out.
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the name in PyTorch 2.6
-    setattr(config, limit, max(getattr(config, limit), 4 * len(networks)))
-    config.optimize_ddp = False  # would split graphs where gradients are sent, and each is small already
-    for network in networks:
-        network.compile(dynamic=False)  # to Dynamo the next network is the same one on another shape: else dynamic
+        done = budget_used(self.progress, self.settings) >= 1  # then the last validation is made again
+        self.log.keep_until(self.progress.step - done)
 
 
 def _distributed(objective: Objective) -> nn.Module:
@@ -513,11 +412,3 @@ def read_run(folder: Path) -> dict:
     if not {"arguments", "ema", "optimizers", "progress", "settings", "objective"} <= state.keys():
         raise UserError(f"{path}: not the state of a run; start one from it with --checkpoint")
     return state
-
-
-def _step_of(line: str) -> float:
-    """Step of a line of validation.jsonl; infinite for a line that a full disk or a power cut has torn."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
