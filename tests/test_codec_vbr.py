@@ -336,6 +336,8 @@ def test_hostile_files_are_one_line_each_and_leave_nothing(codec, photos, tmp_pa
     (torch.OutOfMemoryError("CUDA out of memory"), "this GPU: try --device cpu"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "this GPU: try --device cpu"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "this GPU: try --device cpu"),
+    (RuntimeError("CUDNN_BACKEND_OPERATION: cudnnFinalize CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "this GPU: try --device cpu"),
+    (RuntimeError("FIND was unable to find an engine to execute this computation"), "this GPU: try --device cpu"),  # cuDNN's
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "this machine"),
     (RuntimeError("std::bad_alloc"), "this machine"),
     (RuntimeError("could not create a primitive"), "this machine"),  # oneDNN's words

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: of getrusage's ru_maxrss
+NO_MEMORY = (  # in texts of errors, in small letters
+    "out of memory", "allocate memory", "bad_alloc", "alloc_failed", "allocation_failed", "unable to find an engine",
+    "cublas_status_not_initialized",
+)  # fmt: skip
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
@@ -96,7 +100,7 @@ def out_of_memory_as_value_error() -> Iterator[None]:
     except (RuntimeError, OSError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_gpu = any(name in str(error) for name in ("CUDA", "cuDNN"))
+        on_gpu = any(name in str(error) for name in ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "engine"))
         where = "this GPU: try --device cpu" if on_gpu else "this machine"
         raise ValueError(f"too large for the memory of {where}") from None
 
@@ -106,10 +110,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
     PyTorch's allocator on the CPU and C++ raise a plain RuntimeError, whose text alone tells. oneDNN says no more than
     that it could not create a primitive; a shape that it does not support is another text ("primitive descriptor").
+    cuDNN finds no engine where none has room to work, and cuBLAS cannot begin.
     """
     if isinstance(error, OSError):  # raised by mmap
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or str(error).strip() == "could not create a primitive":
         return True
     text = str(error).lower()
-    return any(phrase in text for phrase in ("out of memory", "allocate memory", "bad_alloc", "alloc_failed"))
+    return any(phrase in text for phrase in NO_MEMORY)

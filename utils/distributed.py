@@ -103,7 +103,7 @@ class DistContext:
         return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def close(self) -> None:
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

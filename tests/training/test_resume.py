@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ import train_vbr
 from tests.training.runs import arguments, recorded_losses, same, train, wait_for
 from utils import cli
 from utils.checkpoint import build_model, load_model, read_checkpoint
+from utils.training.signals import answered_signals
 from utils.training.trainer import Trainer
 
 STEPS = 24  # enough to be killed among them
@@ -83,6 +85,39 @@ def test_a_signal_saves_and_ends_in_peace(photos, quick, tmp_path, start):
         assert process.wait(60) == 128 + number, output.read_text()
         assert "stopped and saved at step" in output.read_text() and "Traceback" not in output.read_text()
         assert read_checkpoint(folders[number] / "last.pth.tar")["progress"]["step"] >= 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is no SIGUSR1 here")
+def test_the_warning_of_a_batch_system_stops_a_run():
+    stopped, before = [], signal.getsignal(signal.SIGUSR1)
+    with answered_signals(stopped.append, lambda: None):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stopped == [signal.SIGUSR1] and signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found in /proc")
+def test_a_reader_that_is_killed_ends_the_run_in_a_line_and_saves_it(photos, quick, tmp_path, start):
+    """Whatever the run is doing: PyTorch raises the death of a reader within a step."""
+    run = tmp_path / "run"
+    more = ["--max-steps", 100000, "--save-minutes", 1000, "--cache-gb", 0, "-n", 1]
+    process = start(run, *arguments(photos, run, "--checkpoint", quick, *more))
+    wait_for(lambda: "%, step " in (run / "output").read_text(), process)
+    (reader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(reader), signal.SIGKILL)
+    assert process.wait(60) == 1
+    output = (run / "output").read_text()
+    assert "error: the readers of photographs are stuck or gone (DataLoader worker" in output and "--resume" in output
+    assert "Traceback" not in output
+    assert read_checkpoint(run / "last.pth.tar")["progress"]["step"] >= 1
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(photos, quick, tmp_path):
+    """As batch systems repeat it when they put a job back into their queue."""
+    for steps in (1, 2):
+        state = train(photos, tmp_path / "run", "--checkpoint", quick, "--resume", "auto", "--max-steps", steps)
+        assert state["progress"]["step"] == steps
+    with pytest.raises(cli.UserError, match="nothing to resume"):
+        train(photos, tmp_path / "other", "--checkpoint", quick, "--resume", "--max-steps", 1)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGCONT"), reason="there is no SIGSTOP here")

@@ -56,7 +56,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--save_path", default=save_path, metavar="DIR", help="folder of the run")
-    add("--resume", action="store_true", help="continue the run in --save_path, exactly")
+    add("--resume", nargs="?", const=True, default=False, choices=("auto",), help="continue the run in --save_path, exactly; with auto, begin it if there is none: for jobs that a batch system puts back into its queue")
     add("--validate-minutes", type=float, default=Settings.validate_minutes, metavar="T", help="minutes of training between validations")
     add("--save-minutes", type=float, default=Settings.save_minutes, metavar="T", help="minutes of training between saves of what --resume needs")
     cli.add_device_argument(run, published=True)
@@ -66,7 +66,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
 
 
 def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
-    """UserError naming the flag that is wrong, or that there is no budget. The patch size becomes height and width."""
+    """UserError naming the flag that is wrong, or that there is no budget. The patch size becomes height and width, and
+    `--resume auto` whether there is a run."""
+    last = Path(args.save_path) / "last.pth.tar"
+    if args.resume == "auto":
+        args.resume = last.is_file()
     if min(args.max_minutes, args.max_steps, args.epochs) < 0 or args.batch_size < 1:
         raise UserError("budgets must not be negative, and --batch-size must be at least 1")
     if budget and not (args.max_minutes or args.max_steps or args.epochs):
@@ -112,7 +116,6 @@ def check_run_arguments(args: argparse.Namespace, budget: bool = True) -> None:
     if args.seed < 0 or args.num_workers < 0:
         raise UserError("--seed and --num-workers must not be negative")
     check_output_folder(args.save_path)
-    last = Path(args.save_path) / "last.pth.tar"
     if args.resume and not last.is_file():
         raise UserError(f"{last}: nothing to resume")
     if not args.resume and last.exists():

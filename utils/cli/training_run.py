@@ -44,6 +44,8 @@ def train(
         result: what the weights are, in words.
     """
     context = DistContext.from_environment(args.device)
+    if args.amp == "bf16" and context.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(context.device)} has no bfloat16; try --amp fp16")
     folder = Path(args.save_path)
     torch.manual_seed(args.seed)
     choose_kernels_for_training()

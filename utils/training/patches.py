@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +211,10 @@ class StoppedWaiting(Exception):
     """The run was asked to stop while it waited for patches."""
 
 
+class ReadersGone(UserError):
+    """No more patches come: the processes that read photographs are stuck or have ended."""
+
+
 def batches(
     dataset: PatchDataset, batch: int, start: int, workers: int, context: DistContext,
     stopped: Callable[[], bool] = lambda: False,
@@ -223,7 +228,8 @@ def batches(
         stopped: asked every few seconds while nothing comes.
 
     Raises:
-        UserError: the workers have too little shared memory, or have ended, or nothing came for LONGEST_WAIT.
+        UserError: the workers have too little shared memory.
+        ReadersGone: they have ended, or nothing came from them for LONGEST_WAIT.
         StoppedWaiting: `stopped` said so.
     """
     firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
@@ -238,6 +244,10 @@ def batches(
         worker_init_fn=_start_worker,
         timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
     ))
+    if workers and threading.current_thread() is threading.main_thread():
+        # PyTorch's own answer raises that a worker has died wherever this process is, mostly within a step. The next
+        # batch, which is not there, tells it too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     looks = 0  # not the time since the last batch, most of which a run may have been suspended
     while True:
         try:
@@ -252,7 +262,7 @@ def batches(
             if "timed out" in str(error) and waited < LONGEST_WAIT:
                 continue
             told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
-            raise UserError(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
+            raise ReadersGone(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
         yield found
         looks = 0
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def answered_signals(stop: Callable[[int], None], go_on: Callable[[], None]) -> Iterator[contextlib.ExitStack]:
-    """SIGINT, SIGTERM and SIGHUP (of a terminal that closes, without nohup) call `stop` with their number, a second
-    SIGINT interrupts at once. SIGCONT, after a run was suspended, calls `go_on`.
+    """SIGINT, SIGTERM, SIGUSR1 (of a batch system, before the time is up) and SIGHUP (of a terminal that closes, without
+    nohup) call `stop` with their number, a second SIGINT interrupts at once. SIGCONT, after a run was suspended, calls
+    `go_on`.
 
     Yields:
         what will bring the former answers back: the caller may keep these for good by its `pop_all()`.
@@ -21,6 +22,7 @@ def answered_signals(stop: Callable[[int], None], go_on: Callable[[], None]) -> 
     handlers = {signal.SIGINT: handle, signal.SIGTERM: handle}
     if hasattr(signal, "SIGCONT"):  # not on Windows
         handlers[signal.SIGCONT] = lambda number, frame: go_on()
+        handlers[signal.SIGUSR1] = handle
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handlers[signal.SIGHUP] = handle
     with contextlib.ExitStack() as stack:

@@ -35,7 +35,7 @@ from utils.training.fit_tables import first_batches, fit_tables
 from utils.training.log import RunLog
 from utils.training.objectives import Objective
 from utils.training.optimizers import make_optimizers
-from utils.training.patches import Batch, PatchDataset, StoppedWaiting, batches, usable
+from utils.training.patches import Batch, PatchDataset, ReadersGone, StoppedWaiting, batches, usable
 from utils.training.schedule import Progress, budget_used, in_last_part, learning_rate
 from utils.training.signals import answered_signals
 from utils.training.validation import validate
@@ -76,7 +76,6 @@ class Trainer:
                 if type(module) is GDN:
                     module.__class__ = Float32GDN
         self.finished = False  # whether the weights for use are those of the last step
-        self.ema = ExponentialMovingAverage(self.model)
         self.optimizers = make_optimizers(self.model, settings)
         groups = self.optimizers["net"].param_groups
         self.parameters = [p for group in groups for p in group["params"]]  # whose gradients are clipped
@@ -87,6 +86,7 @@ class Trainer:
         # fp16's small gradients would vanish; PyTorch's start at 2^16 costs more skipped steps than one at 2^10.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=settings.amp == "fp16")
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
+        self.ema = ExponentialMovingAverage(self.model)  # of weights that are the main process's in all of them by now
         self.prefetched: Batch | None = None
         self.data_seconds = 0.0
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
@@ -259,6 +259,9 @@ class Trainer:
                     cause = str(error).strip().splitlines()[0]
                     lost = f"another process of this run has ended, or cannot be reached ({cause})"
                     raise UserError(f"{lost}; {self._how_to_continue()}") from None
+        except ReadersGone as error:
+            self.save()
+            raise UserError(f"{error}; {self._how_to_continue()}") from None
         except StoppedWaiting:
             self.save()
             where = f"step {self.progress.step}, while waiting for photographs"
