@@ -243,6 +243,8 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
         if request.quality_map:
             regions = psnr_by_region(image, decoded, request.quality_map.region)
             message += ", {:.2f} dB inside and {:.2f} dB outside the region".format(*regions)
+    if request.quality_map and (indexes := request.quality_map.missed(result.index)):
+        print_note(source, "the region was to have index {:.4g} and has {:.4g}, where the range ends".format(*indexes))
     write_bytes(target, result.data)
     return message
 
@@ -309,7 +311,11 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     if done:
         hidden = ", refined or not" if args.command == "encode" and args.steps else ""
+        hidden += ", not verified" if args.command == "encode" and args.verify else ""
         print(f"{len(done)} of {len(work)} are finished and left alone{hidden}; --force makes them again", file=sys.stderr)
+        for source, target in work:
+            if target in done and source.is_file() and source.stat().st_mtime > target.stat().st_mtime:
+                print_note(target, f"is older than {source}; --force makes it again")
         work = [(source, target) for source, target in work if target not in done]
     if work and to_folder:
         check_output_folder(args.output)
@@ -345,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         """The weights of --checkpoint, or those that made a file; the first ones while that is not known yet."""
         if args.checkpoint:
             return use(args.checkpoint)
+        pick_device(args.device)  # first: what it refuses is no fault of the weights
         for path in (BUNDLED, *sorted(set(BUNDLED.parent.iterdir()) - {BUNDLED})):
             with contextlib.suppress(cli.UserError):  # whatever else lies there
                 model = load_from(path)

@@ -76,6 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--nearest: the page and the R-λ study are of files as they are usually made")
     if args.show and not args.report:
         parser.error("--show names pictures for the page of --report")
+    if args.rate_model and not args.rate_model.lower().endswith(".png"):
+        parser.error(f"--rate-model writes a PNG, and {args.rate_model} has another ending")
     if args.rate_model and "WORLD_SIZE" in os.environ:
         parser.error("--rate-model runs in one process: leave out torchrun")
     if args.save and several:

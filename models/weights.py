@@ -28,6 +28,14 @@ class CodecConfig:
         raise NotImplementedError
 
 
+def check_codec(model: object, taker: str) -> None:
+    """ValueError where a function was given something else than a codec."""
+    if not isinstance(model, CodecWeights):
+        wrapped = isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), CodecWeights)
+        way = ": pass the model that it wraps" if wrapped else ", as models.TCM_VBR or what load_model returns"
+        raise ValueError(f"{taker} takes a codec{way}, not {type(model).__name__}")
+
+
 class CodecWeights(CompressionModel):
     """A model of CompressAI that knows its sizes and is rebuilt from them, and that notices when its weights change.
 
@@ -70,8 +78,11 @@ class CodecWeights(CompressionModel):
 
     def check_precision(self) -> None:
         """ValueError for weights that are not float32: half-precision codecs would not decode each other's files."""
-        if self.medians.dtype != torch.float32:
-            raise ValueError(f"the weights are {self.medians.dtype}; a codec computes in float32: call model.float()")
+        dtype = self.medians.dtype
+        if dtype != torch.float32:
+            # half() has rounded the scale table too, which float() does not bring back.
+            way = "call model.float()" if dtype == torch.float64 else "load the weights anew"
+            raise ValueError(f"the weights are {dtype}; a codec computes in float32: {way}")
 
     @property
     def medians(self) -> Tensor:

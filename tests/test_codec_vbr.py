@@ -199,6 +199,25 @@ def test_a_rerun_with_other_weights_names_what_the_former_made(codec, photos, ch
     assert len(list((tmp_path / "coded").iterdir())) == 2
 
 
+def test_what_changed_since_a_run_is_told(codec, photos, tmp_path, capsys):
+    for command, source, target in (("encode", photos / "p0.png", "coded"), ("decode", "coded/p0.tvbr", "decoded")):
+        more = ["--verify"] if command == "encode" else []
+        assert codec(command, tmp_path / source, f"{tmp_path / target}/", *more) == 0
+        os.utime(tmp_path / source, (made := time.time() + 60, made))
+        capsys.readouterr()
+        assert codec(command, tmp_path / source, f"{tmp_path / target}/", *more) == 0
+        told = capsys.readouterr().err
+        assert f"is older than {tmp_path / source}; --force makes it again" in told
+        assert ("not verified" in told) == bool(more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_device_that_is_not_there_is_no_fault_of_the_weights(photos, tmp_path):
+    assert codec_vbr.main(["encode", str(photos / "p0.png"), str(tmp_path / "x.tvbr"), "-l", "1", "--device", "cpu"]) == 0
+    with pytest.raises(cli.UserError, match="no CUDA device"):
+        codec_vbr.main(["decode", str(tmp_path / "x.tvbr"), str(tmp_path / "x.png"), "--device", "cuda"])
+
+
 @pytest.mark.parametrize("settings", [["-l", 3, "-t", 3, "--keep-rate"], ["--target-bytes", 120]])
 def test_a_rerun_with_the_same_settings_succeeds(codec, photos, tmp_path, capsys, settings):
     Image.open(photos / "p0.png").resize((40, 40)).save(tmp_path / "small.png")

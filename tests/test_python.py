@@ -58,18 +58,25 @@ def test_wrong_arguments_say_what_is_taken(tiny, picture, image):
         encode(tiny, picture, 2.5)
     with pytest.raises(ValueError, match="takes the bytes of a file, not 'photo.tvbr'"):
         decode(tiny, "photo.tvbr")
+    for wrapped in (torch.compile(tiny), torch.nn.DataParallel(tiny)):
+        with pytest.raises(ValueError, match="encode takes a codec: pass the model that it wraps, not "):
+            encode(wrapped, picture, REQUEST)
+        with pytest.raises(ValueError, match="decode takes a codec: pass the model that it wraps, not "):
+            decode(wrapped, b"")
+    with pytest.raises(ValueError, match="decode takes a codec, as models.TCM_VBR .*, not str"):
+        decode("weights.pth.tar", b"")
     data = encode(tiny, picture, REQUEST).data
     for other in (bytearray, memoryview):
         assert torch.equal(decode(tiny, other(data)), decode(tiny, data))
     coded = tiny.compress(image, 2.0)
     latents = torch.zeros(1, 64, 8, 16), torch.zeros(1, 32, 2, 4)
-    for convert in ("half", "double", "bfloat16"):
+    for convert, way in (("half", "anew"), ("double", r"model.float\(\)"), ("bfloat16", "anew")):
         converted = getattr(copy.deepcopy(tiny), convert)()
         for use in (
             lambda m: encode(m, picture, REQUEST), lambda m: decode(m, data), lambda m: m.decompress(**coded),
             lambda m: m(image, 2.0), lambda m: m.forward_fromlatent(*latents, 2.0),
         ):  # fmt: skip
-            with pytest.raises(ValueError, match=r"model.float\(\)"):
+            with pytest.raises(ValueError, match=way):
                 use(converted)
     other = torch.full((1, 1, 3, 3), 2.0)
     for use in (

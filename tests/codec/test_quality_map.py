@@ -125,6 +125,15 @@ def test_labels_are_stretched_and_said(mode, tmp_path, capsys):
     assert "brightest value is 1, a label rather than white" in capsys.readouterr().err
 
 
+def test_small_and_large_labels_of_16_bits_both_count(tmp_path, capsys):
+    """In 8 bits 100 is black and 300 is one."""
+    labels = np.zeros((64, 96), np.uint16)
+    labels[:20], labels[40:] = 100, 300
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    assert read_region(str(tmp_path / "mask.png"), 64, 96) == pytest.approx(labels / 300)
+    assert "brightest value is 300, a label" in capsys.readouterr().err
+
+
 def test_masks_that_may_mean_something_else_are_noted(tmp_path, capsys):
     pixels = np.zeros((64, 96, 4), np.uint8)
     pixels[10:30, 20:50] = 200, 100, 0, 255
@@ -263,7 +272,30 @@ def test_quality_inside_and_outside():
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
     decoded = image.clone()
     decoded[:, :2], decoded[:, 2:] = 1, 10
-    assert psnr_by_region(image, decoded, region) == pytest.approx((48.13, 28.13), abs=0.01)
+    for mask in (region, region.astype(np.uint8), region.astype(np.int64), region.astype(np.float32), 255 * region):
+        assert psnr_by_region(image, decoded, mask) == pytest.approx((48.13, 28.13), abs=0.01)
+
+
+def test_a_region_of_any_kind_is_the_same_map():
+    region = np.zeros((128, 128), bool)
+    region[:64] = True
+    first, *others = (QualityMap.from_region(kind, index=4) for kind in (
+        region, region.astype(np.uint8), region.astype(np.float64), torch.from_numpy(region),
+    ))  # fmt: skip
+    for other in others:
+        assert np.array_equal(first.weights, other.weights) and np.array_equal(first.cells, other.cells)
+
+
+@pytest.mark.parametrize(("base", "above", "missed"), [
+    (2.0, 3, None), (5.5, 3, (8.5, 7.0)), (7.0, 1, (8.0, 7.0)), (-1.0, -3, (-4.0, -2.0)),
+])  # fmt: skip
+def test_a_region_beyond_the_range_is_told(base, above, missed):
+    region = np.zeros((128, 128), bool)
+    region[:64] = True
+    assert QualityMap.from_region(region, above=above).missed(base) == missed
+    assert QualityMap.from_region(region, index=4).missed(base) is None
+    assert QualityMap.from_region(region / 2, index=6).missed(-2.0) is None  # the mask asks for half of the way
+    assert QualityMap.from_region(region, index=7).missed(-2.0) == (7, -2 + 127 / 16)
 
 
 # codec_vbr.py ---------------------------------------------------------------------------------
@@ -288,6 +320,8 @@ def test_masks_and_boxes_on_the_command_line(call, mask, tmp_path, capsys):
     rates = ("-l", 1, "--mask-index", 4, "--verify")
     status, by_mask = call("--mask", tmp_path / "mask.png", *rates)
     assert status == 0 and "dB inside" in capsys.readouterr().err
+    call("--roi", "8,22,128,128", "-l", 6.5, "--mask-weight", 2)
+    assert "p.png: the region was to have index 8.5 and has 7, where the range ends" in capsys.readouterr().err
     assert call("--roi", "8,22,128,128", *rates) == (0, by_mask)
     (tmp_path / "p.tvbr").write_bytes(by_mask)
     assert codec_vbr.main(["info", str(tmp_path / "p.tvbr")]) == 0

@@ -34,4 +34,7 @@ def test_a_rate_model_that_says_nothing(photos, tmp_path, capsys):
     assert "–" in capsys.readouterr().out
     assert json.loads(file.read_text())["means"]["paper"]["slope"] is None
     with pytest.raises(SystemExit):
+        eval_vbr.main(["-d", str(photos / "p0.png"), "--rate-model", str(tmp_path / "rate.svg")])
+    assert "rate.svg has another ending" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         eval_vbr.main([*arguments, "-l", "1"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms, ImageFile
 
 from utils.pictures import ImageError, png_bytes, read_pixels
@@ -242,6 +243,20 @@ def test_32_bits_are_refused():
 def test_signed_samples_are_refused():
     with pytest.raises(ImageError, match="signed samples, whose range is not known"):
         read(tiff16(np.array([[0, 32767]]), 1, sample_format=2))
+
+
+def test_16_bits_in_planes_are_refused_or_right():
+    """Pillow reads uncompressed ones as noise."""
+    values = np.random.default_rng(0).integers(0, 2**16, (3, 20, 30), dtype=np.uint16)
+    for compression, photometric in ((None, "rgb"), ("zlib", "rgb")):
+        file = io.BytesIO()
+        tifffile.imwrite(file, values, photometric=photometric, planarconfig="separate", compression=compression)
+        if compression:
+            expected = np.moveaxis(values, 0, 2) / 257
+            assert np.abs(read(file.getvalue())[0] - expected).max() <= 1
+        else:
+            with pytest.raises(ImageError, match="16-bit colors in planes of their own"):
+                read(file.getvalue())
 
 
 def test_the_transparency_of_16_bits_is_that_of_8():

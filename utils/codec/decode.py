@@ -5,6 +5,7 @@ from torch import Tensor
 
 from models import Codec, VariableRate
 from models.coding.precision import without_autocast
+from models.weights import check_codec
 from utils.codec.bitstream import BitstreamError, CodedImage, unpack
 from utils.codec.quality_map import index_of_places
 from utils.device import out_of_memory_as_value_error
@@ -25,6 +26,7 @@ def decode(model: Codec, data: bytes | bytearray | memoryview | CodedImage, max_
         DecodingError: the arithmetic of this machine differs from the encoder's by more than the file allows for.
         ValueError: the picture has no room in memory, or a stream is longer than its symbols can be.
     """
+    check_codec(model, "decode")
     if not isinstance(data, (bytes, bytearray, memoryview, CodedImage)):
         raise ValueError(f"decode takes the bytes of a file, not {data!r:.60}: Path(...).read_bytes()")
     coded = data if isinstance(data, CodedImage) else unpack(bytes(data), max_pixels)

@@ -10,6 +10,7 @@ from torch import Tensor
 from models import Codec, VariableRate
 from models.coding.precision import without_autocast
 from models.lambdas import MAX_INDEX, MIN_INDEX, index_to_lambda
+from models.weights import check_codec
 from utils.codec.analyzed import AnalyzedImage, CodedTrial
 from utils.codec.decode import decode
 from utils.codec.rate_control import RateController, UnreachableError
@@ -102,6 +103,7 @@ def encode(
         UnreachableError: the cap is below the smallest file.
         ValueError: the picture cannot be coded, is of another form, or has no room in memory.
     """
+    check_codec(model, "encode")
     if not isinstance(request, EncodeRequest):
         raise ValueError(f"encode takes an EncodeRequest, as EncodeRequest(index=2.5), not {request!r:.60}")
     image = as_picture(image).to(model.medians.device)

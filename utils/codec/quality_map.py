@@ -68,13 +68,14 @@ class QualityMap:
         Raises:
             ValueError: the mask is empty, or has one value everywhere; or not exactly one of both is given.
         """
+        region = np.asarray(region, np.float32)  # a bool mask too
         if not (region.min() >= 0 and region.max() <= 1):
             raise ValueError(f"a mask has values in [0, 1], not {region.min():g} to {region.max():g}")
         if not region.any():
             raise ValueError("the mask is empty: it is black everywhere")
         if np.ptp(region) == 0:
             raise ValueError("the mask has one value everywhere: it tells no region from the rest")
-        padded = pad(torch.from_numpy(region.astype(np.float32))[None, None])
+        padded = pad(torch.from_numpy(region)[None, None])
         shares = (F.max_pool2d(padded, CELL)[0, 0] * 255).round().numpy() / 255
         weights, cells = np.unique(shares, return_inverse=True)
         if len(weights) == 1:
@@ -95,6 +96,14 @@ class QualityMap:
     def indexes(self, base: float | np.ndarray) -> np.ndarray:
         """The index of each of `weights`, `[…, K]`."""
         return np.asarray(base, np.float64)[..., None] + self.offsets(base) / STEPS
+
+    def missed(self, base: float) -> tuple[float, float] | None:
+        """The region's index as it was asked for and as it is, in a file of index `base`, where these differ by a step
+        or more: the range of indexes ends, or of offsets."""
+        wanted = base + self.above if self.index is None else self.index
+        found = float(self.indexes(base)[self.weights.argmax()])
+        wanted = base + self.weights.max() * (wanted - base)
+        return None if abs(found - wanted) < 1 / STEPS else (wanted, found)
 
     def cell_offsets(self, base: float) -> bytes:
         """The offsets of every cell, as the file holds them."""
@@ -138,7 +147,9 @@ def read_region(path: str, height: int, width: int) -> np.ndarray:
         note("has colors; how bright they are counts, the mean of red, green and blue")
     brightest = float(gray.max())
     if brightest <= LARGEST_LABEL / 255:
-        labels = 255 * gray if brightest else _sixteen_bits(data)
+        labels = _sixteen_bits(data)
+        if not labels.any():
+            labels = 255 * gray
         if labels.any():
             note(f"its brightest value is {labels.max():.0f}, a label rather than white: its range is stretched")
             return (labels / labels.max()).astype(np.float32)
@@ -148,7 +159,7 @@ def read_region(path: str, height: int, width: int) -> np.ndarray:
 
 
 def _sixteen_bits(data: bytes) -> np.ndarray:
-    """The values of a picture of 16 bits, all of which are black in 8 bits."""
+    """The values of a picture of 16 bits, all or some of which are black in 8 bits; of another one zero."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image, np.float32) if image.mode.startswith("I") else np.zeros(1, np.float32)
 
@@ -175,6 +186,7 @@ def pixel_weights(places: Tensor, lmbda: Tensor, metric: str) -> Tensor:
 
 
 def psnr_by_region(image: Tensor, decoded: Tensor, region: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB of uint8 images `[3, H, W]` inside and outside a region, bool `[H, W]`."""
-    inside = torch.from_numpy(region).to(image.device)
+    """PSNR in dB of uint8 images `[3, H, W]` inside and outside a region `[H, W]`, bool or a mask that is above ½
+    inside."""
+    inside = torch.from_numpy(np.asarray(region) > 0.5).to(image.device)
     return psnr(image[:, inside], decoded[:, inside]), psnr(image[:, ~inside], decoded[:, ~inside])

@@ -11,10 +11,11 @@ from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.rate_model import GRID, RateCurve
 from utils.codec.request import Target
-from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, TARGET_TOLERANCE
+from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, FAR_OFF, TARGET_TOLERANCE
 
 FIRST_TRIAL = LAST_INDEX / 2  # its index
 EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
+NEAR_AN_END = 4  # indexes of GRID: are the bits monotone there?
 
 
 class UnreachableError(ValueError):
@@ -44,8 +45,8 @@ class RateController:
     def meet(self, target: Target, max_trials: int = 3) -> CodedTrial:
         """The file nearest to a target, or to a little below a cap.
 
-        Where it is missed, and the bits are not monotone in the index or hardly differ at an end of the range,
-        files at all indexes of GRID are made.
+        Where it is missed by far, or missed and the bits are not monotone in the index or hardly differ at an end of
+        the range, files at all indexes of GRID are made, and some more.
 
         Args:
             max_trials: as in `search`.
@@ -56,7 +57,7 @@ class RateController:
         aimed = target
         while True:
             found = self.image.write(self.search(aimed, max_trials))
-            if self._may_have_missed(target, found):
+            if self._may_have_missed(target, found, max_trials):
                 return self._search_everywhere(target, found)
             if target.allows(found.bits):
                 return found
@@ -65,19 +66,25 @@ class RateController:
             self.curve.calibrate(found.index, found.bits)  # the code lengths were some bytes too few
             aimed = replace(aimed, bits=aimed.bits - (found.bits - target.bits))
 
-    def _may_have_missed(self, target: Target, found: CodedTrial) -> bool:
+    def _may_have_missed(self, target: Target, found: CodedTrial, max_trials: int) -> bool:
         """Whether a better file may exist than the best of the search, which missed the target.
 
-        On flat and tiny pictures R(index) is not monotone: then, or where the bits hardly differ, the ends of the range
-        need not have the smallest and the largest file.
+        On flat and tiny pictures R(index) is not monotone, and has leaps: then, or where the bits hardly differ, the
+        ends of the range need not have the smallest and the largest file, as trials near the end may show.
         """
         if target.allows(found.bits) and target.distance(found.bits) < TARGET_TOLERANCE:
             return False
-        bits = [bits for _, bits in sorted(self.curve.measured.items())]
-        others = [value for index, value in self.curve.measured.items() if index != found.index]
-        at_an_end = found.index in (MIN_INDEX, MAX_INDEX)
-        apart = all(abs(value / found.bits - 1) > CLEARLY_APART for value in others)
-        return sorted(bits) != bits or (at_an_end and not apart)
+        measured = self.curve.measured
+        if found.index in (MIN_INDEX, MAX_INDEX):
+            others = [value for index, value in measured.items() if index != found.index]
+            if any(abs(value / found.bits - 1) <= CLEARLY_APART for value in others):
+                return True
+            for index in sorted(GRID.tolist(), key=lambda index: abs(index - found.index))[1:NEAR_AN_END]:
+                self.try_index(index)
+        elif max_trials > 1 and target.distance(found.bits) > FAR_OFF:
+            return True
+        bits = [bits for _, bits in sorted(measured.items())]
+        return sorted(bits) != bits
 
     def _search_everywhere(self, target: Target, best: CodedTrial) -> CodedTrial:
         """The best of a file and those at indexes all over the range. Raises UnreachableError as `meet`."""
@@ -87,10 +94,16 @@ class RateController:
             return not allowed, target.distance(found.bits) if allowed else found.bits
 
         sizes = [best.bits]
-        for index in GRID.tolist():
-            found = self.image.write(self.try_index(index))
+        indexes = GRID.tolist()
+        more = EXTRA_TRIALS  # between two of them, where the bits leap
+        while indexes:
+            found = self.image.write(self.try_index(indexes.pop()))
             sizes.append(found.bits)
             best = min(best, found, key=rank)
+            between = self.curve.solve(target.aim)
+            if not indexes and more and target.distance(best.bits) > CLOSE and between not in self.curve.measured:
+                indexes.append(between)
+                more -= 1
         self.reach = min(sizes), max(sizes)
         if not target.allows(best.bits):
             raise UnreachableError(best)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, TiffImagePlugin
 
 from utils.errors import UserError
 from utils.files import MAX_PIXELS, MAX_SIDE
@@ -107,6 +107,8 @@ def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.nda
             raise ImageError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {width}×{height}")
         if width * height > max_pixels:
             raise ImageError(f"{width}×{height} is more than {max_pixels / 1e6:.0f} megapixels")
+        if image.format == "TIFF":
+            _refuse_planes(image)
         image.load()
         frames = _frames(image)
         orientation = _orientation(image, note)
@@ -116,6 +118,15 @@ def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.nda
     if orientation in _UPRIGHT:
         opaque = opaque.transpose(_UPRIGHT[orientation])
     return np.array(opaque)
+
+
+def _refuse_planes(image: Image.Image) -> None:
+    """ImageError for 16-bit samples in a plane for each color, which Pillow reads as noise if they are not packed."""
+    tags = image.tag_v2
+    planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    plain = tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
+    if planes and plain and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8:
+        raise ImageError("16-bit colors in planes of their own cannot be read: save them pixel by pixel, or as PNG")
 
 
 def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Image.Image:

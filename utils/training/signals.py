@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def answered_signals(stop: Callable[[int], None], go_on: Callable[[], None]) -> Iterator[contextlib.ExitStack]:
-    """SIGINT, SIGTERM, SIGUSR1 (of a batch system, before the time is up) and SIGHUP (of a terminal that closes, without
+    """SIGINT, SIGTERM, SIGUSR1 (of batch systems, before the time is up) and SIGHUP (of terminals that close, without
     nohup) call `stop` with their number, a second SIGINT interrupts at once. SIGCONT, after a run was suspended, calls
     `go_on`.
 
