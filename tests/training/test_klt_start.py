@@ -14,6 +14,7 @@ from models import TCM, TCM_VBR
 from models.lambdas import LADDERS, index_to_lambda, middle_lambda
 from models.registry import PRESETS, from_preset
 from tests.conftest import TINY
+from tests.depthconv import tiny as depthconv
 from utils import cli
 from utils.checkpoint import read_checkpoint
 from utils.distributed import DistContext
@@ -151,6 +152,13 @@ def arguments(photos, tmp_path, monkeypatch) -> list[str]:
     return ["-d", str(photos), "--save_path", str(tmp_path / "run"), *sizes]
 
 
+@pytest.fixture
+def quick_arguments(arguments, monkeypatch) -> list[str]:
+    """For what is the same with all networks."""
+    monkeypatch.setitem(PRESETS, "small", ("DepthConv", depthconv.TINY))
+    return arguments
+
+
 def test_a_run_starts_there_and_is_monotone_in_the_index(arguments, tmp_path):
     train_vbr.main([*arguments, "--max-steps", "1", "-lr", "1e-6"])
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
@@ -160,8 +168,8 @@ def test_a_run_starts_there_and_is_monotone_in_the_index(arguments, tmp_path):
     assert start["stage"] == "klt start" and run["stage"] == "joint"
 
 
-def test_random_start_is_still_there(arguments, tmp_path):
-    train_vbr.main([*arguments, "--max-steps", "1", "--init", "random"])
+def test_random_start_is_still_there(quick_arguments, tmp_path):
+    train_vbr.main([*quick_arguments, "--max-steps", "1", "--init", "random"])
     assert len(read_checkpoint(tmp_path / "run" / "model.pth.tar")["training"]) == 1
 
 
@@ -192,7 +200,8 @@ def test_entropy_stage_of_a_fixed_rate_model_in_bfloat16(arguments, tmp_path):
     assert state["objective"]["lambda"] == 0.013 and state["objective"]["stage"] == "entropy"
 
 
-def test_entropy_stage_with_workers_trains_on_the_same(arguments, tmp_path):
+def test_entropy_stage_with_workers_trains_on_the_same(quick_arguments, tmp_path):
+    arguments = quick_arguments
     stage = ["--stage", "entropy", "--keep-latents", "4", "--max-steps", "3"]
     train_vbr.main([*arguments, *stage])
     train_vbr.main([*arguments[:2], "--save_path", str(tmp_path / "read"), *arguments[4:], *stage, "--cache-gb", "0"])
@@ -200,7 +209,8 @@ def test_entropy_stage_with_workers_trains_on_the_same(arguments, tmp_path):
     assert all(torch.equal(value, read[name]) for name, value in kept.items())
 
 
-def test_a_resumed_run_has_the_factor_it_is_given(arguments, tmp_path):
+def test_a_resumed_run_has_the_factor_it_is_given(quick_arguments, tmp_path):
+    arguments = quick_arguments
     start = ["--init", "random", "--transform-lr-factor"]
     train_vbr.main([*arguments, *start, "1", "--max-steps", "1"])
     train_vbr.main([*arguments, *start, "0.25", "--max-steps", "2", "--resume"])
