@@ -52,6 +52,8 @@ from utils.messages import print_error, print_note, print_weights
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models import Codec
     from utils.codec.encode import EncodeResult
 
@@ -235,7 +237,8 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
     steps = args.steps
     request = replace(args.request, quality_map=map_of_arguments(args, *pixels.shape[:2]))
     with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None if steps else True) as bar:
-        result = encode(model, image, request, on_step=lambda step: bar.update(step.number > 0))
+        watch = functools.partial(watch_bands, source)
+        result = encode(model, image, request, on_step=lambda step: bar.update(step.number > 0), watch=watch)
     message = describe(result, request.has_target, width=pixels.shape[1], height=pixels.shape[0])
     if args.verify:
         decoded = decode(model, result.data)
@@ -247,6 +250,14 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
         print_note(source, "the region was to have index {:.4g} and has {:.4g}, where the range ends".format(*indexes))
     write_bytes(target, result.data)
     return message
+
+
+def watch_bands(source: Path, bands: Iterator["Tensor"], rows: int) -> Iterator["Tensor"]:
+    """The bands of a picture under a progress bar, where they take more than a second."""
+    with tqdm(desc=source.name, total=rows, unit="row", leave=False, disable=None, delay=1) as bar:
+        for band in bands:
+            yield band
+            bar.update(band.shape[2])
 
 
 def describe(result: "EncodeResult", has_target: bool, width: int, height: int) -> str:
@@ -279,7 +290,8 @@ def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Call
     from utils.device import timed
     from utils.images import to_pixels
 
-    pixels, seconds = timed(lambda: to_pixels(decode(model, coded)), model.medians.device)
+    watch = functools.partial(watch_bands, source)
+    pixels, seconds = timed(lambda: to_pixels(decode(model, coded, watch=watch)), model.medians.device)
     write_bytes(target, png_bytes(pixels[..., 0] if coded.gray else pixels))
     return f"{pixels.shape[1]}×{pixels.shape[0]}, {seconds:.2f} s"
 

@@ -1,6 +1,6 @@
 """Pictures as tensors: reading, padding, cropping, saving."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,10 @@ def margins(height: int, width: int) -> tuple[int, int, int, int]:
     """Pixels that `pad` adds on the left, on the right, above and below."""
     padding, _ = compute_padding(height, width, min_div=STRIDE)
     return padding
+
+
+# Takes the bands of a picture and their rows in all, and passes them on: a progress bar.
+Watch = Callable[[Iterator[Tensor], int], Iterator[Tensor]]
 
 
 def padded_bands(image: Tensor, height: int, extend: bool = False) -> Iterator[Tensor]:

@@ -74,6 +74,21 @@ def test_a_picture_in_parts_is_the_same_picture(varied, tall, in_parts, request_
     assert estimated.psnr == pytest.approx(real.psnr, abs=0.01)
 
 
+def test_the_bands_of_a_picture_are_watched(quick_model, tall, in_parts):
+    """As a progress bar does."""
+    seen = []
+
+    def watch(bands, rows):
+        passed = list(bands)
+        seen.append((rows, sum(band.shape[2] for band in passed), len(passed) > 4))
+        return iter(passed)
+
+    in_parts()
+    data = encode(quick_model, tall, EncodeRequest(2.0), watch=watch).data
+    assert torch.equal(decode(quick_model, data, watch=watch), decode(quick_model, data))
+    assert seen == [(768, 768, True)] * 2
+
+
 def test_a_map_in_parts(varied, tall, in_parts):
     mask = np.zeros(tall.shape[1:], np.float32)
     mask[200:500, 60:] = 1

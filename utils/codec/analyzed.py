@@ -12,7 +12,7 @@ from models.large.memory import large_empty
 from utils.codec.bitstream import HEADER_BYTES, CodedImage, pack, pack_offsets
 from utils.codec.quality_map import QualityMap, pixel_weights
 from utils.codec.rate_model import RateModel
-from utils.images import crop, margins, padded_bands
+from utils.images import Watch, crop, margins, padded_bands
 
 CODER_BITS = 96  # stream overhead: 96 ± 32 bits
 
@@ -51,6 +51,7 @@ class AnalyzedImage:
 
     Args:
         nearest: as in `EncodeRequest`.
+        watch: gets the bands of the picture while they are analyzed.
 
     Raises:
         ValueError: the map is of a picture of another size.
@@ -58,7 +59,8 @@ class AnalyzedImage:
 
     @torch.no_grad()
     def __init__(
-        self, model: Codec, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False
+        self, model: Codec, image: Tensor, quality_map: QualityMap | None = None, nearest: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.model = model
         self.image = image
@@ -74,6 +76,8 @@ class AnalyzedImage:
         width = left + self.width + right
         # Nobody sees what is around the picture, and its own colors cost less than an edge to the published black.
         bands = padded_bands(image, model.band_height(width, height), extend=not nearest)
+        if watch:
+            bands = watch(bands, height)
         self.y_before_lae = model.features_of_bands(bands, height)
         variable = isinstance(model, VariableRate)
         self.rate_model = RateModel(model, self.y_before_lae, quality_map) if variable else None

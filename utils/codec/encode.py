@@ -19,7 +19,7 @@ from utils.codec.request import EncodeRequest, RefinementSettings, Target
 from utils.codec.tolerances import TARGET_TOLERANCE
 from utils.device import clock, out_of_memory_as_value_error
 from utils.errors import UserError
-from utils.images import as_picture
+from utils.images import Watch, as_picture
 from utils.metrics import MS_SSIM_SMALLEST, distortion, psnr
 
 
@@ -87,7 +87,8 @@ class EncodeResult:
 @torch.inference_mode(False)  # refinement needs gradients
 @without_autocast()
 def encode(
-    model: Codec, image: Tensor | np.ndarray, request: EncodeRequest, on_step: Callable[[Step], None] | None = None
+    model: Codec, image: Tensor | np.ndarray, request: EncodeRequest, on_step: Callable[[Step], None] | None = None,
+    watch: Watch | None = None,
 ) -> EncodeResult:
     """Encode one picture, a uint8 tensor `[3, H, W]` or NumPy array `[H, W, 3]`, as requested.
 
@@ -97,6 +98,7 @@ def encode(
     Args:
         request: a fixed-rate codec ignores its index.
         on_step: called with every step of the refinement.
+        watch: gets the bands of the picture while they are analyzed, which is half of the time.
 
     Raises:
         UserError: the request needs a variable-rate codec.
@@ -116,7 +118,7 @@ def encode(
     if variable and request.index is None and not request.has_target:
         raise ValueError("variable-rate weights need a rate index or a target")
     start = clock(image.device)
-    analyzed = AnalyzedImage(model, image, quality_map=request.quality_map, nearest=request.nearest)
+    analyzed = AnalyzedImage(model, image, quality_map=request.quality_map, nearest=request.nearest, watch=watch)
     target = request.target(analyzed.pixels)
     controller = RateController(analyzed)
     if target is None:
