@@ -220,6 +220,15 @@ def test_where_bits_leap_files_all_over_the_range_are_tried(cap):
     assert cap or passed.trials <= 2 < controller.trials
 
 
+@pytest.mark.parametrize(("off", "everywhere"), [(0.018, False), (0.022, True)])
+def test_files_that_are_two_percent_off_are_not_searched_everywhere(off, everywhere):
+    """As docs/rate_control.md says. No file has between 20000 and 21600 bytes."""
+    image = FormulaImage(lambda index: 8 * (20000 + 10 * (index - 4) + 1600 * (index > 4)))
+    controller = RateController(image)
+    controller.meet(Target(8 * 20000 * (1 + off)))
+    assert (controller.trials > len(GRID)) == everywhere
+
+
 def test_a_dip_between_the_ends_is_found_where_all_files_are_nearly_alike():
     """What was tried rises with the index; but an end that hardly differs from the rest need not be the smallest."""
     image = FormulaImage(lambda index: 8 * (950 if abs(index - 1.25) < 0.1 else 1000 + 2 * index))
