@@ -101,20 +101,22 @@ def varied(made_tiny) -> TCM_VBR:
     return vary(made_tiny, made_tiny.g_s[-1][0])
 
 
+def file_of(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory, name: str) -> str:
+    path = tmp_path_factory.mktemp("weights") / f"{name}.pth.tar"
+    export_model(path, model, [])
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(made_tiny, tmp_path_factory) -> str:
     """File of the model `tiny`."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth.tar"
-    export_model(path, made_tiny, [])
-    return str(path)
+    return file_of(made_tiny, tmp_path_factory, "tiny")
 
 
 @pytest.fixture(scope="session")
 def varied_checkpoint(varied, tmp_path_factory) -> str:
     """File of the model `varied`."""
-    path = tmp_path_factory.mktemp("weights") / "varied.pth.tar"
-    export_model(path, varied, [])
-    return str(path)
+    return file_of(varied, tmp_path_factory, "varied")
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +130,7 @@ def quick_model() -> DepthConv_VBR:
 @pytest.fixture(scope="session")
 def quick(quick_model, tmp_path_factory) -> str:
     """File of `quick_model`."""
-    path = tmp_path_factory.mktemp("weights") / "quick.pth.tar"
-    export_model(path, quick_model, [])
-    return str(path)
+    return file_of(quick_model, tmp_path_factory, "quick")
 
 
 @pytest.fixture(scope="session")
