@@ -42,6 +42,7 @@ from utils.training.validation import validate
 
 LONG_WAIT = 0.2  # share of the time in which patches were waited for, from which on it is told
 MAX_SKIPPED_STEPS = 10  # in a row; then the run ends
+Inputs = tuple[Batch, Tensor, tuple[Tensor, Tensor]]  # patches `[B, 3, h, w]` in [0, 1], and noise of y and of z
 
 
 class Trainer:
@@ -87,7 +88,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=settings.amp == "fp16")
         self.ddp_objective: nn.Module = _distributed(objective) if context.world_size > 1 else objective
         self.ema = ExponentialMovingAverage(self.model)  # of weights that are the main process's in all of them by now
-        self.prefetched: Batch | None = None
+        self.prefetched: Inputs | None = None
         self.data_seconds = 0.0
         self.lap = time.monotonic()  # when the processes last told each other how long they have trained
         known = (usable(dataset.paths[number], dataset.size, image) for number, image in dataset.cache.items())
@@ -105,19 +106,17 @@ class Trainer:
         rate = learning_rate(self.progress, self.settings)
         for group in self.optimizers["net"].param_groups:
             group["lr"] = rate * group["factor"]
-        batch = self.prefetched or self.next_batch()
+        batch, x, noise = self.prefetched or self.next_inputs()
         # Drop-path draws from PyTorch's generator, whose seed depends on the step and the process.
         seeds = np.random.SeedSequence((self.settings.seed, self.progress.step, self.context.rank))
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-        x = batch.patches.to(self.device, non_blocking=True).float() / 255
-        # Seeds of the noise and rates come with the samples, so they do not depend on the number of processes.
         keys = [batch.keys] if self.objective.repeat else []
-        out = self.ddp_objective(x, batch.rate_uniform, self.noise(batch.seeds, x.shape[2:]), *keys)
+        out = self.ddp_objective(x, batch.rate_uniform, noise, *keys)
         self.scaler.scale(out.pop("total")).backward()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_max_norm or math.inf)
-        self.prefetched = self.next_batch()  # while a GPU is still busy with the step
+        self.prefetched = self.next_inputs()  # while a GPU is still busy with the step
         logged = {**out, "gradient norm": norm}
         seconds = time.monotonic() - self.lap
         self.lap = time.monotonic()
@@ -173,6 +172,13 @@ class Trainer:
             self.dataset, batch, start=start, workers=self.workers, context=self.context,
             stopped=lambda: self.stop and alone,
         )
+
+    def next_inputs(self) -> Inputs:
+        """The next batch of this process, with its patches and noise on the device."""
+        batch = self.next_batch()
+        x = batch.patches.to(self.device, non_blocking=True).float() / 255
+        # Seeds of the noise and rates come with the samples, so they do not depend on the number of processes.
+        return batch, x, self.noise(batch.seeds, x.shape[2:])
 
     def next_batch(self) -> Batch:
         """The next batch of this process. Prints photographs that could not be used."""
