@@ -31,7 +31,16 @@ from utils.cli.encoding_arguments import (
     map_of_arguments,
 )
 from utils.codec.request import EncodeRequest
-from utils.evaluation.results import Result, check_stems, checkpoint_name, file_stem, mean, results_table, to_json
+from utils.evaluation.results import (
+    Result,
+    check_stems,
+    checkpoint_name,
+    file_stem,
+    mean,
+    results_table,
+    short_names,
+    to_json,
+)
 from utils.files import BUNDLED, check_output_file, check_output_folder, json_output
 from utils.messages import print_note, print_weights
 from utils.pictures import find_images, find_images_or_samples
@@ -187,8 +196,11 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
         failed = max(failed, broken)
         if context.is_main and args.json and (len(files) > 1 or known):  # what follows may be interrupted
             write_json(comparison.together(codecs, []) | {"made": provenance(argv, context)})
-    codecs = comparison.join_fixed_rates(codecs)
-    codecs += anchors.measure_all(known, paths, context)
+    measured = {row["image"] for codec in codecs for row in codec["images"]}
+    names = {path: name for path, name in short_names(paths).items() if name in measured or not codecs}
+    others, broken = anchors.measure_all(known, names, context)
+    failed = max(failed, broken)
+    codecs = comparison.join_fixed_rates(codecs) + others
     context.close()
     if not context.is_main:
         return 0

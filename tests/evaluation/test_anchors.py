@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from utils.images import to_pixels, to_tensor
 ALONE = DistContext(torch.device("cpu"))
 
 
+def measure(paths: list[Path]) -> tuple[list[dict], int]:
+    return anchors.measure_all(["jpeg"], {path: path.name for path in paths}, ALONE)
+
+
 @pytest.fixture
 def picture(tmp_path):
     random = np.random.default_rng(0)
@@ -22,7 +27,8 @@ def picture(tmp_path):
 
 
 def test_sizes_and_errors_are_those_of_pillows_files(picture):
-    (codec,) = anchors.measure_all(["jpeg"], [picture], ALONE)
+    (codec,), failed = measure([picture])
+    assert not failed
     image = Image.open(picture)
     for row in codec["images"]:
         file = io.BytesIO()
@@ -49,7 +55,8 @@ def test_qualities_go_from_few_bits_to_many(name, picture):
 def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(picture, tmp_path, capsys, monkeypatch):
     """A side of a JPEG has at most 65,500 pixels. And a curve leaves out a rate at which every picture failed."""
     Image.new("RGB", (2, 65501)).save(tmp_path / "long.png")
-    (codec,) = anchors.measure_all(["jpeg"], [picture, tmp_path / "long.png"], ALONE)
+    (codec,), failed = measure([picture, tmp_path / "long.png"])
+    assert failed == 1
     assert {row["image"] for row in codec["images"]} == {"picture.png"}
     assert "long.png: JPEG 4:2:0: " in capsys.readouterr().err
     real = anchors.file_of
@@ -60,9 +67,38 @@ def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(pic
         return real(image, codec, quality)
 
     monkeypatch.setattr(anchors, "file_of", fails)
-    (codec,) = anchors.measure_all(["jpeg"], [picture], ALONE)
+    (codec,), failed = measure([picture])
+    assert failed == 1
     rates = codec["results"]["bpp"]
     assert len(rates) == len(anchors.CODECS["jpeg"].qualities) - 1 and None not in rates
+
+
+def test_a_picture_that_fails_at_one_rate_is_in_no_mean(picture, tmp_path, capsys, monkeypatch):
+    """Or the points of a curve would be of different pictures."""
+    real = anchors.file_of
+
+    def fails(image, codec, quality):
+        if quality == 10 and image.shape[1] == 90:
+            raise ValueError("no room")
+        return real(image, codec, quality)
+
+    monkeypatch.setattr(anchors, "file_of", fails)
+    Image.open(picture).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "other.png")
+    (codec,), failed = measure([picture, tmp_path / "other.png"])
+    told = capsys.readouterr().err
+    assert failed == 1 and {row["image"] for row in codec["images"]} == {"picture.png"}
+    assert "other.png: no room" in told and "JPEG 4:2:0: 1 of 2 pictures failed at some of the rates" in told
+    assert len(codec["results"]["bpp"]) == len(anchors.CODECS["jpeg"].qualities)
+
+
+def test_a_picture_that_the_first_codec_cannot_read_is_named_once(quick, picture, tmp_path, capsys):
+    """And is no picture of the others."""
+    (tmp_path / "broken.png").write_bytes(b"")
+    pictures = [str(picture), str(tmp_path / "broken.png")]
+    json_file = str(tmp_path / "rd.json")
+    assert eval_vbr.main(["-d", *pictures, "-l", "1", "--checkpoint", quick, "--anchors", "jpeg", "--json", json_file]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("broken.png") == 1 and "other pictures" not in told.err + told.out
 
 
 def test_the_scripts_choices_are_the_codecs():

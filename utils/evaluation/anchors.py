@@ -4,6 +4,7 @@ Sizes are those of whole files; quality is that of the 8-bit pixels that decodin
 """
 
 import contextlib
+import functools
 import importlib
 import io
 from collections.abc import Callable, Iterable
@@ -110,22 +111,30 @@ def measure(name: str, image: Tensor, codec: Codec, quality: float) -> tuple[Res
     return evaluate.result_of(name, image, decoded, count=8.0 * len(data), index=quality, **seconds), decoded
 
 
-def measure_all(names: list[str], paths: list[Path], context: DistContext) -> list[dict]:
-    """Codecs on pictures, at all their qualities, in CompressAI's format."""
-    if not names:
-        return []
-    jobs = [(name, quality) for name in names for quality in CODECS[name].qualities]
+def measure_all(keys: list[str], names: dict[Path, str], context: DistContext) -> tuple[list[dict], int]:
+    """Codecs on pictures, at all their qualities, in CompressAI's format; and with how many pictures one failed.
 
-    def work(picture: str, image: Tensor, job: tuple[str, float]) -> tuple[str, Result]:
-        name, quality = job
-        return name, measure(picture, image, CODECS[name], quality=quality)[0]
-
-    found, _ = evaluate.measure_all(paths, jobs, context, device=torch.device("cpu"), work=work, title="other codecs")
+    Args:
+        keys: of CODECS.
+        names: the pictures, and what they are called.
+    """
     codecs = []
-    for name in names:
-        results = [result for codec, result in found if codec == name]
-        groups = [[result for result in results if result.index == quality] for quality in CODECS[name].qualities]
-        library = CODECS[name].feature
+    most = 0
+    for codec in (CODECS[key] for key in keys):
+        work = functools.partial(_measure_quality, codec)
+        device = torch.device("cpu")
+        results, failed = evaluate.measure_all(
+            list(names), codec.qualities, context, device=device, work=work, title=codec.title, names=names
+        )
+        most = max(most, failed)
+        if not results:
+            continue
+        groups = [[result for result in results if result.index == quality] for quality in codec.qualities]
+        library = codec.feature
         by = f"Pillow {PIL.__version__}" + (f" with {library} {features.version(library)}" if library else "")
-        codecs.append(to_json(groups, CODECS[name].title, description=f"real files by {by}", results=results))
-    return codecs
+        codecs.append(to_json(groups, codec.title, description=f"real files by {by}", results=results))
+    return codecs, most
+
+
+def _measure_quality(codec: Codec, name: str, image: Tensor, quality: float) -> Result:
+    return measure(name, image, codec, quality=quality)[0]

@@ -66,13 +66,15 @@ def for_each(
 def measure_all(
     paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
     work: Callable[[str, Tensor, J], T], title: str, tell: Callable[[T], None] | None = None,
+    names: dict[Path, str] | None = None,
 ) -> tuple[list[T], int]:
     """The values of `work` for every picture by every job, in this order, and how many pictures failed.
 
-    Processes share the pictures; all of them get what all have found.
+    Processes share the pictures; all of them get what all have found. A job that fails with every picture has
+    no values; a picture with which another job fails is left out of all, or means would be of different pictures.
 
     Args:
-        work: as that of `for_each`; it must return what can be pickled.
+        work, names: as those of `for_each`; what `work` returns must be possible to pickle.
         title: what the progress bar is called.
         tell: called with each value of this process as soon as it is there.
 
@@ -81,16 +83,20 @@ def measure_all(
     """
     mine = context.share(paths)
     number = len(jobs)
-    each = for_each(mine, jobs, device=device, work=work, names=short_names(paths))
+    each = for_each(mine, jobs, device=device, work=work, names=names or short_names(paths))
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
     values = []
     for _, _, value in bar:
         values.append(value)
         if tell and value is not None:
             tell(value)
-    own = [[v for v in values[i * number : (i + 1) * number] if v is not None] for i in range(len(mine))]
-    pictures = context.join(own)
-    return [value for found in pictures for value in found], sum(len(found) < number for found in pictures)
+    pictures = context.join([values[i * number : (i + 1) * number] for i in range(len(mine))])
+    done = [job for job in range(number) if any(found[job] is not None for found in pictures)]
+    whole = [found for found in pictures if all(found[job] is not None for job in done)]
+    partly = sum(any(value is not None for value in found) for found in pictures) - len(whole)
+    if partly and context.is_main:
+        print_note(title, f"{partly} of {len(pictures)} pictures failed at some of the rates, and are left out of all")
+    return [found[job] for found in whole for job in done], sum(None in found for found in pictures)
 
 
 def evaluate(model: Codec, name: str, image: Tensor, request: EncodeRequest, real: bool) -> tuple[Result, Tensor]:
