@@ -45,6 +45,12 @@ def test_operations_are_those_of_the_layers(capsys):
     """A convolution's by hand, the matrix product's 2048³, and in the table those of the network."""
     conv = torch.nn.Conv2d(3, 8, 5, padding=2)
     assert count_macs(lambda: conv(torch.zeros(1, 3, 10, 12))) == 10 * 12 * 8 * 3 * 25
+    for layer in (conv, torch.nn.Conv2d(3, 6, 3, stride=2, groups=3), torch.nn.ConvTranspose2d(3, 6, 3, groups=3)):
+        for gradient in (False, True):
+            x = torch.zeros(1, 3, 11, 13, requires_grad=gradient)
+            forward = count_macs(lambda layer=layer, x=x: layer(x))
+            both = count_macs(lambda layer=layer, x=x: layer(x).sum().backward())
+            assert both == (3 if gradient else 2) * forward
     speed.main(["--preset", "depthconv", "--width", "256", "--height", "128", "--runs", "1"])
     printed = dict(re.findall(r"^(\S.*?)  +[\d.]+ +([\d.]+) +[\d.]+ +\d+%", capsys.readouterr().out, re.M))
     assert float(printed["float32 matrix product"]) == 8.6

@@ -95,8 +95,7 @@ def test_a_picture_that_the_first_codec_cannot_read_is_named_once(quick, picture
     """And is no picture of the others."""
     (tmp_path / "broken.png").write_bytes(b"")
     pictures = [str(picture), str(tmp_path / "broken.png")]
-    json_file = str(tmp_path / "rd.json")
-    assert eval_vbr.main(["-d", *pictures, "-l", "1", "--checkpoint", quick, "--anchors", "jpeg", "--json", json_file]) == 1
+    assert eval_vbr.main(["-d", *pictures, "-l", "1", "--checkpoint", quick, "--anchors", "jpeg"]) == 1
     told = capsys.readouterr()
     assert told.err.count("broken.png") == 1 and "other pictures" not in told.err + told.out
 
