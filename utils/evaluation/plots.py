@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.figures import own_style  # isort: skip  before Matplotlib
-from matplotlib import style
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -73,6 +73,7 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     """
     figure = Figure(figsize=(6.4, 5.8), layout="constrained")
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
+    axes.set_prop_cycle(color=[color for color in colormaps["tab10"].colors if len(set(color)) > 1])  # none is gray
 
     def draw(codec: dict, style: str, told: str = "", **options) -> None:
         axes.plot(*_columns(curve_of(codec, metric)), style, label=label(codec["name"]) + told, **options)
