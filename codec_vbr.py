@@ -37,7 +37,7 @@ from utils.cli.encoding_arguments import (
     map_of_arguments,
 )
 from utils.codec.bitstream import extremes, unpack
-from utils.codec.tolerances import CLOSE_TO_CAP
+from utils.codec.tolerances import CLOSE_ENOUGH
 from utils.device import out_of_memory_as_value_error, pick_device
 from utils.files import (
     BUNDLED,
@@ -182,7 +182,7 @@ def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> 
         difference = "was made with another region, or another index for it"
     elif target and not target.allows(8 * len(data)):
         difference = f"has {len(data)} bytes, more than {request.max_bytes}"
-    elif target and target.distance(8 * len(data)) > 3 * CLOSE_TO_CAP:  # which may be out of reach
+    elif target and target.distance(8 * len(data)) > 3 * CLOSE_ENOUGH:  # which may be out of reach
         print_note(file, f"has {len(data)} bytes, and {target.bits / 8:.0f} are asked for; --force makes it again")
     if difference:
         print_error(file, f"{difference}; --force makes it again")

@@ -11,10 +11,10 @@ from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.rate_model import GRID, RateCurve
 from utils.codec.request import Target
-from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_TO_CAP, FAR_OFF, TARGET_TOLERANCE
+from utils.codec.tolerances import CAP_MARGIN, CLEARLY_APART, CLOSE, CLOSE_ENOUGH, FAR_OFF, TARGET_TOLERANCE
 
 FIRST_TRIAL = LAST_INDEX / 2  # its index
-EXTRA_TRIALS = 5  # beyond those allowed, under a cap that is exceeded or far off
+EXTRA_TRIALS = 5  # beyond those allowed, where these are not close enough
 NEAR_AN_END = 4  # indexes of GRID: are the bits monotone there?
 
 
@@ -116,8 +116,8 @@ class RateController:
         Stops when a trial is closer than CLOSE. Earlier measurements are used.
 
         Args:
-            max_trials: trials before the last one, the nearest of all being taken; under a cap that is still exceeded
-                or missed by far there are up to EXTRA_TRIALS more.
+            max_trials: trials before the last one, the nearest of all being taken; where they are not CLOSE_ENOUGH
+                there are up to EXTRA_TRIALS more, but with one trial only under a cap.
         """
         if max_trials < 1:
             raise ValueError(f"rate control needs at least one trial, not {max_trials}")
@@ -132,7 +132,8 @@ class RateController:
                 best = trial
             distance = math.inf if best is None else target.distance(best.bits)
             used_up = len(tried) > max_trials
-            if distance < CLOSE or (used_up and (not target.cap or distance < CLOSE_TO_CAP)):
+            one_pass = max_trials == 1 and not target.cap
+            if distance < CLOSE or (used_up and (one_pass or distance < CLOSE_ENOUGH)):
                 break
             if len(tried) > max_trials + EXTRA_TRIALS:
                 break
