@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from utils.benchmarks import rate_control
 
 
@@ -10,6 +12,12 @@ def test_every_mode_is_measured_and_a_cap_is_kept(quick, photos, capsys):
     assert all(mode in output.err for mode in rate_control.MODES)
     rows = json.loads(output.out)
     assert len(rows) == 6 and all(row["error"] <= 0 for row in rows if row["mode"] == "not above")
+    assert rate_control.main([*arguments, "--targets", "2", "--indexes", "1", "2"]) == 0
+    within = json.loads(capsys.readouterr().out)
+    spread, less = (max(bits) - min(bits) for bits in ([row["target_bits"] for row in found] for found in (rows, within)))
+    assert less < 0.3 * spread
+    with pytest.raises(SystemExit):
+        rate_control.main([*arguments, "--indexes", "2", "1"])
 
 
 def test_a_picture_that_cannot_be_read_is_left_out(quick, photos, capsys):

@@ -5,7 +5,7 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from models import VariableRate
 from models.lambdas import LAST_INDEX, MAX_INDEX, MIN_INDEX
 from utils import cli
 from utils.checkpoint import load_model
-from utils.cli.encoding_arguments import add_map_arguments, check_map_arguments, map_of_arguments
+from utils.cli.encoding_arguments import add_map_arguments, check_map_arguments, map_of_arguments, rate_index
 from utils.codec.analyzed import AnalyzedImage
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap
@@ -27,7 +27,7 @@ from utils.files import BUNDLED, json_output
 from utils.messages import print_weights
 from utils.pictures import find_images_or_samples
 
-MODES = {"one trial": (1, False), "at most three": (3, False), "not above": (3, True)}  # trials; whether it is a cap
+MODES = {"one trial": (1, False), "three trials": (3, False), "not above": (3, True)}  # trials; whether it is a cap
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,19 +35,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-d", "--data", nargs="+", metavar="DIR", help="folders or pictures (default: scikit-image's photographs)")
     add("--targets", type=cli.positive, default=5, metavar="N", help="targets per picture and mode")
+    ends = dict(nargs=2, type=rate_index, default=[MIN_INDEX, MAX_INDEX], metavar=("LOW", "HIGH"))
+    add("--indexes", **ends, help="targets lie between the rates of these")
     add("--checkpoint", default=str(BUNDLED), metavar="FILE", help="variable-rate weights")
     add("--json", metavar="FILE", help="write every target, size and time; - is standard output")
     add_map_arguments(parser)
     cli.add_device_argument(parser)
     args = parser.parse_args(argv)
     check_map_arguments(parser, args)
+    if args.indexes[0] >= args.indexes[1]:
+        parser.error("--indexes: the first must be the lower one")
     return args
 
 
-def measure(model: VariableRate, name: str, image: Tensor, targets: int, quality_map: QualityMap | None) -> list[dict]:
-    """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each."""
+def measure(
+    model: VariableRate, name: str, image: Tensor, targets: int, indexes: Sequence[float],
+    quality_map: QualityMap | None = None,
+) -> list[dict]:
+    """Encode one picture, uint8 `[3, H, W]`, to every target in every mode; a row for each.
+
+    indexes: two, between whose rates the targets lie.
+    """
     analyzed = AnalyzedImage(model, image, quality_map)
-    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in (MIN_INDEX, MAX_INDEX))
+    smallest, largest = (analyzed.write(analyzed.quantize(index)).bits for index in indexes)
     _, encode_seconds = timed(lambda: encode(model, image, EncodeRequest(LAST_INDEX / 2)), image.device)
     rows = []
     for mode, (max_trials, cap) in MODES.items():
@@ -77,7 +87,8 @@ def run(args: argparse.Namespace, write_json: Callable[[list], None]) -> int:
     model.prepare()
 
     def work(name: str, image: Tensor, targets: int) -> list[dict]:
-        return measure(model, name, image, targets, quality_map=map_of_arguments(args, *image.shape[1:]))
+        quality_map = map_of_arguments(args, *image.shape[1:])
+        return measure(model, name, image, targets, indexes=args.indexes, quality_map=quality_map)
 
     each = for_each(paths, [args.targets], device=device, work=work)
     found = [rows for _, _, rows in tqdm(each, total=len(paths), unit="image", disable=None) if rows]

@@ -79,8 +79,9 @@ class RateController:
             others = [value for index, value in measured.items() if index != found.index]
             if any(abs(value / found.bits - 1) <= CLEARLY_APART for value in others):
                 return True
-            for index in sorted(GRID.tolist(), key=lambda index: abs(index - found.index))[1:NEAR_AN_END]:
-                self.try_index(index)
+            if max_trials > 1 or target.cap:
+                for index in sorted(GRID.tolist(), key=lambda index: abs(index - found.index))[1:NEAR_AN_END]:
+                    self.try_index(index)
         elif max_trials > 1 and target.distance(found.bits) > FAR_OFF:
             return True
         bits = [bits for _, bits in sorted(measured.items())]
