@@ -247,7 +247,7 @@ def encode_picture(source: Path, target: Path, args: argparse.Namespace, load: C
             regions = psnr_by_region(image, decoded, request.quality_map.region)
             message += ", {:.2f} dB inside and {:.2f} dB outside the region".format(*regions)
     if request.quality_map and (indexes := request.quality_map.missed(result.index)):
-        print_note(source, "the region was to have index {:.4g} and has {:.4g}, where the range ends".format(*indexes))
+        print_note(source, "the region was to have index {:.4g}; the nearest that this file can hold is {:.4g}".format(*indexes))
     write_bytes(target, result.data)
     return message
 

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import codec_vbr
 import eval_vbr
@@ -132,6 +132,11 @@ def test_small_and_large_labels_of_16_bits_both_count(tmp_path, capsys):
     Image.fromarray(labels).save(tmp_path / "mask.png")
     assert read_region(str(tmp_path / "mask.png"), 64, 96) == pytest.approx(labels / 300)
     assert "brightest value is 300, a label" in capsys.readouterr().err
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(20 * labels).save(tmp_path / "turned.png", exif=exif)
+    found = read_region(str(tmp_path / "turned.png"), 96, 64)
+    assert found == pytest.approx(np.rot90(labels / 300, -1), abs=0.03)  # as its 8 bits say, upright
 
 
 def test_masks_that_may_mean_something_else_are_noted(tmp_path, capsys):
@@ -321,7 +326,7 @@ def test_masks_and_boxes_on_the_command_line(call, mask, tmp_path, capsys):
     status, by_mask = call("--mask", tmp_path / "mask.png", *rates)
     assert status == 0 and "dB inside" in capsys.readouterr().err
     call("--roi", "8,22,128,128", "-l", 6.5, "--mask-weight", 2)
-    assert "p.png: the region was to have index 8.5 and has 7, where the range ends" in capsys.readouterr().err
+    assert "the region was to have index 8.5; the nearest that this file can hold is 7" in capsys.readouterr().err
     assert call("--roi", "8,22,128,128", *rates) == (0, by_mask)
     (tmp_path / "p.tvbr").write_bytes(by_mask)
     assert codec_vbr.main(["info", str(tmp_path / "p.tvbr")]) == 0

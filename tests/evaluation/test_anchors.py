@@ -59,6 +59,7 @@ def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(pic
     assert failed == 1
     assert {row["image"] for row in codec["images"]} == {"picture.png"}
     assert "long.png: JPEG 4:2:0: " in capsys.readouterr().err
+    assert measure([tmp_path / "long.png"]) == ([], 1) and "left out of all" not in capsys.readouterr().err
     real = anchors.file_of
 
     def fails(image, codec, quality):
@@ -70,6 +71,7 @@ def test_a_picture_that_a_codec_cannot_code_is_named_and_the_others_measured(pic
     (codec,), failed = measure([picture])
     assert failed == 1
     rates = codec["results"]["bpp"]
+    assert "left out of all" not in capsys.readouterr().err
     assert len(rates) == len(anchors.CODECS["jpeg"].qualities) - 1 and None not in rates
 
 

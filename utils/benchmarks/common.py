@@ -78,7 +78,7 @@ def _gradients_of_convolution(
     grad_shape: Sequence[int], x_shape: Sequence[int], w_shape: Sequence[int], *args, out_shape: object
 ) -> int:
     """Operations of the gradients of a convolution, each as many as those of the convolution. PyTorch's own formula
-    does not know groups, and counts sixty times too many for a depth-wise one of 192 channels."""
+    does not know groups, and counts nearly a hundred times too many for a depth-wise one of 192 channels."""
     transposed, wanted = args[4], args[7]
     return conv_flop_count(x_shape, w_shape, grad_shape, transposed=transposed) * sum(wanted[:2])
 

@@ -41,7 +41,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, several: bool, steps:
     group.add_argument("--target-bpp", type=float, metavar="B", help="bits per pixel of the file, in place of an index")
     group.add_argument("--target-bytes", type=int, metavar="N", help="bytes of the file, in place of an index")
     group.add_argument("--max-bytes", type=int, metavar="N", help="bytes that the file must not exceed, in place of an index")
-    parser.add_argument("--trials", type=cli.positive, metavar="N", help=f"with a target: indexes to try at most before the one to encode at (some more under a cap); 1 is one-pass (default: {EncodeRequest.max_trials})")
+    parser.add_argument("--trials", type=cli.positive, metavar="N", help=f"with a target: indexes to try before the one to encode at (some more where these are not near enough); 1 is one-pass (default: {EncodeRequest.max_trials})")
 
     add = parser.add_argument
     methods = "; ".join(f"{name}: {method.text} ({method.learning_rate:g})" for name, method in METHODS.items())

@@ -68,7 +68,7 @@ class QualityMap:
         Raises:
             ValueError: the mask is empty, or has one value everywhere; or not exactly one of both is given.
         """
-        region = np.asarray(region, np.float32)  # a bool mask too
+        region = np.array(region, np.float32)  # a bool mask too; a copy, as PyTorch wants to be able to write
         if not (region.min() >= 0 and region.max() <= 1):
             raise ValueError(f"a mask has values in [0, 1], not {region.min():g} to {region.max():g}")
         if not region.any():
@@ -147,9 +147,7 @@ def read_region(path: str, height: int, width: int) -> np.ndarray:
         note("has colors; how bright they are counts, the mean of red, green and blue")
     brightest = float(gray.max())
     if brightest <= LARGEST_LABEL / 255:
-        labels = _sixteen_bits(data)
-        if not labels.any():
-            labels = 255 * gray
+        labels = _sixteen_bits(data, gray)
         if labels.any():
             note(f"its brightest value is {labels.max():.0f}, a label rather than white: its range is stretched")
             return (labels / labels.max()).astype(np.float32)
@@ -158,10 +156,13 @@ def read_region(path: str, height: int, width: int) -> np.ndarray:
     return gray
 
 
-def _sixteen_bits(data: bytes) -> np.ndarray:
-    """The values of a picture of 16 bits, all or some of which are black in 8 bits; of another one zero."""
+def _sixteen_bits(data: bytes, gray: np.ndarray) -> np.ndarray:
+    """The values of a picture of 16 bits, all or some of which may be black in the 8 bits of `gray`, float32 `[H, W]`
+    in [0, 1]; those of `gray`, 0 … 255, where it has no more, or they mean something else (turned, white is zero)."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image, np.float32) if image.mode.startswith("I") else np.zeros(1, np.float32)
+        values = np.asarray(image, np.float32) if image.mode.startswith("I") else np.zeros(1, np.float32)
+    same = values.shape == gray.shape and np.abs(values / 65535 - gray).max() <= 1 / 255
+    return values if same else 255 * gray
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:

@@ -124,7 +124,7 @@ def measure_all(keys: list[str], names: dict[Path, str], context: DistContext) -
         work = functools.partial(_measure_quality, codec)
         device = torch.device("cpu")
         results, failed = evaluate.measure_all(
-            list(names), codec.qualities, context, device=device, work=work, title=codec.title, names=names
+            list(names), codec.qualities, context, device=device, work=work, title=codec.title, names=names, quiet=True
         )
         most = max(most, failed)
         if not results:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def for_each(
     paths: list[Path], jobs: Sequence[J], device: torch.device, work: Callable[[str, Tensor, J], T],
-    names: dict[Path, str] | None = None,
+    names: dict[Path, str] | None = None, quiet: bool = False,
 ) -> Iterator[tuple[Path, J, T | None]]:
     """Do each job with each picture: its path, the job, and what `work` returned, or None where that failed.
 
@@ -41,12 +41,13 @@ def for_each(
         work: gets a picture's short name, the picture, uint8 `[3, H, W]` on the device, and a job. It fails by a
             ValueError: sides or latents that the file format cannot hold, or no room in memory.
         names: short names of the pictures (default: those that are short among `paths`).
+        quiet: without notes about how pictures are read, which were told before.
     """
     names = names or short_names(paths)
     failed = set()
     for path in paths:
         try:
-            image = read_image(path, note=functools.partial(print_note, path))
+            image = read_image(path, **({} if quiet else {"note": functools.partial(print_note, path)}))
         except ImageError as error:
             image = error
         for job in jobs:
@@ -66,7 +67,7 @@ def for_each(
 def measure_all(
     paths: list[Path], jobs: Sequence[J], context: DistContext, device: torch.device,
     work: Callable[[str, Tensor, J], T], title: str, tell: Callable[[T], None] | None = None,
-    names: dict[Path, str] | None = None,
+    names: dict[Path, str] | None = None, quiet: bool = False,
 ) -> tuple[list[T], int]:
     """The values of `work` for every picture by every job, in this order, and how many pictures failed.
 
@@ -74,7 +75,7 @@ def measure_all(
     no values; a picture with which another job fails is left out of all, or means would be of different pictures.
 
     Args:
-        work, names: as those of `for_each`; what `work` returns must be possible to pickle.
+        work, names, quiet: as those of `for_each`; what `work` returns must be possible to pickle.
         title: what the progress bar is called.
         tell: called with each value of this process as soon as it is there.
 
@@ -83,7 +84,7 @@ def measure_all(
     """
     mine = context.share(paths)
     number = len(jobs)
-    each = for_each(mine, jobs, device=device, work=work, names=names or short_names(paths))
+    each = for_each(mine, jobs, device=device, work=work, names=names or short_names(paths), quiet=quiet)
     bar = tqdm(each, total=len(mine) * number, desc=title, unit="job", disable=None if context.is_main else True)
     values = []
     for _, _, value in bar:
@@ -92,7 +93,7 @@ def measure_all(
             tell(value)
     pictures = context.join([values[i * number : (i + 1) * number] for i in range(len(mine))])
     done = [job for job in range(number) if any(found[job] is not None for found in pictures)]
-    whole = [found for found in pictures if all(found[job] is not None for job in done)]
+    whole = [found for found in pictures if done and all(found[job] is not None for job in done)]
     partly = sum(any(value is not None for value in found) for found in pictures) - len(whole)
     if partly and context.is_main:
         print_note(title, f"{partly} of {len(pictures)} pictures failed at some of the rates, and are left out of all")

@@ -125,7 +125,8 @@ def _refuse_planes(image: Image.Image) -> None:
     tags = image.tag_v2
     planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
     plain = tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
-    if planes and plain and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8:
+    several = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
+    if planes and plain and several and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8:
         raise ImageError("16-bit colors in planes of their own cannot be read: save them pixel by pixel, or as PNG")
 
 

@@ -235,6 +235,7 @@ def batches(
     firsts = itertools.count(start + context.rank * batch, context.world_size * batch)
     workers = 0 if dataset.is_cached else workers
     check_shared_memory(workers, batch, dataset.size)
+    answer = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     loader = iter(DataLoader(
         dataset,
         batch_sampler=(range(first, first + batch) for first in firsts),
@@ -247,7 +248,7 @@ def batches(
     if workers and threading.current_thread() is threading.main_thread():
         # PyTorch's own answer raises that a worker has died wherever this process is, mostly within a step. The next
         # batch, which is not there, tells it too.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, answer or signal.SIG_DFL)
     looks = 0  # not the time since the last batch, most of which a run may have been suspended
     while True:
         try:
