@@ -253,7 +253,7 @@ def batches(
     while True:
         try:
             found = next(loader)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the latter where a reader dies while it hands a batch over
             if not workers:  # an error of the device, and no trouble of readers
                 raise
             if stopped():
@@ -262,7 +262,9 @@ def batches(
             waited = looks * SECONDS_BETWEEN_LOOKS
             if "timed out" in str(error) and waited < LONGEST_WAIT:
                 continue
-            told = f"nothing came for {waited:.0f} s" if "timed out" in str(error) else str(error).splitlines()[0]
+            told = (str(error) or repr(error)).splitlines()[0]
+            if "timed out" in told:
+                told = f"nothing came for {waited:.0f} s"
             raise ReadersGone(f"the readers of photographs are stuck or gone ({told}); {ADVICE}") from None
         yield found
         looks = 0
