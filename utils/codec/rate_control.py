@@ -95,16 +95,20 @@ class RateController:
             return not allowed, target.distance(found.bits) if allowed else found.bits
 
         sizes = [best.bits]
-        indexes = GRID.tolist()
-        more = EXTRA_TRIALS  # between two of them, where the bits leap
-        while indexes:
-            found = self.image.write(self.try_index(indexes.pop()))
+
+        def try_file(index: float) -> None:
+            nonlocal best
+            found = self.image.write(self.try_index(index))
             sizes.append(found.bits)
             best = min(best, found, key=rank)
+
+        for index in reversed(GRID.tolist()):  # of files of one size the best picture comes first
+            try_file(index)
+        for _ in range(EXTRA_TRIALS):  # between two of them, where the bits leap
             between = self.curve.solve(target.aim)
-            if not indexes and more and target.distance(best.bits) > CLOSE and between not in self.curve.measured:
-                indexes.append(between)
-                more -= 1
+            if target.distance(best.bits) <= CLOSE or between in self.curve.measured:
+                break
+            try_file(between)
         self.reach = min(sizes), max(sizes)
         if not target.allows(best.bits):
             raise UnreachableError(best)
