@@ -292,7 +292,7 @@ class Codec(CodecWeights):
         y_hat, rates = self.estimate_rate(y, z, quantization)
         scaled, log_m = self.demodulate(y_hat, index)
         x_hat = self.run_networks([self.g_s], scaled)
-        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}
+        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "y_hat": y_hat, "log_m_gs": log_m}
 
     @published_names
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
@@ -311,12 +311,11 @@ class Codec(CodecWeights):
 
     def estimate_rate(self, y: Tensor, z: Tensor, quantization: Quantization = AS_COMPRESSAI) -> tuple[Tensor, dict]:
         """The entropy model alone: ŷ `[B, M, h, w]`, and the `likelihoods` as `forward_fromlatent` returns them."""
-        surrogate = quantization.surrogate
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             z_hat = ste_round(z - self.medians) + self.medians
-            if surrogate is not None:
-                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, surrogate(z - self.medians) + self.medians)
+            if quantization.straight_through:
+                z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z_hat)
             elif quantization.noise:
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + quantization.noise[1])
             else:
@@ -325,12 +324,7 @@ class Codec(CodecWeights):
         # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)
-        out = {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
-        if surrogate is not None:
-            with torch.no_grad():
-                rounded_z = likelihood_of_z(self.entropy_bottleneck, z_hat)
-            out["coded_likelihoods"] = {"y": torch.cat(coder.rounded_likelihoods, 1), "z": rounded_z}
-        return y_hat, out
+        return y_hat, {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
 
     # Coding ----------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def test_codec_meets_targets(quick, two, tmp_path, capsys):
         (["-t", "-1"], "must be 0 or more"),
         (["--trials", "0", "--target-bpp", "1"], "at least 1"),
         (["--trials", "2", "-l", "1"], "--trials needs a target"),
-        (["--method", "sga", "-t", "0"], "--method needs -t"),
+        (["--method", "sgd", "-t", "0"], "--method needs -t"),
         (["-l", "7.1"], "index must lie in"),
         (["--step-size", "0"], "must be positive"),
         (["--step-size", "1", "-t", "0"], "needs -t"),

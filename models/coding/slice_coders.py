@@ -17,8 +17,6 @@ from models.coding.portable import BELOW, BLOCK, PortableRows, crc_of, scale_fac
 from models.coding.side_info import SideInfo
 from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
 
-# Differentiable stand-in for round(x) (utils/codec/refinement.py).
-Surrogate = Callable[[Tensor], Tensor]
 # Makes symbols, as floats, of y − μ and σ: `nearest_symbols`, or `Codec.choose_symbols`.
 Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
@@ -86,15 +84,14 @@ class Quantization:
 
     Attributes:
         noise: added to y and to z for their likelihoods, of their shapes, in place of random noise.
-        surrogate: replaces rounding in the likelihoods, so that they have gradients; those of the symbols are
-            collected as well.
+        straight_through: likelihoods of the symbols as `choose` makes them, whose gradients are those of the latents.
         choose: makes the symbols of y.
         use_scale_table: compute likelihoods with the σ of the table row that the published rule selects, the next
             larger one, as files nearly do. Without it σ is used itself, as papers report.
     """
 
     noise: tuple[Tensor, Tensor] | None = None
-    surrogate: Surrogate | None = None
+    straight_through: bool = False
     choose: Choice = nearest_symbols
     use_scale_table: bool = False
 
@@ -104,7 +101,6 @@ class SliceEstimator:
 
     Attributes:
         likelihoods: one tensor `[B, M/S, h, w]` per slice.
-        rounded_likelihoods: the same for the symbols, without gradients, where there is a surrogate.
     """
 
     def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization) -> None:
@@ -113,22 +109,18 @@ class SliceEstimator:
         self.quantization = quantization
         self.noise = quantization.noise[0].chunk(num_slices, 1) if quantization.noise else None
         self.likelihoods: list[Tensor] = []
-        self.rounded_likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         number = len(self.likelihoods)
         y = self.slices[number]
-        surrogate = self.quantization.surrogate
         if self.quantization.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_rows(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
         residual = y - mu
         symbols = self.quantization.choose(residual.detach(), sigma.detach())
         y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
-        if surrogate is not None:
-            likelihood = likelihood_of_y(self.gaussian, surrogate(y - mu) + mu, sigma=sigma, mu=mu)
-            with torch.no_grad():
-                self.rounded_likelihoods.append(likelihood_of_y(self.gaussian, y_hat, sigma=sigma, mu=mu))
+        if self.quantization.straight_through:
+            likelihood = likelihood_of_y(self.gaussian, y_hat, sigma=sigma, mu=mu)
         elif self.noise is not None:
             likelihood = likelihood_of_y(self.gaussian, y + self.noise[number], sigma=sigma, mu=mu)
         else:

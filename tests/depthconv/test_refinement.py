@@ -7,5 +7,5 @@ from tests.codec.test_refinement import (  # noqa: F401
     test_checkpointing_gives_the_same_gradients,
     test_every_latent_has_a_gradient_of_its_rate,
     test_refinement_is_never_worse_and_what_it_says,
-    test_the_surrogate_changes_neither_the_picture_nor_the_bits_of_a_file,
+    test_straight_through_gradients_change_neither_the_picture_nor_the_bits_of_a_file,
 )

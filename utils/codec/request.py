@@ -21,9 +21,8 @@ class Method:
 
 
 METHODS = {
-    "sgd": Method(800.0, "the paper's SGD, straight-through rounding; scaled with the pixels"),
-    "noise": Method(0.005, "Adam, noise in the rate"),
-    "sga": Method(0.03, "Adam, stochastic Gumbel annealing in the rate"),
+    "newton": Method(0.2, "Newton's steps with the curvature of a uniform quantizer, of which a part is taken"),
+    "sgd": Method(800.0, "the paper's, which goes with --nearest; scaled with the pixels"),
 }
 
 
@@ -47,13 +46,11 @@ class RefinementSettings:
         steps: of the descent; 0 is none.
         method: one of METHODS.
         learning_rate: of the first step; None for the method's.
-        seed: of the noise of the methods that have some.
     """
 
     steps: int = 20
-    method: str = "sgd"
+    method: str = "newton"
     learning_rate: float | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         _check_whole(self.steps, "steps")
