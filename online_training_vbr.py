@@ -239,7 +239,7 @@ def write_report(folder: Path, whole: dict) -> Path:
     if refined := [image for image in whole["images"] if image["steps"]]:
         alt = "Change of loss, bits per pixel and PSNR over the steps, a line for each picture; dots are the steps taken"
         plot = plots.render(lambda: plots.steps_figure(refined), "steps", alt=alt, folder=folder)
-        text = "Change from the latents as the network makes them. A dot marks the step whose latents were coded."
+        text = "Change from the file before refinement. A dot marks the step whose latents were coded."
         sections.insert(0, page.Section("Refinement", text, [plot]))
     title = f"Online training of latents: {whole['name']}"
     return page.write_page(folder, title, f"{whole['description']}.", sections=sections, facts=report.facts(whole))

@@ -267,8 +267,8 @@ class Codec(CodecWeights):
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `log_m_ga` and
-            `log_m_gs`: ln m of analysis and synthesis.
+            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `y_hat`: ŷ;
+            `log_m_ga` and `log_m_gs`: ln m of analysis and synthesis.
         """
         index = self._check(x, index)
         y, log_m = self.analyze(x, index)
@@ -282,8 +282,7 @@ class Codec(CodecWeights):
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
-        the μ and σ of later slices. With a surrogate of rounding they have gradients, and `coded_likelihoods` are those
-        of the rounded values.
+        the μ and σ of later slices. With `Quantization.straight_through` they have the gradients of the latents.
         """
         index = self._index_of_latent(index, len(y), y.shape[2:])
         return self._reconstruct(y, z, index=index, quantization=quantization)

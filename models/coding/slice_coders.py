@@ -84,7 +84,8 @@ class Quantization:
 
     Attributes:
         noise: added to y and to z for their likelihoods, of their shapes, in place of random noise.
-        straight_through: likelihoods of the symbols as `choose` makes them, whose gradients are those of the latents.
+        straight_through: likelihoods of the symbols, with rounding taken for the identity in their gradients; `noise`
+            is then not used.
         choose: makes the symbols of y.
         use_scale_table: compute likelihoods with the σ of the table row that the published rule selects, the next
             larger one, as files nearly do. Without it σ is used itself, as papers report.

@@ -14,7 +14,7 @@ from utils.codec.analyzed import AnalyzedImage
 from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap
-from utils.codec.refinement import UNITS, _differentiate, _training_latents
+from utils.codec.refinement import CURVATURES, UNITS, _differentiate, _training_latents
 from utils.codec.request import EncodeRequest, RefinementSettings
 from utils.codec.tiles import cut_tiles
 from utils.evaluation.evaluate import evaluate
@@ -174,7 +174,7 @@ def in_tiles(monkeypatch):
 
 
 def gradients(
-    model, picture: torch.Tensor, quality_map: QualityMap | None
+    model, picture: torch.Tensor, quality_map: QualityMap | None, curvatures: tuple[float, float] | None
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Gradients of y and z, and bits, MSE and D."""
     image = AnalyzedImage(model, picture, quality_map)
@@ -184,13 +184,16 @@ def gradients(
     sums = [0.0, 0.0, 0.0]
     with _training_latents(model, 0):
         for tile in cut_tiles(image.height, image.width):
-            found = _differentiate(image, tile, 2.0, latents, lambda x: x + 0.1, 1.0)
+            found = _differentiate(image, tile, 2.0, latents, rate_weight=1.0, curvatures=curvatures)
             sums = [total + value for total, value in zip(sums, found, strict=True)]
     return [latent.grad for latent in latents], sums
 
 
+@pytest.mark.parametrize("curvatures", [None, CURVATURES])
 @pytest.mark.parametrize("metric, with_map", [("mse", False), ("mse", True), ("ms-ssim", False)])
-def test_the_gradient_of_tiles_is_that_of_the_picture(varied, tall, in_tiles, monkeypatch, metric, with_map):
+def test_the_gradient_of_tiles_is_that_of_the_picture(
+    varied, tall, in_tiles, monkeypatch, metric, with_map, curvatures
+):
     picture = torch.cat((tall[:, 100:460], tall[:, 340:].flip(2)[:, :360]), 2)  # two columns of tiles, and two rows
     if metric == "ms-ssim":  # needs larger tiles
         picture = tall
@@ -200,9 +203,9 @@ def test_the_gradient_of_tiles_is_that_of_the_picture(varied, tall, in_tiles, mo
     quality_map = QualityMap.from_region(mask, index=4.0) if with_map else None
     monkeypatch.setattr(varied, "metric", metric)
     assert len(cut_tiles(*picture.shape[1:])) == (4 if metric == "mse" else 2)
-    in_parts = gradients(varied, picture, quality_map)
+    in_parts = gradients(varied, picture, quality_map, curvatures)
     monkeypatch.setattr(tiles, "WHOLE", 2**21)
-    whole = gradients(varied, picture, quality_map)
+    whole = gradients(varied, picture, quality_map, curvatures)
     alike = 0.98 if metric == "mse" else 0.85  # MS-SSIM of tiles is another one
     for one, other in zip(in_parts[0], whole[0], strict=True):
         assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > alike

@@ -1,4 +1,4 @@
-"""DLM: the latents of one picture are refined by gradient descent, and the weights stay as they are."""
+"""DLM: the latents of one picture are refined by the gradient of its loss, and the weights stay as they are."""
 
 import math
 import re
@@ -26,7 +26,7 @@ from utils.codec.request import METHODS, EncodeRequest, RefinementSettings, Targ
 from utils.codec.tolerances import REFINED_TOLERANCE
 from utils.files import BUNDLED
 from utils.images import read_image, to_uint8
-from utils.metrics import bits, mse
+from utils.metrics import bits, mse, psnr
 from utils.pictures import find_images_or_samples
 
 
@@ -42,7 +42,7 @@ STRAIGHT_THROUGH = Quantization(straight_through=True, use_scale_table=True)
 
 def test_the_controller_settles_on_a_rate_that_comes_a_fifth_nearer_in_each_step():
     """As latents under Newton's steps do. With a gain of the rise of 0 the rate would swing by a third of its excess,
-    with one of the excess of 0 it would stay where it is, and with gains five times as large it would take longer."""
+    and with one of the excess of 0 it would stay where it is."""
     constraint, log_weight = RateConstraint(1.0), 0.0
     steps = [Step(0, bpp=1.06, mse=0.0, distortion=0.0, loss=0.0)]
     for number in range(1, 25):
@@ -125,7 +125,7 @@ def test_steps_that_make_it_worse_leave_the_plain_file(varied, picture):
     assert result.data == encode(varied, picture, request_of(3.0)).data
 
 
-def test_a_seed_repeats_and_weights_stay(varied, picture):
+def test_refinement_repeats_and_weights_stay(varied, picture):
     before = {name: t.clone() for name, t in varied.state_dict().items()}
     state = torch.get_rng_state()
     files = [encode(varied, picture, request_of(1.25, 3)).data for _ in range(2)]
@@ -266,7 +266,7 @@ def descend_on(
     """
     estimates = []
 
-    def found(image, tile, index, latents, rate_weight, newton):
+    def found(image, tile, index, latents, rate_weight, curvatures):
         coded, distortion = differentiate(latents[0], rate_weight)
         estimates.append(coded)
         return coded, distortion, distortion
@@ -324,35 +324,58 @@ def test_the_weight_of_a_rate_that_is_far_off_grows_stepwise_and_not_for_ever(mo
 
 
 def test_newtons_steps_end_at_zero_and_are_halved_where_the_loss_is_far_above_the_first(monkeypatch):
-    whole = 0.2 * 128**2 / CURVATURES[0]
-    _, latents, _ = follow(monkeypatch, [8000, 7000, 9000, 8500, 8000], method="newton")
-    moves = (latents.diff() / -whole).tolist()
-    assert moves == pytest.approx([1, (1 + 0.5**0.5) / 2, 1 / 4, (1 - 0.5**0.5) / 4], rel=1e-5)
+    bits = [8000] * 3 + [9000] + [8000] * 9
+    _, latents, _ = follow(monkeypatch, bits, method="newton")
+    shares = (latents.diff() / (-(128**2) / CURVATURES[0])).tolist()
+    cosine = [0.2 * (1 + math.cos(math.pi * number / 12)) / 2 for number in range(12)]
+    assert shares == pytest.approx(cosine[:3] + [share / 2 for share in cosine[3:]], rel=1e-5)
 
 
-def test_newtons_gradient_is_that_of_the_latents_themselves(varied, picture, monkeypatch):
-    """Of every place once, where a picture has several tiles."""
-    image = AnalyzedImage(varied, picture.repeat(1, 2, 2)).rounded()
-    monkeypatch.setattr(tiles, "WHOLE", 0)
-    monkeypatch.setattr(tiles, "SIDE", 128)
-    cut = tiles.cut_tiles(image.height, image.width)
+def test_few_of_newtons_steps_are_longer(monkeypatch):
+    shares = [
+        float(follow(monkeypatch, [8000] * (count + 1), method="newton")[1].diff()[0]) * CURVATURES[0] / -(128**2)
+        for count in (1, 5, 10, 20)
+    ]
+    assert shares == pytest.approx([0.6, 0.4, 0.2, 0.2], rel=1e-5)
+
+
+def test_newtons_steps_are_shorter_where_the_rate_weighs_much(monkeypatch):
+    """Its part of the curvature grows with its weight."""
+    _, latents, weights = follow(monkeypatch, [8000] * 21, RateConstraint(0.2), method="newton")
+    cosine = torch.tensor([(1 + math.cos(math.pi * number / 20)) / 2 for number in range(20)])
+    shares = latents.diff() / cosine
+    assert (shares / shares[0]).tolist() == pytest.approx((3 / weights[:-1]).clamp(max=1).tolist(), rel=1e-4)
+    assert weights.max() > 10
+
+
+def test_a_cap_below_the_smallest_file_costs_little_of_its_quality():
+    """With the shipped weights. Steps that overshoot where the rate weighs much lost 0.8 dB at 0.95 of the bytes."""
+    model = load_model(BUNDLED)
+    photo = photographs()[0]
+    smallest = encode(model, photo, request_of(MIN_INDEX))
+    before = psnr(photo, decode(model, smallest.data))
+    found = encode(model, photo, request_of(max_bytes=round(0.9 * len(smallest.data)), steps=20))
+    assert len(found.data) <= round(0.9 * len(smallest.data))
+    assert psnr(photo, decode(model, found.data)) > before - 0.5
+
+
+def test_newtons_gradient_is_that_of_the_latents_themselves(varied, picture):
+    image = AnalyzedImage(varied, picture).rounded()
+    (tile,) = tiles.cut_tiles(image.height, image.width)
     gradients = []
-    for newton in (False, True):
+    for curvatures in (None, CURVATURES):
         latents = image.latents(2.0)
         for latent in latents:
             latent.grad = torch.zeros_like(latent)
-        for tile in cut:
-            _differentiate(image, tile, index=2.0, latents=latents, rate_weight=1.0, newton=newton)
+        _differentiate(image, tile, 2.0, latents, rate_weight=1.0, curvatures=curvatures)
         gradients.append([latent.grad for latent in latents])
     y, z = latents
     with torch.no_grad():
         y_hat = varied.quantize(y.clone(), z, complete=True, choose=image.choose).y_hat
     errors = y - y_hat, z - (z - varied.medians).round() - varied.medians
-    assert len(cut) == 4
     for before, after, error, curvature in zip(*gradients, errors, CURVATURES, strict=True):
         expected = curvature / image.pixels * error
-        # Where tiles meet, a symbol may be another than that of the whole picture.
-        assert ((after - before - expected).abs() < 1e-3 * expected.abs().max()).float().mean() > 0.99
+        assert torch.allclose(after - before, expected, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_latents_settle_on_a_rate_within_the_tolerance(monkeypatch):
@@ -375,13 +398,18 @@ def test_latents_settle_on_a_rate_within_the_tolerance(monkeypatch):
 
 
 def test_under_a_rate_the_bits_are_counted_again_and_again(monkeypatch):
-    """Estimates are 80 bits too few in all steps but the first."""
-    for constraint, expected in ((RateConstraint(1.0), [8000, 8000, 8000, 8000, 8080, 8080]), (None, [8000] * 6)):
-        steps, *_ = follow(monkeypatch, [8000] * 6, constraint, uncounted=80)
-        assert [step.bpp * 128**2 for step in steps] == expected[: len(steps)]
+    """Estimates are 80 bits too few in all steps but the first. So are they for Newton's steps without a rate, and not
+    for the paper's."""
+    estimates = [8000 + number for number in range(6)]
+    counted = [*estimates[:4], 8084, 8085]
+    for method, constraint, expected in (
+        ("sgd", RateConstraint(1.0), counted), ("newton", None, counted), ("sgd", None, estimates),
+    ):  # fmt: skip
+        steps, *_ = follow(monkeypatch, estimates, constraint, uncounted=80, method=method)
+        assert [step.bpp * 128**2 for step in steps] == expected
 
 
-def gains_of(photos, factors, method: str = "sgd", count: int = 10) -> dict[float, float]:
+def gains_of(photos, factors, method: str = "sgd") -> dict[float, float]:
     """What some steps gain with multiples of a method's learning rate and the shipped weights, added up."""
     model = load_model(BUNDLED)
     gains = dict.fromkeys(factors, 0.0)
@@ -389,7 +417,7 @@ def gains_of(photos, factors, method: str = "sgd", count: int = 10) -> dict[floa
         image = AnalyzedImage(model, photo, nearest=True)
         start = image.write(image.quantize(2.0))
         for factor in gains:
-            settings = RefinementSettings(count, method, factor * METHODS[method].learning_rate)
+            settings = RefinementSettings(10, method, factor * METHODS[method].learning_rate)
             steps, best, *_ = refinement.descend(image, start, image.latents(2.0), settings)
             gains[factor] += 1 - best.loss / steps[0].loss
     return gains
@@ -402,7 +430,6 @@ def photographs() -> list[torch.Tensor]:
 
 
 def test_the_papers_learning_rate_is_better_than_its_half_and_four_times_as_much():
-    """Twice as much is a little worse."""
     gains = gains_of(photographs(), (0.5, 1, 4))
     assert gains[1] > 1.1 * max(gains[0.5], gains[4])
 

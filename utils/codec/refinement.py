@@ -3,8 +3,8 @@
 y and z of one picture are the free variables of its rate-distortion loss. The picture, and the entropy model's μ and
 σ, are always those of the symbols that a file would have, to rounding errors, so its distortion is known at every step.
 Its bits are estimated: Gaussian likelihoods of the symbols, and a constant with which the first step has the size of
-the real file; Newton's steps, and all steps under a rate to keep, have it in every fourth. Rounding is taken for the
-identity in gradients (straight-through).
+the real file. It is measured anew in every fourth step and in the last, of Newton's steps and wherever a rate is kept.
+Rounding is taken for the identity in gradients (straight-through).
 
 So a gradient is measured at the symbols. Where rounding moved a latent by e, the loss's curvature adds curvature · e to
 it, which sends the latent over to the next symbol, and back in the next step. The method "newton" takes that part away
@@ -15,14 +15,14 @@ the symbols of all others. As all move at once, each goes a fifth of the way. Th
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models import Codec
-from models.coding.slice_coders import Quantization, ste_round
+from models.coding.slice_coders import Quantization
 from models.lambdas import MAX_INDEX, index_to_lambda
 from utils.codec.analyzed import AnalyzedImage, CodedTrial, TrialEncode
 from utils.codec.quality_map import pixel_weights
@@ -38,14 +38,17 @@ from utils.metrics import bits, rate_distortion
 GAINS = (4.0, 10.0)
 MAX_CHANGE = 1.0
 MAX_LOG_WEIGHT = 2.5
-COUNTED_STEPS = 4  # in every fourth step the bits are counted, and in others estimated from there
+COUNTED_STEPS = 4  # in every fourth step and the last the bits are counted, and in others estimated from there
 PAPER_PIXELS = 768 * 512  # Kodak's pictures, for which the paper chose its learning rate
 MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
-# Second derivatives of the loss, in bits, of y and of z. For a uniform quantizer at high rates an error of one step is
-# worth 6 / ln 2 bits (Gish & Pierce, 1968), which grows with its square; by random perturbations of y the shipped
-# weights have 19 to 25 in the mean, and by those of z 255 (DepthConv) and 175 (TCM small), the same at all rates.
+# Second derivatives of the loss, in bits, of y and of z. An error e of a uniform quantizer that suits λ costs
+# 6 / ln 2 · e² bits (Gish & Pierce, 1968), whatever the network. By random perturbations the shipped weights have 19 to
+# 25 for y, of which the smaller value below gains no less; and 255 (DepthConv) and 175 (TCM small) for z, at all rates.
 CURVATURES = 2 * 6 / math.log(2), 250.0
-TOO_FAR = 1.1  # where a step has so many times the loss of the first one, those that follow are half as long
+STIFF = 3.0  # from this weight of the rate on, the curvature is taken for proportional to it
+FEW_STEPS, LONGEST = 10, 3.0  # fewer steps are longer, up to so many times: the first begins at symbols, of which it
+# changes few
+TOO_FAR = 1.1  # where the loss is so many times the first one, steps have overshot; the next are half as long
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 MAX_MOVES = 5  # how often refined latents are moved to another index
 UNITS = 16, 64  # pixels per place of y and of z
@@ -104,11 +107,11 @@ class RateConstraint:
             return 0.0
         excess = steps[-1].bpp / self.bpp - 1
         rise = (steps[-1].bpp - steps[-2].bpp) / self.bpp if len(steps) > 1 else 0.0
-        return _clip(GAINS[0] * excess + GAINS[1] * rise, MAX_CHANGE)
+        return _clip(GAINS[0] * excess + GAINS[1] * rise, -MAX_CHANGE, MAX_CHANGE)
 
 
-def _clip(value: float, limit: float) -> float:
-    return max(-limit, min(limit, value))
+def _clip(value: float, lowest: float, highest: float) -> float:
+    return max(lowest, min(highest, value))
 
 
 def refine(
@@ -128,7 +131,7 @@ def refine(
     latents = image.latents(start.index)
     if settings.method == "newton":
         # The descent weighs rate and distortion itself, so its symbols are the nearest ones. It begins at ŷ of the
-        # file, which rounding leaves as it is.
+        # file. Rounding makes the same symbols of it, as what `correct` added to them is less than half a step.
         y_hat = image.quantize_latents(start.index, *latents, complete=True).quantized.y_hat
         latents = y_hat, latents[1]
         image = image.rounded()
@@ -153,12 +156,12 @@ def descend(
     image: AnalyzedImage, start: CodedTrial, latents: Latents, settings: RefinementSettings,
     constraint: RateConstraint | None = None, on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[Step], Step, Latents, Latents]:
-    """Gradient descent from the latents of a file towards less bpp + λ · D.
+    """Steps from the latents of a file towards less bpp + λ · D.
 
     The latents of the start take part in the comparison: where no step is better, they are the best.
 
     Args:
-        latents: those of `start`, whose symbols `image.choose` makes of them.
+        latents: those of `start`, whose symbols `image.choose` makes of them. They are changed.
         constraint: keep this rate and lower the distortion: the weight of the rate is adjusted until it is met.
         on_step: called with every step.
 
@@ -174,6 +177,8 @@ def descend(
     y, z = latents
     newton = settings.method == "newton"
     learning_rate = settings.learning_rate or METHODS[settings.method].learning_rate
+    if newton:
+        learning_rate *= _clip(FEW_STEPS / max(1, settings.steps), 1, LONGEST)
     # The loss is a mean over the pixels, so the paper's learning rate fits pictures of one size.
     units = [image.pixels / curvature for curvature in CURVATURES] if newton else [image.pixels / PAPER_PIXELS] * 2
     groups = [{"params": [part], "lr": learning_rate * unit} for part, unit in zip(latents, units, strict=True)]
@@ -192,12 +197,13 @@ def descend(
     with _training_latents(model, max(tile.outer_pixels for tile in tiles)):
         for number in range(settings.steps + 1):
             y.grad, z.grad = torch.zeros_like(y), torch.zeros_like(z)
+            weight = math.exp(log_weight)
+            stiffness = max(1, weight / STIFF) if newton else 1
+            curvatures = [stiffness * curvature for curvature in CURVATURES] if newton else None
             sums = [0.0, 0.0, 0.0]  # coded bits, and MSE and distortion, weighed by the tiles' pixels
             with torch.set_grad_enabled(number < settings.steps):
                 for tile in tiles:
-                    found = _differentiate(
-                        image, tile, index=start.index, latents=(y, z), rate_weight=math.exp(log_weight), newton=newton
-                    )
+                    found = _differentiate(image, tile, start.index, (y, z), rate_weight=weight, curvatures=curvatures)
                     sums = [total + value for total, value in zip(sums, found, strict=True)]
             coded, mse, distortion = sums
             if not steps:  # what likelihoods leave out: header, side information, whole words, and fitted tables' gain
@@ -221,8 +227,8 @@ def descend(
             if number == settings.steps or (not newton and abs(rise) < MIN_CHANGE * step.loss):
                 break
             if newton:
-                shortened *= 0.5 if step.loss > TOO_FAR * steps[0].loss else 1
-                factor = shortened * (1 + math.cos(math.pi * number / settings.steps)) / 2
+                shortened *= 0.5 if step.loss > TOO_FAR * steps[0].loss and not constraint else 1
+                factor = shortened / stiffness * (1 + math.cos(math.pi * number / settings.steps)) / 2
             else:  # 1 % less each step, and half where bpp + λ · D has risen (TCSVT 2025)
                 shortened *= 0.99 * (0.5 if rise > 0 else 1) if number else 1
                 factor = shortened
@@ -230,17 +236,19 @@ def descend(
                 group["lr"] = rate * factor
             optimizer.step()
             if constraint:
-                log_weight = _clip(log_weight + constraint.correction(steps), MAX_LOG_WEIGHT)
+                log_weight = _clip(log_weight + constraint.correction(steps), -MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
     return steps, best, best_latents, (y, z)
 
 
 def _differentiate(
-    image: AnalyzedImage, tile: Tile, index: float, latents: Latents, rate_weight: float, newton: bool
+    image: AnalyzedImage, tile: Tile, index: float, latents: Latents, rate_weight: float,
+    curvatures: Sequence[float] | None = None,
 ) -> tuple[float, float, float]:
     """Add a tile's share of the gradient of λ · D + rate_weight · bpp to that of the latents, where gradients are on.
 
     Args:
-        newton: make the gradient, which is that at the symbols, that of the latents, by the curvature.
+        curvatures: of y and z, in bits: the gradient, which is that at the symbols, gets curvature · (latent − its
+            quantized value) added, which makes it that of the latents.
 
     Returns:
         The bits of the tile's symbols by their likelihoods, and its share of the picture's MSE and D.
@@ -269,11 +277,11 @@ def _differentiate(
         gradients = torch.autograd.grad(loss, parts)
         for (latent, unit), gradient in zip(pairs, gradients, strict=True):
             latent.grad[tile.outer(unit)] += gradient
-        if newton:
-            rounded = out["y_hat"], ste_round(parts[1] - model.medians) + model.medians
+        if curvatures:
+            quantized = out["y_hat"], torch.round(parts[1] - model.medians) + model.medians
             for i, core in enumerate(cores):
-                error = (parts[i] - rounded[i]).detach()[core]
-                latents[i].grad[tile.outer(UNITS[i])][core] += CURVATURES[i] / image.pixels * error
+                error = (parts[i] - quantized[i]).detach()[core]
+                latents[i].grad[tile.outer(UNITS[i])][core] += curvatures[i] / image.pixels * error
     coded = sum(float(bits(likelihoods).detach()) for likelihoods in out["likelihoods"].values())
     return coded, *(share * float(losses[name].detach()) for name in ("mse", "distortion"))
 

@@ -21,8 +21,8 @@ class Method:
 
 
 METHODS = {
-    "newton": Method(0.2, "Newton's steps with the curvature of a uniform quantizer, of which a part is taken"),
-    "sgd": Method(800.0, "the paper's, which goes with --nearest; scaled with the pixels"),
+    "newton": Method(0.2, "Newton's steps with the curvature of a uniform quantizer; the rate is the part taken"),
+    "sgd": Method(800.0, "the paper's gradient descent, meant for --nearest; its rate grows with the number of pixels"),
 }
 
 
@@ -95,7 +95,8 @@ class EncodeRequest:
         refinement: how latents are refined (DLM); zero steps for none.
         keep_rate: refine towards less distortion at the size of the index's file, not towards the least loss.
         quality_map: where the index differs from that of the file; a target then solves for the latter.
-        nearest: round latents to the nearest symbol, as the paper does, not for rate and distortion together.
+        nearest: round latents to the nearest symbol, as the paper does, not for rate and distortion together; of
+            Newton's refinement that is where it begins, as its symbols are the nearest ones anyway.
     """
 
     index: float | None = None
