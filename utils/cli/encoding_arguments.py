@@ -54,7 +54,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, several: bool, steps:
 
 def add_nearest_argument(parser: argparse.ArgumentParser) -> None:
     """Add --nearest."""
-    parser.add_argument("--nearest", action="store_true", help="plain rounding, as in the paper, instead of RDOQ, whose strength was measured with the shipped weights")
+    parser.add_argument("--nearest", action="store_true", help="plain rounding, as in the paper, instead of RDOQ, whose strength was measured with the shipped weights (refinement by newton begins there, and rounds anyway)")
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
