@@ -267,31 +267,36 @@ class Codec(CodecWeights):
 
         Returns:
             `x_hat` `[B, 3, H, W]` not clamped; `likelihoods` {`y` `[B, M, h, w]`, `z`}; `lmd_index`
-            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `y_hat`: ŷ;
-            `log_m_ga` and `log_m_gs`: ln m of analysis and synthesis.
+            `[B]` or `[B, 1, h, w]` (None where none was given); `latent`: y as it enters `h_a`; `log_m_ga` and
+            `log_m_gs`: ln m of analysis and synthesis.
         """
         index = self._check(x, index)
         y, log_m = self.analyze(x, index)
-        return self._reconstruct(y, self.h_a(y), index=index, quantization=quantization) | {"log_m_ga": log_m}
+        out, _ = self._reconstruct(y, self.h_a(y), index=index, quantization=quantization)
+        return out | {"log_m_ga": log_m}
 
     @published_names
     def forward_fromlatent(
         self, y: Tensor, z: Tensor, index: RateIndex = None, quantization: Quantization = AS_COMPRESSAI
     ) -> dict:
-        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them; without `log_m_ga`.
+        """`forward` from a latent y `[B, M, h, w]` (as `h_a` sees it) and z, as DLM refines them; without `log_m_ga`,
+        and with `y_hat`, ŷ `[B, M, h, w]`.
 
         In training mode gradients of rate and distortion reach both. In evaluation mode the likelihoods are those of
         rounded values, and rounding stops the gradient of the rate of z and of each slice; what is left comes through
         the μ and σ of later slices. With `Quantization.straight_through` they have the gradients of the latents.
         """
         index = self._index_of_latent(index, len(y), y.shape[2:])
-        return self._reconstruct(y, z, index=index, quantization=quantization)
+        out, y_hat = self._reconstruct(y, z, index=index, quantization=quantization)
+        return out | {"y_hat": y_hat}
 
-    def _reconstruct(self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization) -> dict:
+    def _reconstruct(
+        self, y: Tensor, z: Tensor, index: Tensor | None, quantization: Quantization
+    ) -> tuple[dict, Tensor]:
         y_hat, rates = self.estimate_rate(y, z, quantization)
         scaled, log_m = self.demodulate(y_hat, index)
         x_hat = self.run_networks([self.g_s], scaled)
-        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "y_hat": y_hat, "log_m_gs": log_m}
+        return {"x_hat": x_hat, **rates, "lmd_index": index, "latent": y, "log_m_gs": log_m}, y_hat
 
     @published_names
     def test_fromlatent(self, y: Tensor, z: Tensor, index: RateIndex = None) -> dict:
