@@ -48,7 +48,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, several: bool, steps:
     add("-t", "--steps", type=int, default=steps, metavar="STEPS", help="steps of latent refinement (DLM); 0 is none")
     add("--method", choices=METHODS, help=f"of the refinement, with its learning rate. {methods} (default: {RefinementSettings.method})")
     add("--keep-rate", action="store_true", help="with -l: refine to less distortion in as many bits, and not to the least loss, where the rate may move far")
-    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement (default: the method's, in brackets)")
+    add("--step-size", type=float, metavar="LR", help="learning rate of the refinement, with newton up to three times that below ten steps (default: the method's, in brackets)")
     add_nearest_argument(parser)
 
 

@@ -46,8 +46,8 @@ MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 # 25 for y, of which the smaller value below gains no less; and 255 (DepthConv) and 175 (TCM small) for z, at all rates.
 CURVATURES = 2 * 6 / math.log(2), 250.0
 STIFF = 3.0  # from this weight of the rate on, the curvature is taken for proportional to it
-FEW_STEPS, LONGEST = 10, 3.0  # fewer steps are longer, up to so many times: the first begins at symbols, of which it
-# changes few
+FEW_STEPS = 10  # fewer of Newton's steps are longer, as the first begins at symbols, of which it changes few
+LONGEST = 3.0  # in units of the learning rate
 TOO_FAR = 1.1  # where the loss is so many times the first one, steps have overshot; the next are half as long
 CHECKPOINTING_PIXELS = 2**20  # larger pictures get their gradients with every layer run twice, in less memory
 MAX_MOVES = 5  # how often refined latents are moved to another index
@@ -179,7 +179,7 @@ def descend(
     learning_rate = settings.learning_rate or METHODS[settings.method].learning_rate
     if newton:
         learning_rate *= _clip(FEW_STEPS / max(1, settings.steps), 1, LONGEST)
-    # The loss is a mean over the pixels, so the paper's learning rate fits pictures of one size.
+    # The loss is per pixel. The curvatures are in bits, and the paper's learning rate fits pictures of one size.
     units = [image.pixels / curvature for curvature in CURVATURES] if newton else [image.pixels / PAPER_PIXELS] * 2
     groups = [{"params": [part], "lr": learning_rate * unit} for part, unit in zip(latents, units, strict=True)]
     optimizer = torch.optim.SGD(groups)

@@ -45,7 +45,7 @@ class RefinementSettings:
     Attributes:
         steps: of the descent; 0 is none.
         method: one of METHODS.
-        learning_rate: of the first step; None for the method's.
+        learning_rate: of the first step, with fewer than ten of Newton's up to three times that; None for the method's.
     """
 
     steps: int = 20
