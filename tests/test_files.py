@@ -271,7 +271,9 @@ def test_checkpoints_by_what_they_hold(tiny, tmp_path):
     (tmp_path / "w.gz").write_bytes(gzip.compress(b"weights"))
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
         file.writestr("weights.bin", b"weights")
-    for name, told in (("w.gz", "a gzip file"), ("w.zip", "a zip archive")):
+    with zipfile.ZipFile(tmp_path / "w2.zip", "w") as file:  # not compressed: begins much as the weights in it
+        file.write(tmp_path / "w.pth.tar", "w.pth.tar")
+    for name, told in (("w.gz", "a gzip file"), ("w.zip", "a zip archive"), ("w2.zip", "a zip archive")):
         with pytest.raises(CheckpointError, match=told):
             load_model(tmp_path / name)
 

@@ -112,7 +112,8 @@ def _what_it_is(start: bytes) -> str:
     """What a file is that is no checkpoint, where its first 512 bytes tell."""
     if start.startswith(b"\x1f\x8b"):
         return "a gzip file: unpack it first"
-    if start.startswith(b"PK") and b".pkl" not in start:
+    first_member = start[30 : 30 + int.from_bytes(start[26:28], "little")]  # of a zip file: its name
+    if start.startswith(b"PK") and not first_member.endswith(b".pkl"):
         return "a zip archive, or a file of torch.save that is cut off: unpack it first"
     if not start:
         return "the file is empty"
