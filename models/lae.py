@@ -62,7 +62,7 @@ class mask(nn.Module):
         f_λ is in float32 under autocast too: in bfloat16 m is off by 0.4 %, half a step where the latent is 128."""
         index = send(index, self.alpha.device)
         gain = self.sign * log_gain(index if index.dim() == 4 else index.view(-1, 1, 1, 1)).to(self.alpha)
-        index = index.clamp(0, LAST_INDEX).to(self.alpha)
+        index = index.clamp(0.0, LAST_INDEX).to(self.alpha)  # 0.0: PyTorch's export to ONNX wants bounds of one type
         with torch.autocast(self.alpha.device.type, enabled=False):
             if index.dim() == 4:
                 return self.lmd_map(index.movedim(1, -1)).movedim(-1, 1), gain

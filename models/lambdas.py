@@ -49,9 +49,9 @@ def log_gain(index: "Tensor") -> "Tensor":
 
     λ is that of the ladder for MSE, also in codecs for MS-SSIM: what is coded depends on the index alone.
     """
-    beyond = index - index.clamp(0, LAST_INDEX)
+    beyond = index - index.clamp(0.0, LAST_INDEX)
     below, above = (0.5 * math.log(LADDER[i + 1] / LADDER[i]) for i in (0, -2))
-    return below * beyond.clamp(max=0) + above * beyond.clamp(min=0)
+    return below * beyond.clamp(max=0.0) + above * beyond.clamp(min=0.0)
 
 
 def middle_lambda(metric: str = "mse") -> float:
