@@ -9,7 +9,8 @@
 
 The two LAEs are there in a variable-rate codec (models/lae.py; TCSVT 2025). The slices are a channel-wise
 autoregression ("Channel-wise Autoregressive Entropy Models for Learned Image Compression",
-https://arxiv.org/abs/2007.08739): ŷ is coded in parts, and each sees ẑ and the parts before it. Their loop,
+https://arxiv.org/abs/2007.08739): ŷ is coded in parts, and each sees ẑ and the parts before it. A backbone may code the
+first slices in two passes each, the places of a checkerboard (models/coding/order.py). Their loop,
 `Codec.run_slices`, exists once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which
 estimates its bits, writes its symbols, or reads them.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
+from models.coding.order import CodingOrder, halves, whole
 from models.coding.portable import EPSILON, crc_of
 from models.coding.precision import deterministic, without_autocast
 from models.coding.side_info import DecodingError, SideInfo
@@ -83,7 +85,7 @@ class Codec(CodecWeights):
     - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
     - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
     - the method `predict`, and `hyper_synthesis` and `correct` where they are not those of one network `h_s` and of
-      `lrp_transforms`: what the slices compute by `run_networks`;
+      `lrp_transforms`: what the slices compute by `run_networks`; `predict_second` where slices are coded in halves;
     - `bytes_per_pixel`, memory of the widest tensor of g_a and g_s, for pictures that are computed in bands.
 
     Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py), so that pictures of any
@@ -94,6 +96,7 @@ class Codec(CodecWeights):
 
     Attributes:
         config: the architecture.
+        order: that in which y is coded.
         metric: "mse" or "ms-ssim", the distortion in the loss that the weights minimize.
         epsilon: how close to a boundary of the scale table a σ must be for a file to list its position.
         checkpointing: compute gradients by running every layer twice, in a fraction of the memory.
@@ -109,6 +112,7 @@ class Codec(CodecWeights):
         self.M = self.config.M
         self.num_slices = self.config.num_slices
         self.max_support_slices = self.config.max_support_slices
+        self.order = CodingOrder(self.num_slices, self.config.checkerboard)
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
         self.epsilon = EPSILON
@@ -128,6 +132,17 @@ class Codec(CodecWeights):
             hyper: what `hyper_synthesis` returned.
             supports: the slices before it that it may see, `[B, M/S, h, w]` each.
             corrected: whether `correct` follows; without, the third value is not used.
+        """
+        raise NotImplementedError
+
+    def predict_second(
+        self, i: int, context: Any, symbols: Tensor, mu: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """μ and σ of slice i, `[B, M/S, h, w]`, of which the second half counts, once the first half is known.
+
+        Args:
+            context, mu, sigma: what `predict` returned for the slice.
+            symbols: of the first half, as floats, and zero elsewhere, `[B, M/S, h, w]`.
         """
         raise NotImplementedError
 
@@ -235,6 +250,10 @@ class Codec(CodecWeights):
         for i in range(self.num_slices):
             corrected = complete or i < self.num_slices - 1
             mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected=corrected)
+            if i < self.order.checkerboard:
+                y_hat = self._run_halves(i, context, mu, sigma, coder)
+                decoded.append(self.correct(i, context, self._in_weight_format(y_hat)))
+                continue
             if not corrected:
                 del hyper, decoded, context  # no slice follows; the coder has their room
                 coder(mu, sigma)
@@ -245,6 +264,17 @@ class Codec(CodecWeights):
             del context, y_hat
         del hyper
         return torch.cat(decoded, 1)
+
+    def _run_halves(
+        self, i: int, context: Any, mu: Tensor, sigma: Tensor, coder: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The quantized slice i, `[B, M/S, h, w]`, coded in two passes."""
+        mu_of_first, _ = halves(mu)
+        first = coder(mu_of_first, halves(sigma)[0])
+        symbols = first - mu_of_first
+        known = self._in_weight_format(whole(symbols, torch.zeros_like(symbols)))
+        mu, sigma = self.predict_second(i, context, known, mu, sigma)
+        return whole(first, coder(halves(mu)[1], halves(sigma)[1]))
 
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
         """The output of a network for ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""
@@ -324,11 +354,12 @@ class Codec(CodecWeights):
                 z_likelihoods = likelihood_of_z(self.entropy_bottleneck, z + quantization.noise[1])
             else:
                 _, z_likelihoods = self.entropy_bottleneck(z)
-        coder = SliceEstimator(self.gaussian_conditional, y, num_slices=self.num_slices, quantization=quantization)
+        noise = self.order.split(quantization.noise[0]) if quantization.noise else None
+        coder = SliceEstimator(self.gaussian_conditional, self.order.split(y.float()), noise, quantization)
         # Evaluation uses the arithmetic of coding, so that symbols are those of a file.
         with contextlib.nullcontext() if self.training else deterministic():
             y_hat = self.run_slices(z_hat, coder)
-        return y_hat, {"likelihoods": {"y": torch.cat(coder.likelihoods, 1), "z": z_likelihoods}}
+        return y_hat, {"likelihoods": {"y": self.order.join(coder.likelihoods), "z": z_likelihoods}}
 
     # Coding ----------------------------------------------------------------------------------
 
@@ -411,14 +442,14 @@ class Codec(CodecWeights):
         """The symbols of latents y `[B, M, h, w]` (as `h_a` sees it) and z, with the table rows that code them.
 
         Args:
-            y: or the list of its slices in float32, `[B, M/S, h, w]` each, which is used up slice by slice.
+            y: or the list of its parts in float32, as `order.split` returns it, which is used up part by part.
             complete: compute ŷ as well, which no file needs.
             choose: makes the symbols of y.
         """
         rounded = torch.round(z - self.medians)
         coder = SliceEncoder(
             self.gaussian_conditional, self.coding_tables[0],
-            slices=y if isinstance(y, list) else list(y.float().chunk(self.num_slices, 1)),
+            parts=y if isinstance(y, list) else self.order.split(y.float()), order=self.order,
             z=rounded, epsilon=self.epsilon if portable else None, choose=choose,
         )
         with deterministic():
@@ -448,7 +479,7 @@ class Codec(CodecWeights):
         """`strings`, `shape` and `side_info` as `compress` returns them."""
         y_tables, z_tables = self.coding_tables
         z_rows = self._rows_of_z(quantized.z.shape[-2:])
-        pairs = zip(quantized.y, quantized.rows, strict=True)
+        pairs = zip(self.order.flatten(quantized.y), self.order.flatten(quantized.rows), strict=True)
         y_strings = [y_tables.to_stream(symbols, rows) for symbols, rows in pairs]
         return {
             "strings": [y_strings, [z_tables.to_stream(symbols, z_rows) for symbols in quantized.z]],

@@ -16,7 +16,14 @@ from models.state_dict import WeightsError, digest, empty_tables, explain_mismat
 
 class CodecConfig:
     """Base of the dataclasses of sizes: M, num_slices, max_support_slices (slices that a slice may look at) and
-    hyper_channels (of z) are fields, or properties, of each."""
+    hyper_channels (of z) are fields, or properties, of each.
+
+    Attributes:
+        checkerboard: slices, from the first on, that are coded in two passes; a class with `predict_second` may have
+            it as a field.
+    """
+
+    checkerboard = 0
 
     def canonical(self) -> "CodecConfig":
         """Equal networks have equal canonical configurations: one value for each field that changes nothing."""

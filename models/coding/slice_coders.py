@@ -1,8 +1,8 @@
 """What `Codec.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
 
-A slice coder is called once per slice, in order, with μ and σ `[B, M/S, h, w]`, and returns the quantized
-slice, symbols + μ. All symbols of one image form one rANS stream (CompressAI's coder), slice by
-slice, each in C, H, W order.
+A slice coder is called once per part of y, in the order of `CodingOrder.split`, with μ and σ, and returns the
+quantized part, symbols + μ. A part is a slice `[B, M/S, h, w]`, or half of one, `[B, M/S, h, w/2]`. All symbols
+of one image form one rANS stream (CompressAI's coder), part by part, each in C, H, W order.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
 
+from models.coding.order import CodingOrder
 from models.coding.portable import BELOW, BLOCK, PortableRows, crc_of, scale_factors, table_rows, unpack_scales
 from models.coding.side_info import SideInfo
 from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smallest_dtype, to_symbols
@@ -98,22 +99,28 @@ class Quantization:
 
 
 class SliceEstimator:
-    """Collects the likelihoods of y `[B, M, h, w]`, in num_slices slices.
+    """Collects the likelihoods of y.
+
+    Args:
+        parts: y in float32.
+        noise: that of `quantization` for y, in the same parts.
 
     Attributes:
-        likelihoods: one tensor `[B, M/S, h, w]` per slice.
+        likelihoods: one tensor per part, of its shape.
     """
 
-    def __init__(self, gaussian: GaussianConditional, y: Tensor, num_slices: int, quantization: Quantization) -> None:
+    def __init__(
+        self, gaussian: GaussianConditional, parts: list[Tensor], noise: list[Tensor] | None, quantization: Quantization
+    ) -> None:
         self.gaussian = gaussian
-        self.slices = y.float().chunk(num_slices, 1)
+        self.parts = parts
+        self.noise = noise
         self.quantization = quantization
-        self.noise = quantization.noise[0].chunk(num_slices, 1) if quantization.noise else None
         self.likelihoods: list[Tensor] = []
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         number = len(self.likelihoods)
-        y = self.slices[number]
+        y = self.parts[number]
         if self.quantization.use_scale_table:  # the gradient is that of σ
             level = self.gaussian.scale_table[table_rows(self.gaussian, sigma.detach()).long()]
             sigma = level + (sigma - sigma.detach())
@@ -149,54 +156,54 @@ class QuantizedLatents:
 
 
 class SliceEncoder:
-    """Collects the symbols of y `[B, M, h, w]`, and the table rows that code them, slice by slice.
+    """Collects the symbols of y, and the table rows that code them, part by part.
 
-    They are made AT_ONCE positions at a time, to avoid waiting for a GPU in every slice, and to keep little of a large
+    They are made AT_ONCE positions at a time, to avoid waiting for a GPU in every part, and to keep little of a large
     picture's symbols and σ.
 
     Args:
-        slices: y in parts `[B, M/S, h, w]`; consumed, to free memory.
+        parts: y; consumed, to free memory.
+        order: that of the parts.
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: as in `Codec`, for portable rows; None for those of the published rule.
         choose: makes the symbols.
     """
 
     def __init__(
-        self, gaussian: GaussianConditional, tables: CodingTables, slices: list[Tensor], z: Tensor,
-        epsilon: float | None, choose: Choice,
+        self, gaussian: GaussianConditional, tables: CodingTables, parts: list[Tensor], z: Tensor,
+        epsilon: float | None, choose: Choice, order: CodingOrder,
     ) -> None:
         self.gaussian = gaussian
         self.tables = tables
         self.epsilon = epsilon
         self.choose = choose
-        batch, channels, height, width = slices[0].shape
-        self.shape = (batch, channels * len(slices), height, width)
-        self.slices = slices
+        self.order = order
+        self.parts = parts
         self.rounded_z = z
         self.z = None
         self.crcs = []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # symbols as floats, and σ, `[B, n]`
         self.done: list[list[Tensor]] = []  # symbols and rows, `[B, n]`
-        self.portable = [PortableRows() for _ in range(batch)]
+        self.portable = [PortableRows() for _ in range(len(z))]
 
     def __call__(self, mu: Tensor, sigma: Tensor) -> Tensor:
         # Contiguous, so that to flatten them in the order of coding copies nothing.
-        residual = torch.sub(self.slices.pop(0), mu, out=torch.empty_like(mu, memory_format=torch.contiguous_format))
+        residual = torch.sub(self.parts.pop(0), mu, out=torch.empty_like(mu, memory_format=torch.contiguous_format))
         sigma = sigma.contiguous()
         symbols = self.choose(residual, sigma)
         del residual
         self.waiting.append((symbols.flatten(1), sigma.flatten(1)))
-        if not self.slices or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
+        if not self.parts or sum(sigma[0].numel() for _, sigma in self.waiting) >= AT_ONCE:
             self._add()
         return symbols + mu
 
     def _add(self) -> None:
-        """Choose the rows of buffered symbols; before the last slice whole blocks only."""
+        """Choose the rows of buffered symbols; before the last part whole blocks only."""
         rounded, sigma = self.waiting.pop()
         if self.waiting:
             rounded, sigma = (torch.cat(parts, 1) for parts in zip(*self.waiting, (rounded, sigma), strict=True))
             self.waiting.clear()
-        if self.slices and (rest := rounded.shape[1] % BLOCK):
+        if self.parts and (rest := rounded.shape[1] % BLOCK):
             self.waiting.append((rounded[:, -rest:].clone(), sigma[:, -rest:].clone()))
             rounded = rounded[:, :-rest]
             sigma = sigma[:, :-rest]
@@ -220,7 +227,9 @@ class SliceEncoder:
 
     def finish(self, y_hat: Tensor | None) -> QuantizedLatents:
         """All that was collected, and ŷ."""
-        y, rows = (torch.cat(parts, 1).view(self.shape) for parts in zip(*self.done, strict=True))
+        height, width = (4 * side for side in self.rounded_z.shape[2:])
+        flat = (torch.cat(parts, 1) for parts in zip(*self.done, strict=True))
+        y, rows = (self.order.unflatten(values, height, width) for values in flat)
         side_info = None
         if self.epsilon is not None:
             pairs = zip(self.portable, self.crcs, strict=True)
@@ -270,7 +279,7 @@ class SliceDecoder:
         return symbols.view(sigma.shape).to(mu.device).type_as(mu) + mu
 
     def _correct(self, first: int, rows: Tensor, sigma: Tensor) -> None:
-        """Set the encoder's rows `[B, n]` at the listed positions of this slice, in place."""
+        """Set the encoder's rows `[B, n]` at the listed positions of this part, in place."""
         for number, (positions, above) in enumerate(self.listed):
             start, end = np.searchsorted(positions, (first, self.position))
             if start == end:

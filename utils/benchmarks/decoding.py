@@ -75,16 +75,16 @@ def settings(model: Codec, with_compile: bool) -> Iterator[tuple[str, Codec]]:
 @torch.no_grad()
 def predict(model: Codec, quantized: QuantizedLatents) -> Tensor:
     """μ and σ of known symbols: `[2, 1, M, h, w]`, on the CPU."""
-    slices = iter(quantized.y.chunk(model.num_slices, 1))
+    parts = iter(model.order.split(quantized.y))
     seen = []
 
     def replay(mu: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(torch.stack([mu, sigma]).cpu())
-        return next(slices).to(mu) + mu
+        seen.append((mu.cpu(), sigma.cpu()))
+        return next(parts).to(mu) + mu
 
     with deterministic():
         model.run_slices(quantized.z.to(model.medians) + model.medians, replay)
-    return torch.cat(seen, 2)
+    return torch.stack([model.order.join(values) for values in zip(*seen, strict=True)])
 
 
 def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents, mu: Tensor, sigma: Tensor) -> tuple:
@@ -94,8 +94,8 @@ def compare(other: Codec, model: Codec, data: bytes, quantized: QuantizedLatents
     other_mu, other_sigma = predict(other, quantized)
     ours, theirs = (gaussian.lower_bound_scale(values).double() for values in (sigma, other_sigma))
     shifts, _, _ = unpack_scales(quantized.side_info[0].scales, count)
-    shifted = other_sigma * scale_factors(gaussian, shifts, first=0, end=count).view(mu.shape)
-    differing = int((table_rows(gaussian, shifted) != quantized.rows).sum())
+    shifted = model.order.flatten(other_sigma) * scale_factors(gaussian, shifts, first=0, end=count)
+    differing = int((table_rows(gaussian, shifted) != model.order.flatten(quantized.rows)).sum())
     try:
         decode(other, replace(unpack(data), fingerprint=other.fingerprint))  # float64 weights have another one
         decoded = True

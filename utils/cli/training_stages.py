@@ -11,8 +11,17 @@ from utils.checkpoint import build_model, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.messages import print_note, print_weights
-from utils.training.objectives import EntropyObjective, FixedRateObjective, LAEObjective, Objective, StaticObjective
+from utils.training.objectives import (
+    CheckerboardObjective,
+    EntropyObjective,
+    FixedRateObjective,
+    LAEObjective,
+    Objective,
+    StaticObjective,
+)
 from utils.training.schedule import Settings
+
+OF_LATENTS = {each.stage: each for each in (EntropyObjective, CheckerboardObjective)}  # stages whose latents are kept
 
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
@@ -25,7 +34,7 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}, of train_latent_e2e.py")
         if cls is not of_kind(cls):
             wanted = f"--stage {args.stage}"
-            if args.stage == "entropy":
+            if args.stage in OF_LATENTS:
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
@@ -44,9 +53,15 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         weights = start.state_dict()
         if args.lmbda:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
-        model = of_kind(kind)(**start.arguments)
+        arguments = start.arguments
+        if args.stage == "checkerboard":
+            if "checkerboard" not in arguments:
+                raise UserError(f"{args.checkpoint}: a {kind.__name__} codes no slice in two passes")
+            arguments = arguments | {"checkerboard": max(1, start.order.checkerboard)}
+        model = of_kind(kind)(**arguments)
         history = checkpoint.get("training", [])
-        model.load_state_dict(weights)
+        new = {name: value for name, value in model.state_dict().items() if name.startswith("checkerboard_transforms.")}
+        model.load_state_dict(new | weights)
         if "metric" in checkpoint and start.metric != args.type and not quiet:
             print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
     model.metric = args.type
@@ -109,4 +124,4 @@ def make_objective(
     if args.stage == "lae":
         return LAEObjective(model, settings), history
     rates = FixedRateObjective(model, args.lmbda, settings) if args.lmbda else Objective(model, settings)
-    return EntropyObjective(rates, args.keep_latents) if args.stage == "entropy" else rates, history
+    return OF_LATENTS[args.stage](rates, args.keep_latents) if args.stage in OF_LATENTS else rates, history

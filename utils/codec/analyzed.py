@@ -108,8 +108,8 @@ class AnalyzedImage:
         last, complete: as in `latents` and in `Codec.quantize`.
         """
         y, z = self.latents(index, last)
-        if not last:  # a copy of its own for every slice, which goes when its symbols are there
-            parts = y.chunk(self.model.num_slices, 1)
+        if not last:  # a copy of its own for every part, which goes when its symbols are there
+            parts = self.model.order.split(y)
             y = [large_empty(part.shape, part.dtype, part.device).copy_(part) for part in parts]
         return self.quantize_latents(index, y, z, complete=complete)
 
