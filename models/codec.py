@@ -126,12 +126,12 @@ class Codec(CodecWeights):
         return self.synthesize_hyper(self.h_s, z_hat)
 
     def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
-        """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `correct` wants to see again.
+        """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `predict_second` and `correct` want to see again.
 
         Args:
             hyper: what `hyper_synthesis` returned.
             supports: the slices before it that it may see, `[B, M/S, h, w]` each.
-            corrected: whether `correct` follows; without, the third value is not used.
+            corrected: whether `correct` follows; without, the third value is not used. Halves are always corrected.
         """
         raise NotImplementedError
 
@@ -243,38 +243,44 @@ class Codec(CodecWeights):
         convolutions may differ in the last bit between formats, and decoding must not.
 
         Args:
+            coder: called with μ and σ of each part in the order of coding, `[B, M/S, h, w]`, or of a half
+                `[B, M/S, h, w/2]`.
             complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
         """
         hyper = self.hyper_synthesis(self._in_weight_format(z_hat))
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             corrected = complete or i < self.num_slices - 1
-            mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected=corrected)
             if i < self.order.checkerboard:
-                y_hat = self._run_halves(i, context, mu, sigma, coder)
-                decoded.append(self.correct(i, context, self._in_weight_format(y_hat)))
-                continue
-            if not corrected:
-                del hyper, decoded, context  # no slice follows; the coder has their room
-                coder(mu, sigma)
-                return None
-            y_hat = self._in_weight_format(coder(mu, sigma))
-            del mu, sigma  # hundreds of megabytes each where the picture is large, and so is what follows
+                y_hat, context = self._run_halves(i, hyper, decoded[: self.max_support_slices], coder)
+            else:
+                mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected=corrected)
+                if not corrected:
+                    del hyper, decoded, context  # no slice follows; the coder has their room
+                    coder(mu, sigma)
+                    return None
+                y_hat = coder(mu, sigma)
+                del mu, sigma  # hundreds of megabytes each where the picture is large, and so is what follows
+            y_hat = self._in_weight_format(y_hat)
             decoded.append(self.correct(i, context, y_hat))
             del context, y_hat
         del hyper
         return torch.cat(decoded, 1)
 
     def _run_halves(
-        self, i: int, context: Any, mu: Tensor, sigma: Tensor, coder: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """The quantized slice i, `[B, M/S, h, w]`, coded in two passes."""
-        mu_of_first, _ = halves(mu)
+        self, i: int, hyper: Any, supports: list[Tensor], coder: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Any]:
+        """The quantized slice i, `[B, M/S, h, w]`, coded in two halves, and what `correct` wants to see again. The
+        arguments are those of `predict` and of `run_slices`."""
+        mu, sigma, context = self.predict(i, hyper, supports, corrected=True)
+        mu_of_first = halves(mu)[0]
         first = coder(mu_of_first, halves(sigma)[0])
-        symbols = first - mu_of_first
+        symbols = ste_round(first - mu_of_first)  # whole numbers again, on every machine
         known = self._in_weight_format(whole(symbols, torch.zeros_like(symbols)))
+        del mu_of_first, symbols
         mu, sigma = self.predict_second(i, context, known, mu, sigma)
-        return whole(first, coder(halves(mu)[1], halves(sigma)[1]))
+        del known
+        return whole(first, coder(halves(mu)[1], halves(sigma)[1])), context
 
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
         """The output of a network for ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""

@@ -28,7 +28,7 @@ EXPANSION = 2  # hidden channels of a block, in units of its own
 # six blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it nowhere in g_a
 # and g_s, and in few places of the other networks.
 LARGEST = 4.0
-MOST = 3.0  # by which ln σ changes where neighbors are known
+LARGEST_CHANGE = 3.0  # of ln σ, either way, where the neighbors are known
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class DepthConvConfig(CodecConfig):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < (0 if name.endswith(("depth", "checkerboard")) else 1):
-                raise ValueError(f"{name} must be a whole number that is positive, not {value}")
+            least = 0 if name.endswith(("depth", "checkerboard")) else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, not {value}")
 
     @property
     def max_support_slices(self) -> int:
@@ -213,7 +214,7 @@ class DepthConv(Codec):
     ) -> tuple[Tensor, Tensor]:
         change = self.run_networks([self.checkerboard_transforms[i]], context, symbols).float()
         change_of_mu, change_of_log_sigma = change.chunk(2, 1)
-        factor = change_of_log_sigma.clamp(-MOST, MOST).exp()
+        factor = change_of_log_sigma.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
         return mu + change_of_mu, self.gaussian_conditional.lower_bound_scale(sigma) * factor
 
 

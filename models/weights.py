@@ -113,8 +113,9 @@ class CodecWeights(CompressionModel):
         """
         state = _state_of(itertools.chain(self.parameters(), self.buffers()))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            sizes = repr(asdict(self.config.canonical())).encode()
-            self._fingerprint = state, digest(self.state_dict(), sizes)
+            # Networks without a checkerboard had no such field once, and their files decode.
+            sizes = {n: value for n, value in asdict(self.config.canonical()).items() if n != "checkerboard" or value}
+            self._fingerprint = state, digest(self.state_dict(), repr(sizes).encode())
         return self._fingerprint[1]
 
     def train(self, mode: bool = True) -> "CodecWeights":

@@ -102,8 +102,8 @@ class SliceEstimator:
     """Collects the likelihoods of y.
 
     Args:
-        parts: y in float32.
-        noise: that of `quantization` for y, in the same parts.
+        parts: y in float32, `[B, M/S, h, w]` or `[B, M/S, h, w/2]` each.
+        noise: that of `quantization` for y, in the same parts, or None.
 
     Attributes:
         likelihoods: one tensor per part, of its shape.
@@ -126,7 +126,7 @@ class SliceEstimator:
             sigma = level + (sigma - sigma.detach())
         residual = y - mu
         symbols = self.quantization.choose(residual.detach(), sigma.detach())
-        y_hat = symbols + (residual - residual.detach()) + mu  # as in `ste_round`
+        y_hat = symbols + mu.detach() + (y - y.detach())  # as in `ste_round`; to round y − μ has no gradient of μ
         if self.quantization.straight_through:
             likelihood = likelihood_of_y(self.gaussian, y_hat, sigma=sigma, mu=mu)
         elif self.noise is not None:
@@ -162,7 +162,7 @@ class SliceEncoder:
     picture's symbols and σ.
 
     Args:
-        parts: y; consumed, to free memory.
+        parts: y, `[B, M/S, h, w]` or `[B, M/S, h, w/2]` each; consumed, to free memory.
         order: that of the parts.
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: as in `Codec`, for portable rows; None for those of the published rule.

@@ -6,8 +6,9 @@ import torch
 import train_vbr
 from models import TCM_VBR, DepthConv_VBR
 from models.coding.order import halves, whole
+from models.state_dict import digest
 from tests.conftest import TINY as TINY_TCM
-from tests.depthconv.tiny import TINY, made
+from tests.depthconv.tiny import TINY, made, shake
 from tests.training.runs import SIZES
 from utils import cli
 from utils.checkpoint import export_model, read_checkpoint
@@ -61,6 +62,28 @@ def test_the_second_half_sees_the_first_and_not_the_other_way_round(image):
             assert equal == [number < same] * 2
 
 
+@pytest.mark.parametrize("checkerboard", [0, 2])
+def test_files_with_as_many_slices_in_halves_decode(checkerboard, image):
+    torch.manual_seed(0)
+    model = shake(DepthConv_VBR(**{**TINY, "num_slices": 4, "checkerboard": checkerboard})).eval()
+    model.update(force=True)
+    coded = model.compress(image, 3.0, portable=True)
+    with torch.no_grad():
+        expected = model(image, 3.0)
+    assert torch.equal(model.decompress(**coded)["x_hat"], expected["x_hat"].clamp(0, 1))
+    bits = -sum(float(part.log2().sum()) for part in expected["likelihoods"].values())
+    assert 8 * sum(len(stream) for (stream,) in coded["strings"]) == pytest.approx(bits, rel=0.03)
+
+
+def test_networks_without_it_have_the_fingerprint_that_they_had_before_it_was_there():
+    model = DepthConv_VBR(**{**TINY, "checkerboard": 0}).eval()
+    model.update(force=True)
+    sizes = {name: value for name, value in TINY.items() if name != "checkerboard"}
+    assert model.fingerprint == digest(model.state_dict(), repr(sizes).encode())
+    other = made()
+    assert other.fingerprint == digest(other.state_dict(), repr(TINY).encode())
+
+
 def test_new_networks_change_nothing(image):
     tiny = made()
     state = tiny.state_dict()
@@ -96,14 +119,25 @@ def test_a_stage_trains_it_alone_and_weights_without_it_get_it(photos, tmp_path)
     train_vbr.main([*stage, *start])
     trained = read_checkpoint(tmp_path / "run" / "model.pth.tar")
     assert trained["arguments"] == TINY and trained["training"][-1]["stage"] == "checkerboard"
-    networks = [name for name in old if not name.startswith(("gaussian_conditional.", "entropy_bottleneck."))]
-    assert len(networks) > 100 and all(torch.equal(trained["state_dict"][name], old[name]) for name in networks)
+    learned = [name for name, _ in plain.named_parameters()]
+    assert len(learned) > 100 and all(torch.equal(trained["state_dict"][name], old[name]) for name in learned)
     fresh = DepthConv_VBR(**TINY).state_dict()
     last = "checkerboard_transforms.0.2.weight"
     assert fresh[last].eq(0).all() and not trained["state_dict"][last].eq(0).all()
 
+
+def test_codecs_without_a_second_pass_are_refused_by_the_stage(photos, tmp_path):
+    stage = ["-d", str(photos), *SIZES, "--stage", "checkerboard", "--keep-latents", "4", "--max-steps", "1"]
     with pytest.raises(cli.UserError, match="needs a --checkpoint"):
-        train_vbr.main([*stage, "--max-steps", "1"])
-    export_model(tmp_path / "tcm.pth.tar", TCM_VBR(**TINY_TCM), [])
-    with pytest.raises(cli.UserError, match=r"tcm.pth.tar: a TCM_VBR codes no slice in two passes"):
-        train_vbr.main([*stage, "--checkpoint", str(tmp_path / "tcm.pth.tar"), "--max-steps", "1"])
+        train_vbr.main(stage)
+    one_slice = DepthConv_VBR(**{**TINY, "num_slices": 1, "checkerboard": 0})
+    for model in (TCM_VBR(**TINY_TCM), one_slice):
+        weights = tmp_path / f"{type(model).__name__}.pth.tar"
+        export_model(weights, model, [])
+        with pytest.raises(cli.UserError, match=f"{weights.name}: such a {type(model).__name__} codes no slice in two"):
+            train_vbr.main([*stage, "--checkpoint", str(weights)])
+    weights = str(tmp_path / "DepthConv_VBR.pth.tar")
+    run = ["-d", str(photos), *SIZES, "--max-steps", "1", "--save_path", str(tmp_path / "run")]
+    train_vbr.main([*run, "--checkpoint", weights])
+    with pytest.raises(cli.UserError, match="run: holds a run of another stage, of a network without a second pass"):
+        train_vbr.main([*stage, "--save_path", str(tmp_path / "run"), "--resume"])

@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<22} {spent:9.3f} {macs / 1e9:8.1f} {macs / spent / 1e9:8.1f} {share:15.0%}")
 
     tables = model.coding_tables[0]
-    symbols = quantized.y[0].int()
+    symbols = model.order.flatten(quantized.y)[0].int()
     if args.checkpoint:
-        sigma = predict(model, quantized)[1, 0].to(device)
+        sigma = model.order.flatten(predict(model, quantized)[1])[0].to(device)
     else:
         drawn = torch.empty(symbols.shape).uniform_(-2.2, 0.0).exp()
         symbols = (torch.randn(symbols.shape) * drawn).round().int()
         sigma = drawn.to(device)
-    coded = dict(symbols=symbols.flatten().to(device), sigma=sigma.flatten(), epsilon=model.epsilon)
+    coded = dict(symbols=symbols.to(device), sigma=sigma, epsilon=model.epsilon)
 
     def choose_rows() -> torch.Tensor:
         portable = PortableRows()
@@ -95,12 +95,13 @@ def main(argv: list[str] | None = None) -> None:
         portable.pack()
         return chosen
 
-    rows = choose_rows().cpu().view(symbols.shape)
+    rows = choose_rows().cpu()
+    parts = rows.split([part.numel() for part in model.order.split(quantized.y)])
     stream = tables.to_stream(symbols, rows)
 
     def read_stream() -> None:
         decoder = open_stream(stream, rows.numel())
-        for part in rows.chunk(model.num_slices):
+        for part in parts:
             tables.from_stream(decoder, part)
 
     works = {"rows": choose_rows, "to bytes": lambda: tables.to_stream(symbols, rows), "from bytes": read_stream}

@@ -39,6 +39,8 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
         model = cls(**state["arguments"])
+        if args.stage == "checkerboard" and not model.order.checkerboard:
+            raise UserError(f"{args.save_path}: holds a run of another stage, of a network without a second pass")
         asked = new_model(args) if args.preset or args.N else model
         if type(asked) is not cls or asked.arguments != model.arguments:
             raise UserError(f"{args.save_path}: holds a run of another network than --preset and --N ask for")
@@ -55,8 +57,8 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         arguments = start.arguments
         if args.stage == "checkerboard":
-            if "checkerboard" not in arguments:
-                raise UserError(f"{args.checkpoint}: a {kind.__name__} codes no slice in two passes")
+            if "checkerboard" not in arguments or start.num_slices == 1:
+                raise UserError(f"{args.checkpoint}: such a {kind.__name__} codes no slice in two passes")
             arguments = arguments | {"checkerboard": max(1, start.order.checkerboard)}
         model = of_kind(kind)(**arguments)
         history = checkpoint.get("training", [])

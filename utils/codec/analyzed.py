@@ -109,8 +109,7 @@ class AnalyzedImage:
         """
         y, z = self.latents(index, last)
         if not last:  # a copy of its own for every part, which goes when its symbols are there
-            parts = self.model.order.split(y)
-            y = [large_empty(part.shape, part.dtype, part.device).copy_(part) for part in parts]
+            y = [large_empty(part.shape, part.dtype, part.device).copy_(part) for part in self.model.order.split(y)]
         return self.quantize_latents(index, y, z, complete=complete)
 
     def quantize_latents(
