@@ -429,9 +429,9 @@ def photographs() -> list[torch.Tensor]:
     return [read_image(paths[number])[:, 100:228, 150:278] for number in (0, 2)]
 
 
-def test_the_papers_learning_rate_is_better_than_its_half_and_four_times_as_much():
-    gains = gains_of(photographs(), (0.5, 1, 4))
-    assert gains[1] > 1.1 * max(gains[0.5], gains[4])
+def test_the_papers_learning_rate_is_better_than_its_quarter_and_its_half_and_four_times_as_much():
+    gains = gains_of(photographs(), (0.25, 0.5, 1, 4))
+    assert gains[1] > gains[0.5] and gains[1] > 1.3 * max(gains[0.25], gains[4])
 
 
 def test_newtons_steps_gain_more_than_the_papers_and_with_its_curvature_than_with_others(monkeypatch):
@@ -442,8 +442,8 @@ def test_newtons_steps_gain_more_than_the_papers_and_with_its_curvature_than_wit
     for factor in (0.5, 1.5):
         monkeypatch.setattr(refinement, "CURVATURES", (factor * CURVATURES[0], CURVATURES[1]))
         assert gain > 1.1 * gains_of(photographs(), (1,), "newton")[1]
-    monkeypatch.setattr(refinement, "CURVATURES", (CURVATURES[0], 0.1 * CURVATURES[1]))  # few places of z move at all
-    assert gain > 1.02 * gains_of(photographs(), (1,), "newton")[1]
+    monkeypatch.setattr(refinement, "CURVATURES", (CURVATURES[0], 0.04 * CURVATURES[1]))  # z moves too freely then
+    assert gain > 1.5 * gains_of(photographs(), (1,), "newton")[1]
 
 
 def test_one_pixel_is_refined(varied):
