@@ -4,6 +4,7 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -409,9 +410,9 @@ def test_under_a_rate_the_bits_are_counted_again_and_again(monkeypatch):
         assert [step.bpp * 128**2 for step in steps] == expected
 
 
-def gains_of(photos, factors, method: str = "sgd") -> dict[float, float]:
-    """What some steps gain with multiples of a method's learning rate and the shipped weights, added up."""
-    model = load_model(BUNDLED)
+def gains_of(photos, factors, method: str = "sgd", weights: Path = BUNDLED) -> dict[float, float]:
+    """What some steps gain with multiples of a method's learning rate and shipped weights, added up."""
+    model = load_model(weights)
     gains = dict.fromkeys(factors, 0.0)
     for photo in photos:
         image = AnalyzedImage(model, photo, nearest=True)
@@ -429,7 +430,13 @@ def photographs() -> list[torch.Tensor]:
     return [read_image(paths[number])[:, 100:228, 150:278] for number in (0, 2)]
 
 
-def test_the_papers_learning_rate_is_better_than_its_quarter_and_its_half_and_four_times_as_much():
+def test_the_papers_learning_rate_is_better_than_its_half_and_four_times_as_much():
+    """With the paper's network, to which it belongs. With DepthConv it is hardly better than its half."""
+    gains = gains_of(photographs(), (0.5, 1, 4), weights=BUNDLED.with_name("tcm_vbr_small.pth.tar"))
+    assert gains[1] > 1.1 * max(gains[0.5], gains[4])
+
+
+def test_with_the_default_weights_the_papers_learning_rate_is_better_than_its_quarter_and_four_times_as_much():
     gains = gains_of(photographs(), (0.25, 0.5, 1, 4))
     assert gains[1] > gains[0.5] and gains[1] > 1.3 * max(gains[0.25], gains[4])
 
