@@ -37,11 +37,11 @@ MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument_group("stage").add_argument
-    add("--stage", choices=("base", "entropy", "checkerboard", "static", "lae", "joint", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); checkerboard: of a DepthConv the network alone that codes half of the first slice with its neighbors known, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
+    add("--stage", choices=("base", "entropy", "context", "static", "lae", "joint", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); context: of a DepthConv the context model of the first slice alone, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
-    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy or checkerboard")
-    add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy and checkerboard, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
+    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy or context")
+    add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy and context, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
     add("--start", dest="init", choices=("klt", "random"), help=argparse.SUPPRESS)  # torchrun takes it for its own
@@ -60,8 +60,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     check_run_arguments(args, budget=args.stage != "tables")
-    if args.keep_latents is not None and args.stage not in ("entropy", "checkerboard"):
-        raise cli.UserError("--keep-latents belongs to --stage entropy and checkerboard")
+    if args.keep_latents is not None and args.stage not in ("entropy", "context"):
+        raise cli.UserError("--keep-latents belongs to --stage entropy and context")
     if args.balance and (args.lmbda is not None or args.stage == "base"):
         raise cli.UserError("--balance weighs rates against each other; a fixed-rate codec has one")
     if not 0 <= (args.map_share or 0) <= 1:
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     has_maps = args.stage in ("joint", "lae") and args.type == "mse" and not args.teachers
     if args.map_share and not has_maps:
         raise cli.UserError("--map-share is for --stage joint and lae, and --type mse: the others have no error of single places to weigh")
-    if args.transform_factor != 1 and args.stage in ("entropy", "checkerboard", "static", "lae", "tables"):
+    if args.transform_factor != 1 and args.stage in ("entropy", "context", "static", "lae", "tables"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
     if args.last_share and args.stage not in ("base", "joint"):
         raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
@@ -79,8 +79,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--preset is of a new model; with --checkpoint the network is the checkpoint's")
     if args.init and args.checkpoint:
         raise cli.UserError("--init is for a new model; --checkpoint brings its own weights")
-    if args.lmbda is not None and (args.stage not in ("base", "entropy", "checkerboard") or not 0 < args.lmbda < math.inf):
-        raise cli.UserError("--lambda is the λ, a positive number, of --stage base, entropy or checkerboard; the others train all rates")
+    if args.lmbda is not None and (args.stage not in ("base", "entropy", "context") or not 0 < args.lmbda < math.inf):
+        raise cli.UserError("--lambda is the λ, a positive number, of --stage base, entropy or context; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
         raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
     if args.stage == "tables" and "WORLD_SIZE" in os.environ:
@@ -91,8 +91,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage static and --teachers belong together")
     if args.stage == "lae" and not args.checkpoint and not args.resume:
         raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
-    if args.stage == "checkerboard" and not args.checkpoint and not args.resume:
-        raise cli.UserError("--stage checkerboard needs a --checkpoint: the codec that gets a second pass")
+    if args.stage == "context" and not args.checkpoint and not args.resume:
+        raise cli.UserError("--stage context needs a --checkpoint: the codec that gets a context model")
     if args.lmbda is None and args.stage == "base":
         args.lmbda = LADDERS[args.type][-1]
     if args.keep_latents is None:

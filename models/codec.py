@@ -9,9 +9,9 @@
 
 The two LAEs are there in a variable-rate codec (models/lae.py; TCSVT 2025). The slices are a channel-wise
 autoregression ("Channel-wise Autoregressive Entropy Models for Learned Image Compression",
-https://arxiv.org/abs/2007.08739): ŷ is coded in parts, and each sees ẑ and the parts before it. A backbone may code the
-first slices in two passes each, the places of a checkerboard (models/coding/order.py). Their loop,
-`Codec.run_slices`, exists once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which
+https://arxiv.org/abs/2007.08739): each sees ẑ and the slices before it. A backbone may have a context model, for which
+the first slice, which sees ẑ alone, is coded in parts (models/coding/order.py). The loop, `Codec.run_slices`, exists
+once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which
 estimates its bits, writes its symbols, or reads them.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models import STRIDE
-from models.coding.order import CodingOrder, halves, whole
+from models.coding.order import CodingOrder, Part
 from models.coding.portable import EPSILON, crc_of
 from models.coding.precision import deterministic, without_autocast
 from models.coding.side_info import DecodingError, SideInfo
@@ -85,7 +85,7 @@ class Codec(CodecWeights):
     - `h_a`: y to z `[B, hyper_channels, H/64, W/64]`;
     - `entropy_bottleneck` and `gaussian_conditional` of CompressAI;
     - the method `predict`, and `hyper_synthesis` and `correct` where they are not those of one network `h_s` and of
-      `lrp_transforms`: what the slices compute by `run_networks`; `predict_second` where slices are coded in halves;
+      `lrp_transforms`: what the slices compute by `run_networks`; `predict_again` where there is a context model;
     - `bytes_per_pixel`, memory of the widest tensor of g_a and g_s, for pictures that are computed in bands.
 
     Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py), so that pictures of any
@@ -112,9 +112,9 @@ class Codec(CodecWeights):
         self.M = self.config.M
         self.num_slices = self.config.num_slices
         self.max_support_slices = self.config.max_support_slices
-        self.order = CodingOrder(self.num_slices, self.config.checkerboard)
         if self.M % 64 or self.M % self.num_slices:
             raise ValueError(f"M = {self.M} must be a multiple of 64 and of num_slices = {self.num_slices}")
+        self.order = CodingOrder(self.M, self.num_slices, bool(self.config.context_model))
         self.epsilon = EPSILON
         self.checkpointing = False
         self.metric = "mse"
@@ -126,23 +126,25 @@ class Codec(CodecWeights):
         return self.synthesize_hyper(self.h_s, z_hat)
 
     def predict(self, i: int, hyper: Any, supports: list[Tensor], corrected: bool) -> tuple[Tensor, Tensor, Any]:
-        """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `predict_second` and `correct` want to see again.
+        """μ and σ of slice i, float32 `[B, M/S, h, w]`, and what `predict_again` and `correct` want to see again.
 
         Args:
             hyper: what `hyper_synthesis` returned.
             supports: the slices before it that it may see, `[B, M/S, h, w]` each.
-            corrected: whether `correct` follows; without, the third value is not used. Halves are always corrected.
+            corrected: whether `correct` follows; without, the third value is not used.
         """
         raise NotImplementedError
 
-    def predict_second(
-        self, i: int, context: Any, symbols: Tensor, mu: Tensor, sigma: Tensor
+    def predict_again(
+        self, part: Part, context: Any, symbols: Tensor, known: Tensor, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """μ and σ of slice i, `[B, M/S, h, w]`, of which the second half counts, once the first half is known.
+        """μ and σ of a part of the first slice, in the shape of `Part.of`, by the parts before it.
 
         Args:
-            context, mu, sigma: what `predict` returned for the slice.
-            symbols: of the first half, as floats, and zero elsewhere, `[B, M/S, h, w]`.
+            context: what `predict` returned for the slice.
+            symbols: of the parts before, as floats, and zero elsewhere, `[B, M/S, h, w]`.
+            known: one where these parts are, and zero elsewhere, `[B, M/S, h, w]`.
+            mu, sigma: of the part, as `predict` returned them.
         """
         raise NotImplementedError
 
@@ -243,16 +245,16 @@ class Codec(CodecWeights):
         convolutions may differ in the last bit between formats, and decoding must not.
 
         Args:
-            coder: called with μ and σ of each part in the order of coding, `[B, M/S, h, w]`, or of a half
-                `[B, M/S, h, w/2]`.
+            coder: called with μ and σ of each part in the order of coding, `[B, M/S, h, w]` of a slice; of a part of
+                the first in the shape of `Part.of`.
             complete: compute ŷ. Without it, for a coder that only wants μ and σ, the result is None.
         """
         hyper = self.hyper_synthesis(self._in_weight_format(z_hat))
         decoded: list[Tensor] = []
         for i in range(self.num_slices):
             corrected = complete or i < self.num_slices - 1
-            if i < self.order.checkerboard:
-                y_hat, context = self._run_halves(i, hyper, decoded[: self.max_support_slices], coder)
+            if i == 0 and self.order.first_slice:
+                y_hat, context = self._run_first_slice(hyper, coder)
             else:
                 mu, sigma, context = self.predict(i, hyper, decoded[: self.max_support_slices], corrected=corrected)
                 if not corrected:
@@ -267,20 +269,26 @@ class Codec(CodecWeights):
         del hyper
         return torch.cat(decoded, 1)
 
-    def _run_halves(
-        self, i: int, hyper: Any, supports: list[Tensor], coder: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Any]:
-        """The quantized slice i, `[B, M/S, h, w]`, coded in two halves, and what `correct` wants to see again. The
+    def _run_first_slice(self, hyper: Any, coder: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Any]:
+        """The quantized first slice, `[B, M/S, h, w]`, coded in parts, and what `correct` wants to see again. The
         arguments are those of `predict` and of `run_slices`."""
-        mu, sigma, context = self.predict(i, hyper, supports, corrected=True)
-        mu_of_first = halves(mu)[0]
-        first = coder(mu_of_first, halves(sigma)[0])
-        symbols = ste_round(first - mu_of_first)  # whole numbers again, on every machine
-        known = self._in_weight_format(whole(symbols, torch.zeros_like(symbols)))
-        del mu_of_first, symbols
-        mu, sigma = self.predict_second(i, context, known, mu, sigma)
-        del known
-        return whole(first, coder(halves(mu)[1], halves(sigma)[1])), context
+        mu, sigma, context = self.predict(0, hyper, [], corrected=True)
+        y_hat = torch.empty_like(mu)
+        symbols = self._in_weight_format(torch.zeros_like(mu))
+        known = self._in_weight_format(torch.zeros_like(mu))
+        for number, part in enumerate(self.order.first_slice):
+            mu_of_part, sigma_of_part = part.of(mu), part.of(sigma)
+            if number:
+                mu_of_part, sigma_of_part = self.predict_again(
+                    part, context, symbols=symbols, known=known, mu=mu_of_part, sigma=sigma_of_part
+                )
+            values = coder(mu_of_part, sigma_of_part)
+            part.put(y_hat, values)
+            # Whole numbers again, on every machine. As in ŷ, their gradient is that of y.
+            part.put(symbols, ste_round(values - mu_of_part.detach()))
+            part.put(known, torch.ones_like(values))
+            del mu_of_part, sigma_of_part, values
+        return y_hat, context
 
     def synthesize_hyper(self, network: nn.Sequential, z_hat: Tensor) -> Tensor | Recomputed:
         """The output of a network for ẑ, `[B, C, h, w]`. Beyond `bands.KEPT` it is computed anew for every slice."""

@@ -3,9 +3,9 @@
 Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 and 1/16 of the resolution: matrix products, and no windows.
 Such blocks are those of DCVC-FM (https://arxiv.org/abs/2402.17414) and DCVC-RT (https://arxiv.org/abs/2502.20762). The
 entropy model is TCM's: a hyperprior and channel-wise slices with latent residuals (CVPR 2023), without attention, and
-with one network for μ and σ together. The first slice, with two thirds of the bits, may be coded in the two passes of a
-checkerboard (CVPR 2021, https://arxiv.org/abs/2103.15306). No stage is narrow, so that the start in closed form loses
-little (utils/training/klt_start/). docs/depthconv.md says how its sizes were chosen.
+with one network for μ and σ together. The first slice, with two thirds of the bits, may have a context model: one
+network for all its parts (models/coding/order.py). No stage is narrow, so that the start in closed form loses little
+(utils/training/klt_start/). docs/depthconv.md says how its sizes were chosen.
 """
 
 import re
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.codec import Codec
+from models.coding.order import Part
 from models.lae import VariableRate
 from models.large.bands import Footprint, Recomputed, footprint
 from models.layers import Float32Conv, PointwiseConv
@@ -28,7 +29,7 @@ EXPANSION = 2  # hidden channels of a block, in units of its own
 # six blocks in a row turn what no photograph has, a halftone say, into infinity. Photographs reach it nowhere in g_a
 # and g_s, and in few places of the other networks.
 LARGEST = 4.0
-LARGEST_CHANGE = 3.0  # of ln σ, either way, where the neighbors are known
+LARGEST_CHANGE = 3.0  # of ln σ, either way, by the context model
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DepthConvConfig(CodecConfig):
         hyper_width: channels of the hyper networks.
         slice_width, slice_depth: channels and blocks of the network that predicts μ and σ of a slice.
         residual_width, residual_depth: channels and blocks of the one that predicts its latent residual.
-        checkerboard: slices, from the first on, that are coded in two passes, with a network for the second.
+        context_model: whether the first slice is coded in parts, with a network for all but the first part, 0 or 1.
 
     Raises:
         ValueError: naming the constraint that does not hold.
@@ -61,13 +62,15 @@ class DepthConvConfig(CodecConfig):
     slice_depth: int = 2
     residual_width: int = 128
     residual_depth: int = 1
-    checkerboard: int = 0  # as checkpoints without it say nothing; the preset has 1
+    context_model: int = 0  # as checkpoints without it say nothing; the preset has 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name.endswith(("depth", "checkerboard")) else 1
+            least = 0 if name.endswith(("depth", "context_model")) else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more, not {value}")
+        if self.context_model not in (0, 1) or isinstance(self.context_model, bool):
+            raise ValueError(f"context_model must be 0 or 1, not {self.context_model}")
 
     @property
     def max_support_slices(self) -> int:
@@ -100,7 +103,7 @@ class DepthConvConfig(CodecConfig):
                 slice_depth=count(r"slice_transforms\.0\.(\d+)\.expand\."),
                 residual_width=state_dict["lrp_transforms.0.0.weight"].shape[0],
                 residual_depth=count(r"lrp_transforms\.0\.(\d+)\.expand\."),
-                checkerboard=count(r"checkerboard_transforms\.(\d+)\."),
+                context_model=count(r"(context_model)\."),
             )
         except (KeyError, StopIteration) as error:
             raise ValueError(f"these are not the weights of a DepthConv (no {error.args or 'strided layer'})") from None
@@ -178,11 +181,11 @@ class DepthConv(Codec):
             nn.Sequential(PointwiseConv(D + step, L), *_blocks(L, c.residual_depth), PointwiseConv(L, step))
             for _ in range(c.num_slices)
         )
-        self.checkerboard_transforms = nn.ModuleList(
-            nn.Sequential(PointwiseConv(D + step, D), *_blocks(D, c.slice_depth), PointwiseConv(D, 2 * step))
-            for _ in range(c.checkerboard)
-        )
-        for *_, last in self.checkerboard_transforms:  # a new one changes nothing until it learns
+        if c.context_model:
+            self.context_model = nn.Sequential(
+                PointwiseConv(D + 2 * step, D), *_blocks(D, c.slice_depth), PointwiseConv(D, 2 * step)
+            )
+            last = self.context_model[-1]  # a new one changes nothing until it learns
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.entropy_bottleneck = EntropyBottleneck(c.hyper_channels)
@@ -209,13 +212,13 @@ class DepthConv(Codec):
         features = self.run_networks([self.slice_transforms[i]], hyper, *supports)
         return *self.run_networks([self.slice_heads[i]], features).float().chunk(2, 1), features
 
-    def predict_second(
-        self, i: int, context: Tensor, symbols: Tensor, mu: Tensor, sigma: Tensor
+    def predict_again(
+        self, part: Part, context: Tensor, symbols: Tensor, known: Tensor, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        change = self.run_networks([self.checkerboard_transforms[i]], context, symbols).float()
-        change_of_mu, change_of_log_sigma = change.chunk(2, 1)
-        factor = change_of_log_sigma.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
-        return mu + change_of_mu, self.gaussian_conditional.lower_bound_scale(sigma) * factor
+        inputs = (context, symbols.to(context.dtype), known.to(context.dtype))
+        change_of_mu, change_of_log_sigma = self.run_networks([self.context_model], *inputs).chunk(2, 1)
+        factor = part.of(change_of_log_sigma).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
+        return mu + part.of(change_of_mu).float(), self.gaussian_conditional.lower_bound_scale(sigma) * factor
 
 
 class DepthConv_VBR(VariableRate, DepthConv):

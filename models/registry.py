@@ -17,7 +17,7 @@ BACKBONES = {  # a fixed-rate class and its module
 MODULES = {name + form: module for name, module in BACKBONES.items() for form in ("", "_VBR")}
 MODULES["TCM_Mapped"] = "models.latent_map"
 PRESETS: dict[str, tuple[str, dict]] = {  # a fixed-rate class and the arguments that are not its defaults
-    "depthconv": ("DepthConv", {"checkerboard": 1}),
+    "depthconv": ("DepthConv", {"context_model": 1}),
     "full": ("TCM", {"N": 64}),  # the smallest of the published models
     "hyperprior": ("Hyperprior", {}),  # CompressAI's mbt2018-mean, qualities 1 to 4
     "small": ("TCM", dict(

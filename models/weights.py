@@ -19,11 +19,11 @@ class CodecConfig:
     hyper_channels (of z) are fields, or properties, of each.
 
     Attributes:
-        checkerboard: slices, from the first on, that are coded in two passes; a class with `predict_second` may have
-            it as a field.
+        context_model: whether the first slice is coded in parts, 0 or 1; a class with `predict_again` may have it as a
+            field.
     """
 
-    checkerboard = 0
+    context_model = 0
 
     def canonical(self) -> "CodecConfig":
         """Equal networks have equal canonical configurations: one value for each field that changes nothing."""
@@ -113,8 +113,8 @@ class CodecWeights(CompressionModel):
         """
         state = _state_of(itertools.chain(self.parameters(), self.buffers()))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            # Networks without a checkerboard had no such field once, and their files decode.
-            sizes = {n: value for n, value in asdict(self.config.canonical()).items() if n != "checkerboard" or value}
+            # Networks without a context model had no such field once, and their files decode.
+            sizes = {n: value for n, value in asdict(self.config.canonical()).items() if n != "context_model" or value}
             self._fingerprint = state, digest(self.state_dict(), repr(sizes).encode())
         return self._fingerprint[1]
 

@@ -254,6 +254,9 @@ def test_wrong_weights_are_explained(tiny, tmp_path):
     torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
     with pytest.raises(CheckpointError, match=r"v.pth.tar: ignored, as a TCM has no such argument: sides"):
         load_model(tmp_path / "v.pth.tar")
+    torch.save({"model": "DepthConv", "state_dict": state, "arguments": {"sides": 3}}, tmp_path / "u.pth.tar")
+    with pytest.raises(CheckpointError, match=r"u.pth.tar: not of this version of the project .*'sides'"):
+        load_model(tmp_path / "u.pth.tar")
 
 
 def test_checkpoints_by_what_they_hold(tiny, tmp_path):

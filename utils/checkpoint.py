@@ -133,6 +133,14 @@ def trained_lambda(checkpoint: dict) -> float | None:
     return next((record["lambda"] for record in reversed(records) if "lambda" in record), None)
 
 
+def new_of(cls: type[Codec], arguments: dict, path: str | Path) -> Codec:
+    """A new model of the class and the sizes that a file names. CheckpointError where there are no such sizes."""
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: not of this version of the project ({error})") from None
+
+
 def build_model(checkpoint: dict, path: str | Path) -> Codec:
     """The codec that a checkpoint holds, in float32 and evaluation mode, on the CPU.
 
@@ -154,10 +162,10 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
             cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "ignored, as a TCM")  # a later version's file may be another network
-                model = cls(**checkpoint["arguments"])
+                model = new_of(cls, checkpoint["arguments"], path)
             model.load_state_dict(state)
             model.metric = metric
-    except (ValueError, TypeError, UserWarning) as error:
+    except (ValueError, UserWarning) as error:
         raise CheckpointError(f"{path}: {error}") from None
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():

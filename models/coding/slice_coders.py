@@ -1,7 +1,7 @@
 """What `Codec.run_slices` does with the μ and σ of each slice: estimate its bits, encode it, or decode it.
 
 A slice coder is called once per part of y, in the order of `CodingOrder.split`, with μ and σ, and returns the
-quantized part, symbols + μ. A part is a slice `[B, M/S, h, w]`, or half of one, `[B, M/S, h, w/2]`. All symbols
+quantized part, symbols + μ. A part is a slice `[B, M/S, h, w]`, or some channels and places of the first. All symbols
 of one image form one rANS stream (CompressAI's coder), part by part, each in C, H, W order.
 """
 
@@ -102,7 +102,7 @@ class SliceEstimator:
     """Collects the likelihoods of y.
 
     Args:
-        parts: y in float32, `[B, M/S, h, w]` or `[B, M/S, h, w/2]` each.
+        parts: y in float32, as `CodingOrder.split` returns it.
         noise: that of `quantization` for y, in the same parts, or None.
 
     Attributes:
@@ -162,7 +162,7 @@ class SliceEncoder:
     picture's symbols and σ.
 
     Args:
-        parts: y, `[B, M/S, h, w]` or `[B, M/S, h, w/2]` each; consumed, to free memory.
+        parts: y, as `CodingOrder.split` returns it; consumed, to free memory.
         order: that of the parts.
         z: rounded, `[B, C, h/4, w/4]`.
         epsilon: as in `Codec`, for portable rows; None for those of the published rule.
@@ -243,7 +243,7 @@ class SliceDecoder:
     Args:
         count: elements of y of one image.
         side_info: one per image; None for streams whose rows follow the published rule.
-        crcs: CRC-32 of each image's z; that of y is added slice by slice.
+        crcs: CRC-32 of each image's z; that of y is added part by part.
     """
 
     def __init__(

@@ -26,6 +26,6 @@ def chains(model) -> dict[str, tuple[nn.Sequential, int, int]]:
         "g_s": (model.g_s, model.M, height // 16),
         "h_a": (model.h_a, model.M, height // 4),
         "slice": (nn.Sequential(*model.slice_transforms[0], *model.slice_heads[0]), 32, height // 16),
-        "second half": (model.checkerboard_transforms[0], 32 + 32, height // 16),
+        "context model": (model.context_model, 32 + 2 * 32, height // 16),
         "LAE": (nn.Sequential(model.modnet_ga.mask.latent_attn), model.M, height // 16),
     }

@@ -178,4 +178,4 @@ def test_every_network_is_compiled(made_tiny, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     compile_networks(made_tiny)
-    assert len(compiled) == 4 + 3 * TINY["num_slices"] + TINY["checkerboard"]
+    assert len(compiled) == 4 + 3 * TINY["num_slices"] + TINY["context_model"]

@@ -6,7 +6,7 @@ from models import DepthConv_VBR
 
 TINY = dict(
     width=32, depth=1, latent_depth=1, M=64, num_slices=2, hyper_channels=32, hyper_width=32,
-    slice_width=32, slice_depth=1, residual_width=16, residual_depth=1, checkerboard=1,
+    slice_width=32, slice_depth=1, residual_width=16, residual_depth=1, context_model=1,
 )
 
 
@@ -21,8 +21,8 @@ def shake(model: DepthConv_VBR, seed: int = 0) -> DepthConv_VBR:
             head.bias[len(head.bias) // 2 :].add_(10.0)
         model.g_a[3].weight.mul_(12.0)  # the strided convolution
         model.h_a[-1].weight.mul_(0.4)
-        for *_, last in model.checkerboard_transforms:
-            last.weight.mul_(0.5)
+        if model.order.context_model:
+            model.context_model[-1].weight.mul_(0.5)
     return model
 
 

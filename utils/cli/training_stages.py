@@ -7,12 +7,12 @@ from pathlib import Path
 from models import Codec, VariableRate
 from models.lambdas import LADDERS
 from models.registry import fixed_rate, from_preset, is_backbone, model_class, variable_rate
-from utils.checkpoint import build_model, read_checkpoint, trained_lambda
+from utils.checkpoint import build_model, new_of, read_checkpoint, trained_lambda
 from utils.distributed import DistContext
 from utils.errors import UserError
 from utils.messages import print_note, print_weights
 from utils.training.objectives import (
-    CheckerboardObjective,
+    ContextObjective,
     EntropyObjective,
     FixedRateObjective,
     LAEObjective,
@@ -21,7 +21,7 @@ from utils.training.objectives import (
 )
 from utils.training.schedule import Settings
 
-OF_LATENTS = {each.stage: each for each in (EntropyObjective, CheckerboardObjective)}  # stages whose latents are kept
+OF_LATENTS = {each.stage: each for each in (EntropyObjective, ContextObjective)}  # stages whose latents are kept
 
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
@@ -38,9 +38,9 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
-        model = cls(**state["arguments"])
-        if args.stage == "checkerboard" and not model.order.checkerboard:
-            raise UserError(f"{args.save_path}: holds a run of another stage, of a network without a second pass")
+        model = new_of(cls, state["arguments"], args.save_path)
+        if args.stage == "context" and not model.order.context_model:
+            raise UserError(f"{args.save_path}: holds a run of another stage, of a network without a context model")
         asked = new_model(args) if args.preset or args.N else model
         if type(asked) is not cls or asked.arguments != model.arguments:
             raise UserError(f"{args.save_path}: holds a run of another network than --preset and --N ask for")
@@ -56,13 +56,16 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         if args.lmbda:  # the LAEs of a variable-rate codec stay behind
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         arguments = start.arguments
-        if args.stage == "checkerboard":
-            if "checkerboard" not in arguments or start.num_slices == 1:
-                raise UserError(f"{args.checkpoint}: such a {kind.__name__} codes no slice in two passes")
-            arguments = arguments | {"checkerboard": max(1, start.order.checkerboard)}
-        model = of_kind(kind)(**arguments)
+        if args.stage == "context":
+            if "context_model" not in arguments:
+                raise UserError(f"{args.checkpoint}: a {kind.__name__} can have no context model")
+            arguments = arguments | {"context_model": 1}
+        try:
+            model = of_kind(kind)(**arguments)
+        except ValueError as error:
+            raise UserError(f"{args.checkpoint}: {error}") from None
         history = checkpoint.get("training", [])
-        new = {name: value for name, value in model.state_dict().items() if name.startswith("checkerboard_transforms.")}
+        new = {name: value for name, value in model.state_dict().items() if name.startswith("context_model.")}
         model.load_state_dict(new | weights)
         if "metric" in checkpoint and start.metric != args.type and not quiet:
             print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")

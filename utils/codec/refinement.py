@@ -43,7 +43,7 @@ PAPER_PIXELS = 768 * 512  # Kodak's pictures, for which the paper chose its lear
 MIN_CHANGE = 1e-6  # relative change of the loss at which the paper's SGD stops
 # Second derivatives of the loss, in bits, of y and of z. An error e of a uniform quantizer that suits λ costs
 # 6 / ln 2 · e² bits (Gish & Pierce, 1968), whatever the network. By random perturbations DepthConv had 19 to 25 for y,
-# of which the smaller value below gains no less, and 255 for z, before its second pass; TCM small has 175 for z.
+# of which the smaller value below gains no less, and 255 for z, without its context model; TCM small has 175 for z.
 CURVATURES = 2 * 6 / math.log(2), 250.0
 STIFF = 3.0  # from this weight of the rate on, the curvature is taken for proportional to it
 FEW_STEPS = 10  # fewer of Newton's steps are longer, as the first begins at symbols, of which it changes few

@@ -192,16 +192,16 @@ class EntropyObjective(Objective):
         return self._described
 
 
-class CheckerboardObjective(EntropyObjective):
-    """The networks of the second pass alone (`DepthConvConfig.checkerboard`) learn to spend fewer bits: what a codec
-    without them gains is had in minutes. The arguments are those of `EntropyObjective`."""
+class ContextObjective(EntropyObjective):
+    """The context model alone (`DepthConvConfig.context_model`) learns to spend fewer bits: what a codec without one
+    gains is had in minutes. The arguments are those of `EntropyObjective`."""
 
-    stage = "checkerboard"
+    stage = "context"
 
     def __init__(self, rates: Objective, kept: int) -> None:
         super().__init__(rates, kept)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name.startswith("checkerboard_transforms."))
+            parameter.requires_grad_(name.startswith("context_model."))
 
 
 class LAEObjective(Objective):
