@@ -65,14 +65,17 @@ def test_fitted_tables_make_smaller_files_that_decode(varied):
     assert decode(model, analyzed.write(analyzed.quantize(5.0)).data).shape == pictures[0].shape
 
 
-def test_the_shipped_tables_are_fitted():
-    """They save half a percent and more on a photograph that is not of the training set, and load as saved."""
-    model = load_model(BUNDLED)
-    stored = read_checkpoint(BUNDLED)["state_dict"]["gaussian_conditional._quantized_cdf"]
+@pytest.mark.parametrize("name, share", [("tcm_vbr_small", 0.995), ("depthconv_vbr", 0.997)])
+def test_the_shipped_tables_are_fitted(name, share):
+    """They save bits on a photograph that is not of the training set, and load as saved. With TCM small that is a
+    percent; the context model of the default weights leaves less of what no Gaussian has (0.4 %)."""
+    file = BUNDLED.with_name(f"{name}.pth.tar")
+    model = load_model(file)
+    stored = read_checkpoint(file)["state_dict"]["gaussian_conditional._quantized_cdf"]
     assert torch.equal(model.gaussian_conditional.quantized_cdf, stored)
     photo = read_image(find_images_or_samples(None)[1])[:, 20:276, 80:336]
     fitted = sum(bits(model, photo, float(index)) for index in range(6))
     assert not model.update()
     with pytest.warns(UserWarning, match="fitted to photographs are replaced"):
         model.update(force=True)
-    assert fitted < 0.995 * sum(bits(model, photo, float(index)) for index in range(6))
+    assert fitted < share * sum(bits(model, photo, float(index)) for index in range(6))
