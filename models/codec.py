@@ -11,8 +11,8 @@ The two LAEs are there in a variable-rate codec (models/lae.py; TCSVT 2025). The
 autoregression ("Channel-wise Autoregressive Entropy Models for Learned Image Compression",
 https://arxiv.org/abs/2007.08739): each sees ẑ and the slices before it. A backbone may have a context model, for which
 the first slice, which sees ẑ alone, is coded in parts (models/coding/order.py). The loop, `Codec.run_slices`, exists
-once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which
-estimates its bits, writes its symbols, or reads them.
+once. What happens to a slice is up to a slice coder (models/coding/slice_coders.py), which estimates its bits, writes
+its symbols, or reads them.
 """
 
 import contextlib
