@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from utils.codec.quality_map import QualityMap
     from utils.distributed import DistContext
 
-ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "avif-fast", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
+ANCHORS = ("jpeg", "jpeg444", "webp", "avif", "avif-fast", "avif-psnr", "jpegxl", "jpeg2000")  # keys of utils.evaluation.anchors.CODECS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -205,7 +205,7 @@ def run(args: argparse.Namespace, argv: list[str] | None, write_json: Callable[[
     if not context.is_main:
         return 0
     whole = comparison.together(codecs, earlier) | {"made": provenance(argv, context)}
-    if whole["compared"]:
+    if len(whole["summary"]["codecs"]) > 1:
         print(comparison.table(whole["summary"]))
     write_json(whole)
     if args.report:

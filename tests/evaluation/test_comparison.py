@@ -49,6 +49,15 @@ def test_a_perfect_ms_ssim_has_no_place_on_a_curve():
     assert rows[1]["bd_ms-ssim"]["rate"]["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_rates_that_a_bd_rate_leaves_out_are_told():
+    """The second rate of one codec has less quality than its first, for more bits."""
+    errors = (80, 40, 20, 10, 5)
+    one = codec("one", *[[result(i, 2**i / 10, error)] for i, error in enumerate(errors)])
+    bent = codec("bent", *[[result(i, 2**i / 10, error)] for i, error in enumerate((80, 90, 20, 10, 5))])
+    text = comparison.table(comparison.compare([one, bent]))
+    assert "BD (psnr) against bent: without 1 rates of bent" in text and "rates of one" not in text
+
+
 def test_regions_have_no_loss():
     row = result(0, 1, 10)
     row.psnr_inside, row.psnr_outside = 40.0, 30.0
@@ -154,11 +163,15 @@ def test_what_is_no_result_is_named(tmp_path, content):
 
 
 def test_published_curves_have_sources_and_are_for_kodak_alone():
-    for curve in comparison.published():
-        assert curve["source"] and curve["description"] == "published, not measured"
+    curves = comparison.published()
+    for curve in curves:
+        assert curve["source"] and curve["name"].endswith(", published")
         assert sorted(curve["results"]["bpp"]) == curve["results"]["bpp"]
     kodak = [Result(f"kodim{i:02}.png", *((512, 768) if i % 5 else (768, 512)), 0, 1, 30) for i in range(1, 25)]
     assert comparison.is_kodak(codec("c", kodak))
+    beside = comparison.together([codec("c", kodak)], [])["summary"]["codecs"][1:]
+    assert [row["name"] for row in beside] == [curve["name"] for curve in curves]
+    assert all(row["least_loss"] is None for row in beside)  # a mean PSNR has no mean MSE
     assert not comparison.is_kodak(codec("c", kodak[:8]))
     kodak[3].width = 600
     assert not comparison.is_kodak(codec("c", kodak))

@@ -48,11 +48,12 @@ def _jpeg(chroma: str) -> Codec:
     return Codec(f"JPEG {chroma}", "JPEG", options=lambda q: {"quality": q, **options}, qualities=qualities)
 
 
-def _avif(speed: int) -> Codec:
-    """Pillow's `speed` is that of libavif, 0 to 10; between 8 and 4 lie some 15 % of the bits."""
+def _avif(title: str, speed: int, **options: Any) -> Codec:
+    """Pillow's `speed` is that of libavif, 0 to 10; between 8 and 4 lie some 15 % of the bits. Of itself Pillow takes
+    chroma of 4:2:0, and libavif what it tunes for, which is not PSNR."""
     return Codec(
-        f"AVIF, speed {speed}", "AVIF", feature="avif", qualities=(10, 20, 30, *range(40, 86, 5), 90),
-        options=lambda q: {"quality": q, "speed": speed, "max_threads": torch.get_num_threads()},
+        f"AVIF {title}, speed {speed}", "AVIF", feature="avif", qualities=(10, 20, 30, *range(40, 86, 5), 90),
+        options=lambda q: {"quality": q, "speed": speed, "max_threads": torch.get_num_threads(), **options},
     )  # fmt: skip
 
 
@@ -60,11 +61,12 @@ CODECS = {
     "jpeg": _jpeg("4:2:0"),
     "jpeg444": _jpeg("4:4:4"),
     "webp": Codec(
-        "WebP", "WEBP", feature="webp",
+        "WebP, method 4", "WEBP", feature="webp",
         options=lambda q: {"quality": q, "method": 4}, qualities=(1, 5, *range(10, 81, 10), 85, 90, 95),
     ),
-    "avif": _avif(4),
-    "avif-fast": _avif(8),
+    "avif": _avif("4:2:0", speed=4),
+    "avif-fast": _avif("4:2:0", speed=8),
+    "avif-psnr": _avif("4:4:4 for PSNR", speed=4, subsampling="4:4:4", advanced={"tune": "psnr"}),
     "jpegxl": Codec(
         "JPEG XL", "JXL", qualities=(5, *range(10, 81, 10), 85, 90, 93),
         options=lambda q: {"quality": q, "num_threads": torch.get_num_threads()},

@@ -7,6 +7,7 @@ except for curves from elsewhere, the pictures under "images". The first of seve
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -32,15 +33,12 @@ class Point(NamedTuple):
     quality: float | None
     bpp: float
     psnr: float | None  # None: infinite
-    mse: float
+    mse: float | None  # None: not known, as a mean of decibels does not tell it
     ms_ssim: float | None
 
 
 def points(codec: dict) -> list[Point]:
-    """The rates of a codec by rising bpp.
-
-    Where a file has no pictures the MSE is that of the mean PSNR, which is less than the mean of the MSE.
-    """
+    """The rates of a codec by rising bpp."""
     groups = defaultdict(list)  # rows of index, bpp, PSNR and MS-SSIM by rate
     if "images" in codec:
         for row in codec["images"]:
@@ -53,7 +51,8 @@ def points(codec: dict) -> list[Point]:
     found = []
     for rows in groups.values():
         index, bpp, psnr, ms_ssim = zip(*rows, strict=True)
-        mse = mean(0.0 if value is None else mse_of_psnr(value) for value in psnr)  # JSON has no infinity
+        squares = [0.0 if value is None else mse_of_psnr(value) for value in psnr]  # JSON has no infinity
+        mse = mean(squares) if "images" in codec else None
         means = dict(psnr=mean_of_all(psnr), ms_ssim=mean_of_all(ms_ssim))
         found.append(Point(quality=mean(index), bpp=mean(bpp), mse=mse, **means))
     return sorted(found, key=lambda point: point.bpp)
@@ -142,7 +141,8 @@ def _identity(codec: dict) -> tuple | str:
 
 
 def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
-    """The first of codecs, with the others and those of files under "compared", and their "summary".
+    """The first of codecs, with the others and those of files under "compared", and their "summary", which has the
+    published curves too where the pictures are Kodak's.
 
     Args:
         files: names, and what `read_codecs` returned.
@@ -156,7 +156,8 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
             if not number or _identity(codec) not in known:  # what it was compared with may be there already
                 add_codec(found, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
     found[1:] = sorted(found[1:], key=lambda codec: not weights_of(codec))  # classical codecs come last
-    return found[0] | {"compared": found[1:], "summary": compare(found, found[0].get("metric", "mse"))}
+    beside = published() if is_kodak(found[0]) else []
+    return found[0] | {"compared": found[1:], "summary": compare(found + beside, found[0].get("metric", "mse"))}
 
 
 def is_kodak(codec: dict) -> bool:
@@ -166,8 +167,9 @@ def is_kodak(codec: dict) -> bool:
 
 
 def published() -> list[dict]:
-    """Curves of Kodak from papers and from CompressAI, each with its source, to be drawn beside what is measured."""
-    return [codec | {"description": "published, not measured"} for codec in json.loads(PUBLISHED.read_text())]
+    """Curves of Kodak from papers and from CompressAI, each with its source, to stand beside what is measured."""
+    curves = json.loads(PUBLISHED.read_text())
+    return [curve | {"name": f"{curve['name']}, published", "description": "not measured here"} for curve in curves]
 
 
 def least_losses(codec: dict, metric: str) -> list[float] | None:
@@ -207,11 +209,14 @@ def compare(codecs: list[dict], metric: str = "mse") -> dict:
 
 
 def _deltas(anchor: dict, test: dict, metric: str) -> dict:
+    """Deltas of rate and quality, and how many points of the anchor and of the tested codec they leave out."""
     try:
-        curves = [rising(points_of(codec, metric))[0] for codec in (anchor, test)]
+        found = [rising(points_of(codec, metric)) for codec in (anchor, test)]
     except KeyError:
         return {kind: {"value": None, "reason": f"no {metric} of one of the codecs"} for kind in ("rate", "quality")}
-    return {"rate": asdict(delta_rate(*curves)), "quality": asdict(delta_quality(*curves))}
+    curves = [kept for kept, _ in found]
+    left_out = [len(beaten) for _, beaten in found]
+    return {"rate": asdict(delta_rate(*curves)), "quality": asdict(delta_quality(*curves)), "left_out": left_out}
 
 
 def table(summary: dict) -> str:
@@ -220,8 +225,11 @@ def table(summary: dict) -> str:
     def delta(name: str, kind: str):
         return lambda row: row.get(f"bd_{name}", {}).get(kind, {}).get("value")
 
+    def common(end: int):
+        return lambda row: (row.get("bd_psnr", {}).get("rate", {}).get("common") or (None, None))[end]
+
     lines = TextTable(
-        "least λ·D + bpp at λ =", 24,
+        "least λ·D + bpp at λ =", 31,
         *(
             TextColumn(f"{lmbda:g}", "6.3f", lambda row, i=i: row["least_loss"] and row["least_loss"][i])
             for i, lmbda in enumerate(summary["lambdas"])
@@ -229,6 +237,8 @@ def table(summary: dict) -> str:
         TextColumn("mean", "6.3f", lambda row: row["mean_loss"]),
         TextColumn("rates", "5.0f", lambda row: row["rates"]),
         TextColumn("BD-rate %", "9.1f", delta("psnr", "rate")),
+        TextColumn("from dB", "7.1f", common(0)),
+        TextColumn("to dB", "5.1f", common(1)),
         TextColumn("BD-PSNR", "7.2f", delta("psnr", "quality")),
         TextColumn("MS-SSIM %", "9.1f", delta("ms-ssim", "rate")),
         TextColumn("encode s", "8.2f", lambda row: row["encode_seconds"]),
@@ -236,10 +246,19 @@ def table(summary: dict) -> str:
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
     notes = [f"BD (Akima): of {first} against each; a negative rate is fewer bits of {first} at equal quality"]
-    for row in summary["codecs"][1:]:
-        if row["bd_psnr"]["rate"]["value"] is None:
-            notes.append(f"no BD-rate against {row['name']}: {row['bd_psnr']['rate']['reason']}")
+    notes += [note for row in summary["codecs"][1:] for note in _notes(first, row)]
     return "\n".join([lines.header, *(lines.row(row["name"], [row]) for row in summary["codecs"]), *notes])
+
+
+def _notes(first: str, row: dict) -> Iterator[str]:
+    """Why a codec has no BD-rate, and which rates have no part in one."""
+    if row["bd_psnr"]["rate"]["value"] is None:
+        yield f"no BD-rate against {row['name']}: {row['bd_psnr']['rate']['reason']}"
+    for metric in ("psnr", "ms-ssim"):
+        for name, count in zip((row["name"], first), row[f"bd_{metric}"].get("left_out", ()), strict=False):
+            if count:
+                against = f"BD ({metric}) against {row['name']}"
+                yield f"{against}: without {count} rates of {name}, as others have more quality for no more bits"
 
 
 def ms_ssim_decibels(point: Point) -> float | None:

@@ -1,6 +1,7 @@
 """Plots as SVG and PNG, light and dark, and what they show in words. Drawn from the values that the JSON has."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
     axes.set_prop_cycle(color=[color for color in colormaps["tab10"].colors if len(set(color)) > 1])  # none is gray
 
-    def draw(codec: dict, style: str, told: str = "", **options) -> None:
-        axes.plot(*_columns(curve_of(codec, metric)), style, label=label(codec["name"]) + told, **options)
+    def draw(codec: dict, style: str, **options) -> None:
+        axes.plot(*_columns(curve_of(codec, metric)), style, label=label(codec["name"]), **options)
 
     for codec in ours:
         draw(codec, "o-", linewidth=2, markersize=5, zorder=3)
@@ -85,8 +86,8 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     if inside := [point for codec in ours for point in curve_of(codec, metric)]:
         limits = [1.25 * max(bpp for bpp, _ in inside), *(f(q for _, q in inside) for f in (min, max))]
         axes.set(xlim=(0, limits[0]), ylim=(limits[1] - 2.5, limits[2] + 2.5))
-    for marker, codec in zip("ovs^DP", published, strict=False):
-        draw(codec, f"{marker}:", ", published", color=PUBLISHED_COLOR, linewidth=1, markersize=3.5, zorder=1)
+    for marker, codec in zip(itertools.cycle("ovs^DPX*<>"), published, strict=False):
+        draw(codec, f"{marker}:", color=PUBLISHED_COLOR, linewidth=1, markersize=3.5, zorder=1)
     _add_legend(figure)
     return figure
 

@@ -38,7 +38,7 @@ class Result:
     psnr_outside: float | None = None
 
 
-def distortion_of(metric: str, mse: float, ms_ssim: float | None) -> float | None:
+def distortion_of(metric: str, mse: float | None, ms_ssim: float | None) -> float | None:
     """D of the loss: MSE on the 0–255 scale for "mse", else 1 − MS-SSIM; None where that is not known."""
     if metric == "mse":
         return mse
