@@ -89,8 +89,9 @@ class Codec(CodecWeights):
     - `bytes_per_pixel`, memory of the widest tensor of g_a and g_s, for pictures that are computed in bands.
 
     Networks are `nn.Sequential`s of layers with a registered footprint (models/large/bands.py), so that pictures of any
-    size take bounded memory. Networks of latent residuals, if any, are called `lrp_transforms`. A class NAME and its
-    variable-rate form NAME_VBR are known by models/registry.py.
+    size take bounded memory. Networks of latent residuals, if any, are called `lrp_transforms`. Every parameter takes
+    part in the loss, as several processes wait for its gradient, and no layer has running statistics. A class NAME and
+    its variable-rate form NAME_VBR are known by models/registry.py.
 
     Args: a `Config` of the class, or its fields by position or name.
 
@@ -156,6 +157,13 @@ class Codec(CodecWeights):
         """The weights that `--transform-lr-factor` is for: they learn more slowly than the others."""
         yield from self.g_a.parameters()
         yield from self.g_s.parameters()
+
+    @property
+    def networks(self) -> list[nn.Sequential]:
+        """g_a, g_s and all others that are run layer by layer, those of every slice too."""
+        parts = list(self.children())
+        alone = [part for part in parts if isinstance(part, nn.Sequential)]
+        return alone + [network for part in parts if isinstance(part, nn.ModuleList) for network in part]
 
     # What a variable-rate codec overrides ----------------------------------------------------
 

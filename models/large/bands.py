@@ -44,7 +44,7 @@ class Footprint(NamedTuple):
 @functools.singledispatch
 def footprint(layer: nn.Module) -> Footprint:
     """The footprint of a layer, in rows of its input. A new kind of layer registers its own, beside its class."""
-    raise TypeError(f"no footprint is known of {type(layer).__name__}")
+    raise TypeError(f"no footprint is known of {type(layer).__name__}: register one (models/large/bands.py)")
 
 
 @footprint.register
@@ -85,7 +85,9 @@ def _(layer: nn.ConvTranspose2d) -> Footprint:
 @footprint.register(nn.GELU)
 @footprint.register(nn.LeakyReLU)
 @footprint.register(nn.ReLU)
+@footprint.register(nn.Sigmoid)
 @footprint.register(nn.SiLU)
+@footprint.register(nn.Tanh)
 def _(layer: nn.Module) -> Footprint:
     return Footprint(0, 1)
 

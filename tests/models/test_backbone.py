@@ -32,7 +32,7 @@ class ToyConfig(CodecConfig):
 
     @classmethod
     def infer(cls, state_dict):
-        return cls(M=state_dict["g_a.0.weight"].shape[0], num_slices=2 * int("toy.weight" in state_dict))
+        return cls(M=state_dict["g_a.0.weight"].shape[0], num_slices=2 * int("heads.0.0.weight" in state_dict))
 
 
 class Toy(Codec):
@@ -47,7 +47,6 @@ class Toy(Codec):
         self.h_a = nn.Sequential(nn.Conv2d(M, C, 5, stride=4, padding=2))
         self.h_s = nn.Sequential(nn.Conv2d(C, 16 * M, 1), nn.PixelShuffle(4))
         self.heads = nn.ModuleList(nn.Sequential(nn.Conv2d(M + M // 2 * i, M, 1)) for i in range(2))
-        self.toy = nn.Linear(1, 1)  # a name that no other backbone has
         self.entropy_bottleneck, self.gaussian_conditional = EntropyBottleneck(C), GaussianConditional(None)
 
     def hyper_synthesis(self, z_hat):

@@ -19,6 +19,10 @@ from tests.training.runs import ROOT, arguments, recorded_losses, train, wait_fo
 from utils.checkpoint import export_model, read_checkpoint
 from utils.cli import UserError
 from utils.distributed import DistContext
+from utils.training.objectives import Objective
+from utils.training.patches import PatchDataset
+from utils.training.schedule import Settings
+from utils.training.trainer import Trainer
 
 # train_vbr.py, with the loss of every step printed in full by the first process.
 DRIVER = """
@@ -133,3 +137,42 @@ def test_a_number_of_processes_without_torchrun_is_one_line(monkeypatch):
         DistContext.from_environment("cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert DistContext.from_environment("cpu").world_size == 1
+
+
+@pytest.fixture
+def trainer(photos, tmp_path) -> Trainer:
+    """Of a tiny network, in one process."""
+    dataset = PatchDataset(sorted(photos.iterdir()), (128, 128), seed=0)
+    objective = Objective(DepthConv_VBR(**TINY), Settings(batch_size=1, patch_size=(128, 128), max_steps=1))
+    return Trainer(objective, dataset, tmp_path / "run", context=DistContext(torch.device("cpu")), validation=())
+
+
+@pytest.mark.parametrize("other", [{"step": 3}, {"trained_on": "40 photographs"}, {"weights": "00"}])
+def test_processes_that_would_train_different_runs_say_so_before_they_begin(trainer, monkeypatch, other):
+    """As two machines do whose --save_path or photographs are not the same."""
+    monkeypatch.setattr(DistContext, "gather", lambda self, value: [value, value | other])
+    (name,) = other
+    with pytest.raises(UserError, match=rf"process 1 would train another run than process 0: {name} \(") as told:
+        trainer.run()
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_parameters_that_no_loss_depends_on_are_named_where_processes_would_wait_for_them(trainer, monkeypatch):
+    trainer.model.left_over = torch.nn.Linear(1, 1)
+    trainer.step()  # alone nothing waits
+    trainer.sizes.clear()
+    monkeypatch.setattr(trainer.context, "world_size", 2)
+    with pytest.raises(UserError, match=r"no loss depends on left_over\.weight, left_over\.bias"):
+        trainer.step()
+
+
+def test_running_statistics_are_refused(trainer, tmp_path):
+    trainer.model.g_a.append(torch.nn.BatchNorm2d(trainer.model.M))
+    with pytest.raises(ValueError, match=r"running statistics are not averaged: g_a\.\d+"):
+        Trainer(trainer.objective, trainer.dataset, tmp_path, context=trainer.context, validation=())
+
+
+def test_a_layer_without_a_footprint_is_told_before_it_is_trained(trainer, tmp_path):
+    trainer.model.g_s.append(torch.nn.Softmax2d())
+    with pytest.raises(TypeError, match="no footprint is known of Softmax2d"):
+        Trainer(trainer.objective, trainer.dataset, tmp_path, context=trainer.context, validation=())

@@ -1,4 +1,4 @@
-"""What a run holds out to validate on, and how many processes read for it."""
+"""What a run holds out to validate on, how many processes read for it, and what it takes over or tells."""
 
 import argparse
 import os
@@ -8,7 +8,8 @@ from PIL import Image
 
 from utils import cli
 from utils.cli.training_arguments import default_workers
-from utils.cli.training_run import split
+from utils.cli.training_run import split, take_over, tell_short_budget
+from utils.training.schedule import Settings
 
 
 def test_the_first_usable_photograph_is_held_out(photos):
@@ -30,3 +31,22 @@ def test_readers_share_the_cores(monkeypatch, cores, processes, expected):
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == expected
+
+
+def test_a_run_resumed_by_other_processes_keeps_what_each_has_in_a_step_of_its_last_part():
+    state = {"settings": {"last_batch_size": 64}, "training": [{}, {"processes": 8}]}
+    args = argparse.Namespace(last_batch_size=None, batch_size=32)
+    take_over(args, state, world_size=2)
+    assert args.last_batch_size == 8
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 100}, {"max_patches": 800}])
+def test_a_warm_up_that_fills_the_budget_is_told(capsys, budget):
+    tell_short_budget(Settings(learning_rate=1.0, batch_size=8, **budget))
+    assert "too long for a budget of 100 steps, in which the learning rate reaches 0.13\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 1000}, {"max_minutes": 1}])
+def test_a_warm_up_that_does_not_is_not_told(capsys, budget):
+    tell_short_budget(Settings(learning_rate=1.0, batch_size=8, **budget))
+    assert capsys.readouterr().err == ""

@@ -63,9 +63,12 @@ def test_joint_training_learns_and_leaves_weights_to_use(photos, checkpoint, tmp
     assert {"validation/original", "validation/index 5"} <= set(events.Tags()["images"])
 
 
-def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoint, tmp_path):
-    more = ["--stage", "base", "--lambda", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
-    state = train(photos, tmp_path / "run", *more)
+def test_base_stage_trains_one_rate_and_leaves_the_laes_behind(photos, checkpoint, tmp_path, capsys):
+    more = ["--lambda", 0.0067, "--checkpoint", checkpoint, "--max-steps", 2]
+    with pytest.raises(cli.UserError, match="has no scale of its own for one λ"):  # nor would it learn one
+        train(photos, tmp_path / "entropy", "--stage", "entropy", *more)
+    state = train(photos, tmp_path / "run", "--stage", "base", *more)
+    assert "its LAEs stay behind, and with them its scale" in capsys.readouterr().err
     assert (tmp_path / "run" / "curves.png").exists()
     assert state["model"] == "TCM" and state["objective"]["lambda"] == 0.0067
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())

@@ -46,7 +46,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     add("--balance", type=float, default=Settings.balance, metavar="P", help="multiply each patch's loss by (λ / λ_mid)^−P: with 0.5 the high rates do not dominate the gradient; 0 is the published loss")
     add("--aux-learning-rate", type=float, default=Settings.aux_learning_rate, metavar="LR", help="learning rate of the bottleneck's quantiles")
     add("--schedule", choices=("cosine", "step"), default=Settings.schedule, help="cosine to zero, or the published steps ×0.5, ×0.1, ×0.05 at their shares of the budget")
-    add("--warmup", type=int, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
+    add("--warmup", type=cli.whole_number, default=Settings.warmup, metavar="S", help="steps of linear warm-up")
     add("--clip_max_norm", type=float, default=Settings.clip_max_norm, metavar="G", help="gradient norm to clip at; 0 is no clipping")
     add("--ema", type=float, default=Settings.ema, metavar="D", help="decay of the averaged weights, which are what is saved for use")
     add("--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="autocast (bf16 without a value); likelihoods stay in float32")
@@ -56,7 +56,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, save_path: str) -> None:
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--save_path", default=save_path, metavar="DIR", help="folder of the run")
-    add("--resume", nargs="?", const=True, default=False, choices=("auto",), help="continue the run in --save_path, exactly; with auto, begin it if there is none: for jobs that a batch system puts back into its queue")
+    add("--resume", nargs="?", const=True, default=False, choices=("auto",), help="continue the run in --save_path, on a CPU bit for bit; with auto, begin it if there is none: for jobs that a batch system puts back into its queue")
     add("--validate-minutes", type=float, default=Settings.validate_minutes, metavar="T", help="minutes of training between validations")
     add("--save-minutes", type=float, default=Settings.save_minutes, metavar="T", help="minutes of training between saves of what --resume needs")
     cli.add_device_argument(run, published=True)

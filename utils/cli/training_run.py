@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from utils.pictures import ImageError, find_images, part_of_data_set
 from utils.training.compiled import compile_networks
 from utils.training.objectives import Objective
 from utils.training.patches import PatchDataset, check_shared_memory, decoded_gigabytes, read_all, usable
-from utils.training.schedule import Settings
+from utils.training.schedule import Progress, Settings, learning_rate
 from utils.training.trainer import Trainer, read_run
 
+LOW_PEAK = 0.8  # share of --learning-rate; that a run reaches less is told
 MS_SSIM_SIDE = 256  # the first multiple of 128 that holds the five scales of MS-SSIM
 
 
@@ -64,6 +66,8 @@ def train(
     smallest = STRIDE if objective.metric == "mse" else MS_SSIM_SIDE
     paths, held_out = split(args, smallest)
     settings.max_patches = args.epochs * len(paths)
+    if context.is_main:
+        tell_short_budget(settings)
     gigabytes = decoded_gigabytes(paths)
     cache = None
     copies = local_processes() if context.device.type == "cpu" else 1  # each process has its own
@@ -80,7 +84,7 @@ def train(
         check_shared_memory(local_processes() * args.num_workers, args.batch_size, size)
     if args.last_share:
         check_last_part(paths, cache or {}, args)
-    if start and not state:
+    if start and not state and context.is_main:  # whose weights all processes get
         history = [*history, start(objective.model, PatchDataset(paths, size, args.seed, cache=cache))]
     objective.to(context.device, memory_format=torch.channels_last)
     dataset = PatchDataset(
@@ -115,6 +119,17 @@ def train(
     return 128 + trainer.signal if trainer.signal and not trainer.finished and "WORLD_SIZE" not in os.environ else 0
 
 
+def tell_short_budget(settings: Settings) -> None:
+    """Say so where the learning rate never comes near its peak. A budget in minutes is of unknown steps."""
+    budgets = [settings.max_steps, settings.max_patches // settings.batch_size]
+    steps = min((budget for budget in budgets if budget), default=math.inf)
+    if settings.warmup > 1 and steps < 10 * settings.warmup:  # beyond, no more than a tenth of it is lost
+        highest = max(learning_rate(Progress(step, step * settings.batch_size), settings) for step in range(steps))
+        if highest < LOW_PEAK * settings.learning_rate:
+            text = f"too long for a budget of {steps} steps, in which the learning rate reaches {highest:.2g}"
+            print_note(f"--warmup {settings.warmup}", text)
+
+
 def take_over(args: argparse.Namespace, state: dict, world_size: int) -> None:
     """Give the arguments of a resumed run what is decided at its beginning: the share of maps, the patches of a step in
     its last part, and its checkpoint.
@@ -128,7 +143,9 @@ def take_over(args: argparse.Namespace, state: dict, world_size: int) -> None:
     if getattr(args, "map_share", 0.0) is None:
         args.map_share = settings.get("map_share", 0.0)
     if args.last_batch_size is None:
-        args.last_batch_size = max(1, settings.get("last_batch_size", args.batch_size * world_size) // world_size)
+        # Per process, as --batch-size is, and as a GPU's memory holds.
+        processes = state["training"][-1].get("processes", world_size)
+        args.last_batch_size = max(1, settings.get("last_batch_size", args.batch_size * processes) // processes)
     if hasattr(args, "checkpoint"):
         asked = args.checkpoint
         began_with = settings.get("checkpoint", state.get("checkpoint", ""))

@@ -53,7 +53,8 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         if not is_backbone(kind):
             raise UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
         weights = start.state_dict()
-        if args.lmbda:  # the LAEs of a variable-rate codec stay behind
+        if args.lmbda and issubclass(kind, VariableRate):
+            tell_lost_scale(args, quiet)
             weights = {name: value for name, value in weights.items() if not name.startswith("modnet_")}
         arguments = start.arguments
         if args.stage == "context":
@@ -71,6 +72,16 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             print_note(args.checkpoint, f"trained for {start.metric}, and trained on for {args.type} (--type)")
     model.metric = args.type
     return model, history
+
+
+def tell_lost_scale(args: argparse.Namespace, quiet: bool) -> None:
+    """Without its LAEs a variable-rate codec is scaled for no rate. UserError where g_a and g_s do not learn."""
+    if args.stage in OF_LATENTS:
+        told = "a variable-rate codec has no scale of its own for one λ, and this stage learns none"
+        raise UserError(f"{args.checkpoint}: {told}: leave out --lambda, or begin with --stage base")
+    if not quiet:
+        told = "its LAEs stay behind, and with them its scale for every rate: g_a and g_s have to learn another"
+        print_note(args.checkpoint, told)
 
 
 def new_model(args: argparse.Namespace) -> Codec:

@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from models import Codec
+from models.large.bands import scaled_height
 from models.layers import Float32GDN
-from models.state_dict import without_tables
+from models.state_dict import digest, without_tables
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
 from utils.device import is_out_of_memory, out_of_memory_as_value_error, processor
 from utils.distributed import DistContext, is_lost_peer
@@ -54,6 +55,10 @@ class Trainer:
         validation: photographs, uint8 `[3, H, W]`, sides multiples of 128, for `validate`; the same in every process.
         workers: processes that read photographs which are not cached.
         history: training records of the weights at the start.
+
+    Raises:
+        ValueError: a layer has running statistics, which are neither averaged nor shared by the processes.
+        TypeError: a layer of a network has no footprint (models/large/bands.py).
     """
 
     def __init__(
@@ -72,6 +77,11 @@ class Trainer:
         self.history = list(history)
         self.device = context.device
         self.progress = Progress()
+        modules = self.model.named_modules()
+        if running := [name for name, module in modules if getattr(module, "track_running_stats", False)]:
+            raise ValueError(f"running statistics are not averaged: {', '.join(running)} (GroupNorm has none)")
+        for network in self.model.networks:
+            scaled_height(network, 1)  # asks every layer for its footprint, as files of large pictures do, later
         if settings.amp == "fp16":
             for module in objective.modules():  # teachers too
                 if type(module) is GDN:
@@ -113,6 +123,8 @@ class Trainer:
         keys = [batch.keys] if self.objective.repeat else []
         out = self.ddp_objective(x, batch.rate_uniform, noise, *keys)
         self.scaler.scale(out.pop("total")).backward()
+        if self.context.world_size > 1 and not self.sizes:
+            self._check_gradients()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_max_norm or math.inf)
@@ -211,8 +223,10 @@ class Trainer:
         """Train until the budget is spent or a signal comes; validate and save in between and at the end.
 
         Raises:
-            UserError: MAX_SKIPPED_STEPS steps in a row were not finite, or another process of the run is gone.
+            UserError: MAX_SKIPPED_STEPS steps in a row were not finite; or another process of the run is gone, or would
+                train another run.
         """
+        self._check_processes()
         with self._started():
             next_save = self._next_time(self.settings.save_minutes)
             next_validation = self._next_time(self.settings.validate_minutes)
@@ -238,6 +252,21 @@ class Trainer:
             self.save()  # first: what follows may be interrupted
             self.log.print("validating the weights, and fitting their coding tables")
             self.validate(last=True)
+
+    def _check_processes(self) -> None:
+        """UserError where the processes would not train one network: DistributedDataParallel compares nothing."""
+        run = asdict(self.settings) | {"step": self.progress.step, "weights": digest(self.model.state_dict()).hex()}
+        first, *others = self.context.gather(run)
+        for rank, other in enumerate(others, 1):
+            if differ := [f"{name} ({other[name]}, not {first[name]})" for name in run if other[name] != first[name]]:
+                told = f"process {rank} would train another run than process 0: {', '.join(differ)}"
+                raise UserError(f"{told}; all need the same arguments, photographs and --save_path")
+
+    def _check_gradients(self) -> None:
+        """UserError naming parameters that several processes would wait for, as nothing depends on them."""
+        parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if idle := [name for name, p in parameters if p.grad is None]:
+            raise UserError(f"no loss depends on {', '.join(idle)}: leave them out to train in several processes")
 
     def _next_time(self, interval: float) -> float:
         """The next multiple of an interval in minutes: the same for a run that is often resumed, as it may be."""
