@@ -49,7 +49,7 @@ from utils.files import (
     is_special,
 )
 from utils.messages import print_error, print_note, print_weights
-from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, suffixes
+from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, sides_of, suffixes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,10 +150,10 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     return [(source, target) for target, source in found.items()], True
 
 
-def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
+def check_finished(source: Path, file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
     """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not.
 
-    They do not tell how its latents were refined, or its symbols chosen.
+    They do not tell how its latents were refined, or its symbols chosen, nor pictures of equal sides apart.
 
     fingerprint: of the weights that are asked for.
     """
@@ -172,6 +172,11 @@ def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> 
     target = request.target(coded.width * coded.height)
     indexes = coded.index, request.index
     difference = ""
+    sides = sides_of(source)
+    if sides and sorted(sides) != sorted((coded.width, coded.height)):  # it may have been turned upright
+        told = f"is of another picture, of {coded.width}×{coded.height} pixels, than {source}"
+        print_error(file, f"{told}: choose another folder")
+        return False
     if coded.fingerprint != fingerprint:
         difference = f"was made with other weights ({coded.fingerprint.hex()}) than {args.checkpoint}"
     elif None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
@@ -187,6 +192,10 @@ def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> 
     if difference:
         print_error(file, f"{difference}; --force makes it again")
     return not difference
+
+
+def is_newer(source: Path, target: Path) -> bool:
+    return source.is_file() and source.stat().st_mtime > target.stat().st_mtime
 
 
 def read_bytes(path: Path) -> bytes:
@@ -318,15 +327,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
-    done = {target for _, target in work if target.is_file() and str(target) != "-" and not args.force}
+    done = {t: s for s, t in work if t.is_file() and str(t) != "-" and not args.force}  # sources by their targets
     if done and not to_folder:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
+    fitting = []
+    if args.command == "decode":  # a picture may be there that was encoded, which must not be overwritten
+        for target in [target for target, source in done.items() if is_newer(source, target)]:
+            told = f"is older than {done.pop(target)}: perhaps the picture that was encoded"
+            print_error(target, f"{told}; choose another folder, or overwrite it with --force")
+            fitting.append(False)
+            work = [(s, t) for s, t in work if t != target]
     if done:
         hidden = ", refined or not" if args.command == "encode" and args.steps else ""
         hidden += ", not verified" if args.command == "encode" and args.verify else ""
         print(f"{len(done)} of {len(work)} are finished and left alone{hidden}; --force makes them again", file=sys.stderr)
-        for source, target in work:
-            if target in done and source.is_file() and source.stat().st_mtime > target.stat().st_mtime:
+        for target, source in done.items():
+            if is_newer(source, target):
                 print_note(target, f"is older than {source}; --force makes it again")
         work = [(source, target) for source, target in work if target not in done]
     if work and to_folder:
@@ -375,10 +391,9 @@ def main(argv: list[str] | None = None) -> int:
         weights = f"weights that are not in {BUNDLED.parent.name}/" + (f" ({fingerprint.hex()})" if fingerprint else "")
         raise ValueError(f"encoded with {weights}: name them with --checkpoint")
 
-    fitting = []
     if done and args.command == "encode":
         fingerprint = use(args.checkpoint).fingerprint
-        fitting = [check_finished(target, args, fingerprint) for target in sorted(done)]
+        fitting = [check_finished(done[target], target, args, fingerprint) for target in sorted(done)]
     jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all([*fitting, *bar]) else 1

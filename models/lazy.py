@@ -25,6 +25,8 @@ LATER: dict[str, dict[str, str]] = {
     "timm": {},
     "timm.layers": {},
 }
+# A package of these whose other modules import from it: it runs before any but the named ones is looked for.
+FIRST: dict[str, set[str]] = {"timm": {"timm.layers"}}
 
 
 def get_entropy_coder() -> str:
@@ -84,10 +86,29 @@ class _LaterLoader(Loader):
         module.__getattr__ = find
 
 
+class _FoundLoader(Loader):
+    """Gives the import system a module that is there already: its package, which ran meanwhile, imported it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # the import system has put its own there
+
+
 class _LaterFinder(MetaPathFinder):
     """Finds the packages of LATER."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package = name.rpartition(".")[0]
+        if name not in FIRST.get(package, {name}):
+            hasattr(sys.modules[package], "__version__")  # runs it, unless it has run or is running
+            if name in sys.modules:
+                return ModuleSpec(name, _FoundLoader(sys.modules[name]))
         spec = PathFinder.find_spec(name, path, target) if name in LATER else None
         if spec and spec.loader:
             spec.loader = _LaterLoader(spec.loader)

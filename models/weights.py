@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -56,6 +56,7 @@ class CodecWeights(CompressionModel):
         self.config = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **kwargs)
         self._tables: tuple[Any, tuple[CodingTables, CodingTables]] | None = None  # and the state they were made of
         self._fingerprint: tuple[Any, bytes] | None = None
+        self._rounded_to: torch.dtype | None = None  # the half precision that the weights once had
 
     @property
     def arguments(self) -> dict:
@@ -83,13 +84,19 @@ class CodecWeights(CompressionModel):
         model.load_state_dict(state_dict)
         return model.eval()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CodecWeights":
+        model = super()._apply(fn, recurse)
+        if self.medians.dtype in (torch.float16, torch.bfloat16):
+            self._rounded_to = self.medians.dtype  # the scale table too; float() brings nothing back
+        return model
+
     def check_precision(self) -> None:
-        """ValueError for weights that are not float32: half-precision codecs would not decode each other's files."""
-        dtype = self.medians.dtype
-        if dtype != torch.float32:
-            # half() has rounded the scale table too, which float() does not bring back.
-            way = "call model.float()" if dtype == torch.float64 else "load the weights anew"
-            raise ValueError(f"the weights are {dtype}; a codec computes in float32: {way}")
+        """ValueError for weights that are not float32, or were not always: codecs of half the precision would not
+        decode each other's files, and those of rounded weights no others'."""
+        if self._rounded_to:
+            raise ValueError(f"the weights were {self._rounded_to}; a codec computes in float32: load them anew")
+        if (dtype := self.medians.dtype) != torch.float32:
+            raise ValueError(f"the weights are {dtype}; a codec computes in float32: call model.float()")
 
     @property
     def medians(self) -> Tensor:

@@ -54,6 +54,23 @@ assert abs(stats.norm.ppf(0.975) - 1.96) < 1e-3 and scipy.stats.laplace
 """)
 
 
+@pytest.mark.parametrize("first", [
+    "from timm.models import create_model",
+    "import timm.models.vision_transformer",
+    "from timm.data import create_transform",
+    "import timm.optim, timm.layers.drop",
+])
+def test_modules_of_timm_that_want_their_package_are_found(first):
+    run(f"""import models
+{first}
+import sys, timm, timm.models
+assert timm.models is sys.modules["timm.models"] and timm.create_model is timm.models.create_model
+assert timm.models.__spec__.loader is timm.models.__loader__ and timm.models.__path__
+import models.layers
+assert timm.layers.DropPath is models.layers.DropPath
+""")
+
+
 def test_threads_wait_while_one_of_them_runs_a_package():
     run("""from concurrent.futures import ThreadPoolExecutor
 from models import TCM_VBR

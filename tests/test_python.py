@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from models.coding.side_info import DecodingError
+from utils.checkpoint import load_model
 from utils.codec.bitstream import BitstreamError
 from utils.codec.decode import decode
 from utils.codec.encode import encode
@@ -38,6 +40,42 @@ def test_a_numpy_picture_gives_the_same_file(tiny, picture):
     assert encode(tiny, pixels, REQUEST).data == expected
     upside_down = np.ascontiguousarray(pixels[::-1])[::-1]  # a view with negative strides
     assert encode(tiny, upside_down, REQUEST).data == expected
+    pixels = pixels.copy()
+    pixels.flags.writeable = False  # as np.asarray(Image.open(…)) is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encode(tiny, pixels, REQUEST).data == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_were_rounded_once_write_no_files(tiny, picture, dtype):
+    """Whose files the weights that they were could not decode."""
+    rounded = copy.deepcopy(tiny).to(dtype).float()
+    for model in (rounded, copy.deepcopy(rounded), pickle.loads(pickle.dumps(rounded))):
+        with pytest.raises(ValueError, match=f"the weights were {dtype}; .* load them anew"):
+            encode(model, picture, REQUEST)
+    assert encode(copy.deepcopy(tiny).double().float(), picture, REQUEST).data == encode(tiny, picture, REQUEST).data
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_loading_leaves_the_precision_and_the_random_numbers_of_a_program_alone(
+    tiny, picture, checkpoint, double_precision
+):
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    model = load_model(checkpoint)
+    assert torch.equal(torch.rand(2), expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    data = encode(model, picture, REQUEST).data
+    torch.set_default_dtype(torch.float32)
+    assert data == encode(load_model(checkpoint), picture, REQUEST).data
 
 
 @pytest.mark.parametrize(

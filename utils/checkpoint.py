@@ -1,10 +1,11 @@
 """Checkpoints that rebuild their model, read without running any code that they may hold."""
 
 import importlib.metadata
+import inspect
 import io
 import pickle
-import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,10 @@ def trained_lambda(checkpoint: dict) -> float | None:
 
 def new_of(cls: type[Codec], arguments: dict, path: str | Path) -> Codec:
     """A new model of the class and the sizes that a file names. CheckpointError where there are no such sizes."""
+    known = {field.name for field in fields(cls.Config)} | inspect.signature(cls).parameters.keys()
+    if unknown := sorted(arguments.keys() - known):  # which a TCM ignores, as the published one does
+        cause = f"a {cls.__name__} has no {', '.join(unknown)}"
+        raise CheckpointError(f"{path}: not of this version of the project ({cause})")
     try:
         return cls(**arguments)
     except TypeError as error:
@@ -156,21 +161,20 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
     if list(checkpoint.get("lambdas", LADDERS[metric])) != list(LADDERS[metric]):
         raise CheckpointError(f"{path}: made for another ladder of lambdas, {checkpoint['lambdas']}")
     try:
-        if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
-            model = recognize(state).from_state_dict(state)
-        else:
-            cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "ignored, as a TCM")  # a later version's file may be another network
+        with torch.random.fork_rng(devices=[]):  # a new model's weights are random, and the caller's numbers its own
+            if "arguments" not in checkpoint:  # a published file: class and sizes are in its names and shapes
+                model = recognize(state).from_state_dict(state)
+            else:
+                cls = model_class(checkpoint["model"]) if "model" in checkpoint else recognize(state)
                 model = new_of(cls, checkpoint["arguments"], path)
-            model.load_state_dict(state)
-            model.metric = metric
-    except (ValueError, UserWarning) as error:
+                model.load_state_dict(state)
+                model.metric = metric
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise CheckpointError(f"{path}: its weights are not finite ({name})")
-    return model.eval()
+    return model.float().eval()
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> Codec:

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 from collections import Counter
@@ -111,7 +112,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's 0600 would lock out others who share the folder
+        # mkstemp's 0600 would lock out others who share the folder, and a file that is replaced has its own.
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

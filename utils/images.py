@@ -48,7 +48,7 @@ def as_picture(image: Tensor | np.ndarray) -> Tensor:
         ValueError: it is something else.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        image = to_tensor(np.ascontiguousarray(image))
+        image = to_tensor(np.require(image, requirements="CW"))  # a copy of what cannot be written, as PyTorch wants
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == 3:
         if image.numel():
             return image

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 
 from utils.pictures import ImageError, png_bytes, read_pixels
 from utils.pictures.color import SRGB, TRANSFERS
@@ -137,7 +139,7 @@ def test_color_chunks_of_png(smooth):
     by_primaries, _ = read(png(smooth, chroma(P3_PRIMARIES)))
     assert np.array_equal(by_number, by_primaries) and not np.array_equal(by_number, as_it_is)
     pixels, notes = read(png(smooth, (b"cICP", bytes([9, 16, 0, 1]))))  # PQ
-    assert np.array_equal(pixels, as_it_is) and "cICP 9, 16" in notes[0]
+    assert np.array_equal(pixels, as_it_is) and "H.273: 9, 16" in notes[0]
     with Image.open(P3) as image:  # a PNG may have a profile for readers that do not know cICP
         profile = image.info["icc_profile"]
     both, _ = read(png(smooth, (b"cICP", bytes([1, 13, 0, 1])), icc_profile=profile))
@@ -332,7 +334,9 @@ def test_only_raster_formats_are_tried(smooth):
         read_pixels(eps)
 
 
-def test_large_pictures_are_refused_before_they_are_decoded():
+def test_large_pictures_are_refused_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as the scripts do, for pictures beyond Pillow's own limit
+
     def header(width, height):
         ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + ihdr + struct.pack(">I", zlib.crc32(b"IHDR" + ihdr))
@@ -365,3 +369,48 @@ def test_a_png_whose_ancillary_chunks_are_broken_is_read_with_a_note(broken):
     found = read_pixels(png[:33] + broken + png[33:], note=lambda text, once=False: notes.append(text))
     assert np.array_equal(found, pixels)
     assert len(notes) == 1 and "damaged and ignored" in notes[0] and "object at" not in notes[0]
+
+
+@pytest.mark.parametrize(("bits", "value"), [(2, 1), (2, 3), (4, 15), (4, 0)])
+def test_the_transparency_of_few_bits_is_that_of_8(bits, value):
+    """Rows of one gray level of a PNG with 2 or 4 bits; Pillow scales the samples, but not the transparent one."""
+    levels = 2**bits
+    row = bytes([0]) + bytes(
+        sum(level << (8 - bits * (i + 1)) for i, level in enumerate(range(at, at + 8 // bits)))
+        for at in range(0, levels, 8 // bits)
+    )
+    header = struct.pack(">IIBBBBB", levels, 1, bits, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", value))
+    data += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    expected = [[255, 0, 0] if level == value else [level * 255 // (levels - 1)] * 3 for level in range(levels)]
+    assert read_pixels(data, background="red").tolist() == [expected]
+
+
+def test_a_gray_profile_does_not_cost_a_picture_its_colors(smooth):
+    as_it_is, _ = read(png(smooth))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    gray = profile[:16] + b"GRAY" + profile[20:]
+    pixels, notes = read(png(smooth, icc_profile=gray))
+    assert np.array_equal(pixels, as_it_is) and "its color profile cannot be used" in notes[0]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF")
+@pytest.mark.parametrize(("colors", "same"), [((1, 13), True), ((2, 2), True), ((1, 1), True), ((12, 13), False)])
+def test_colors_of_avif_are_converted_as_those_of_png(smooth, colors, same):
+    file = io.BytesIO()
+    smooth.save(file, "AVIF", quality=100)
+    data = file.getvalue()
+    at = data.index(b"colrnclx") + 8
+    told = data[:at] + struct.pack(">HH", *colors) + data[at + 4 :]
+    plain, _ = read(data)
+    pixels, notes = read(told)
+    assert not notes and np.array_equal(pixels, plain) == same
+    if not same:
+        assert np.array_equal(pixels, read(png(Image.fromarray(plain), (b"cICP", bytes([*colors, 0, 1]))))[0])
+    assert "H.273: 9, 16" in read(data[:at] + struct.pack(">HH", 9, 16) + data[at + 4 :])[1][0]
+
+
+def test_pillows_guard_of_the_program_around_is_left_as_it_is():
+    code = "from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import utils.images\n"
+    code += "assert Image.MAX_IMAGE_PIXELS == before > 0"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from PIL import Image
+
 from utils.device import keep_freed_memory
 from utils.errors import UserError
 from utils.messages import print_note
@@ -76,6 +78,7 @@ def run(main: Callable[[], int | None]) -> None:
     pipes that nobody reads are no errors.
     """
     keep_freed_memory()
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit: ours is refused before pixels are decoded (utils/pictures/read.py)
     # A closed stream is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

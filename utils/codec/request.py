@@ -120,6 +120,12 @@ class EncodeRequest:
             raise ValueError(f"a target must be positive, not {targets[0]:g}")
         if self.index is not None and not in_range(self.index):
             raise ValueError(f"the rate index must lie in {INDEX_RANGE}, not {self.index:g}")
+        if self.max_trials < 1:
+            raise ValueError(f"a target is searched for in one trial or more, not {self.max_trials}")
+        if not isinstance(self.refinement, RefinementSettings):
+            raise ValueError(f"refinement takes RefinementSettings(steps), not {self.refinement!r}")
+        if self.keep_rate and not self.refinement.steps:
+            raise ValueError("keep_rate is of a refinement, which has no steps")
         if self.keep_rate and targets:
             raise ValueError("a target is a rate to keep itself: not keep_rate beside it")
 

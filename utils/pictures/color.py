@@ -1,6 +1,6 @@
-"""Colors to sRGB: by the ICC profile of a picture (Pillow's ImageCms), or by the color chunks of a PNG file.
+"""Colors to sRGB: by the ICC profile of a picture (Pillow's ImageCms), or by what PNG and AVIF files have beside it.
 
-ImageCms cannot make a profile of the primaries and the transfer function that PNG's chunks name, so these few lines do.
+ImageCms cannot make a profile of the primaries and the transfer function that these name, so these few lines do.
 """
 
 import io
@@ -52,7 +52,7 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
         data: the bytes of its file.
         note: called with a line where a profile cannot be used.
     """
-    cicp = _png_cicp(data) if image.format == "PNG" else None
+    cicp = _png_cicp(data) if image.format == "PNG" else _avif_nclx(image, data)
     if cicp is not None and len(cicp) != 4:
         note("its chunk cICP is broken and was ignored")
     elif cicp:
@@ -62,7 +62,7 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
             rgb = _plain(image)
             return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)
         if not image.info.get("icc_profile"):  # which is meant for readers that do not know the others
-            note(f"its colors (cICP {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
+            note(f"its colors (H.273: {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
             return _plain(image)
     if profile := image.info.get("icc_profile"):
         try:
@@ -100,7 +100,8 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
     profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
     space = profile.profile.xcolor_space.strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[space]
-    if (mode in ("CMYK", "LAB")) != (image.mode in ("CMYK", "LAB")):
+    gray = image.mode in ("1", "L", "LA", "La")
+    if (mode in ("CMYK", "LAB")) != (image.mode in ("CMYK", "LAB")) or mode == "L" and not gray:
         raise ValueError(f"it is of {space}, the picture of {image.mode}")
     source, plain = image.convert(mode), image.convert("RGB")
     converted = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -121,6 +122,17 @@ def _png_cicp(data: bytes) -> bytes | None:
     """The content of a PNG file's cICP chunk, which stands before the pixels; None where there is none."""
     before = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
     return next((data[start + 8 : end - 4] for kind, start, end in before if kind == b"cICP"), None)
+
+
+def _avif_nclx(image: Image.Image, data: bytes) -> bytes | None:
+    """The same of an AVIF file, from its first box of these; None where there is none, or a profile takes its place."""
+    at = data.find(b"colrnclx")
+    if image.format != "AVIF" or at < 0 or image.info.get("icc_profile"):
+        return None
+    primaries, transfer, matrix = struct.unpack_from(">3H", data, at + 8)
+    # What is not said is sRGB's, and browsers show the curves of television like it.
+    primaries, transfer = 1 if primaries == 2 else primaries, 13 if transfer in (1, 2, 6, 14, 15) else transfer
+    return bytes(min(value, 255) for value in (primaries, transfer, matrix, 1))
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -17,9 +17,8 @@ from utils.pictures.color import Note, png_chunks, to_srgb
 # and hands what claims to be a document to other programs (EPS to Ghostscript).
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "JXL"),
-    *("TGA", "PCX", "SGI", "QOI", "SUN", "ICO", "ICNS", "PSD", "DDS", "XBM"),
+    *("TGA", "PCX", "SGI", "QOI", "SUN", "PSD", "DDS", "XBM"),
 )
-Image.MAX_IMAGE_PIXELS = None  # Pillow warns about large pictures; here the sides are checked before pixels are decoded
 
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
@@ -78,6 +77,20 @@ def read_pixels(
         raise ImageError(f"{name}: cannot be read as a picture ({cause})") from None
 
 
+def sides_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture by its header, before it is turned upright; None where that does not tell."""
+    with contextlib.suppress(Exception):
+        Image.init()
+        if path.is_file():  # and no pipe, whose bytes would be gone
+            with Image.open(path, formats=_formats()) as image:
+                return image.size
+    return None
+
+
+def _formats() -> list[str]:
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
     try:
         return _decode(data, background, max_pixels, note=note)
@@ -101,7 +114,7 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
 
 def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
     Image.init()  # plugins, also third parties' such as HEIF
-    with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
         width, height = image.size
         if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE:
             raise ImageError(f"sides must lie in 1 … {MAX_SIDE} pixels, not {width}×{height}")
@@ -138,6 +151,8 @@ def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Imag
     if image.mode.startswith("I"):  # 16 bits, which Pillow cannot convert
         alpha = Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
     else:
+        if image.format == "PNG" and image.mode == "L" and (bits := data[24]) in (2, 4):  # Pillow scales the samples
+            image.info["transparency"] = image.info["transparency"] * 255 // (2**bits - 1)  # and not this one of them
         alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] == 255:
         return color
