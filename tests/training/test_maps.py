@@ -1,3 +1,6 @@
+import copy
+
+import pytest
 import torch
 
 from models.lambdas import index_to_lambda
@@ -43,3 +46,10 @@ def test_training_with_maps_reaches_the_weights(tiny):
     out["total"].backward()
     assert out["total"].isfinite()
     assert tiny.modnet_ga.mask.lmd_map.fc_layers[0].weight.grad.abs().sum() > 0
+
+
+def test_maps_are_of_mse_alone(tiny):
+    model = copy.deepcopy(tiny)
+    model.metric = "ms-ssim"
+    with pytest.raises(ValueError, match="the loss of ms-ssim has none"):
+        Objective(model, Settings(map_share=0.2))

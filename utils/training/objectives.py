@@ -32,6 +32,9 @@ class Objective(nn.Module):
 
     Attributes:
         balance, map_share: as in the settings; those of the last part once that has begun.
+
+    Raises:
+        ValueError: maps for another metric than MSE.
     """
 
     stage = "joint"
@@ -43,6 +46,8 @@ class Objective(nn.Module):
         self.model = model
         self.metric = model.metric
         self.settings = settings = settings or Settings()
+        if settings.map_share and self.metric != "mse":
+            raise ValueError(f"maps weigh places by their λ, which the loss of {self.metric} has none of: map_share is 0")
         self.autocast = PRECISIONS.get(settings.amp)
         self.balance = settings.balance
         self.map_share = 0.0 if settings.last_share else settings.map_share
