@@ -47,7 +47,7 @@ class Objective(nn.Module):
         self.metric = model.metric
         self.settings = settings = settings or Settings()
         if settings.map_share and self.metric != "mse":
-            raise ValueError(f"maps weigh places by their λ, which the loss of {self.metric} has none of: map_share is 0")
+            raise ValueError(f"maps weigh places by their λ, and the loss of {self.metric} has none: map_share is 0")
         self.autocast = PRECISIONS.get(settings.amp)
         self.balance = settings.balance
         self.map_share = 0.0 if settings.last_share else settings.map_share
