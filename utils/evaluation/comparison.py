@@ -193,7 +193,7 @@ def compare(codecs: list[dict], metric: str = "mse") -> dict:
     found = []
     for codec in codecs:
         losses = least_losses(codec, metric)
-        row = {"name": codec["name"], "rates": len(points(codec))}
+        row = {"name": codec["name"], "published": "source" in codec, "rates": len(points(codec))}
         row |= {"least_loss": losses, "mean_loss": mean(losses or [])}
         rows = codec.get("images", ())
         megapixels = mean(row["width"] * row["height"] / 1e6 for row in rows)

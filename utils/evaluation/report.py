@@ -147,7 +147,8 @@ def write_report(folder: Path, whole: dict, viewers: list[Viewer], studies: list
 def _in_short(summary: dict) -> str:
     """A sentence of BD-rates, by the metric of the loss; nothing where there are none."""
     key, quality = ("bd_psnr", "PSNR") if summary["metric"] == "mse" else ("bd_ms-ssim", "MS-SSIM")
-    rates = [(codec["name"], codec[key]["rate"]["value"]) for codec in summary["codecs"][1:]]
+    measured = [codec for codec in summary["codecs"][1:] if not codec["published"]]
+    rates = [(codec["name"], codec[key]["rate"]["value"]) for codec in measured]
     told = [f"{value:+.1f}".replace("-", "−") + f" % against {name}" for name, value in rates if value is not None]
     return f" Bits at equal {quality} (BD-rate): {', '.join(told)}." if told else ""
 
@@ -204,7 +205,8 @@ def _side_by_side(summary: dict) -> Section:
     codecs = summary["codecs"]
     lambdas = summary["lambdas"]
     columns = [Column("codec"), *(Column(f"λ = {value:g}", 3) for value in lambdas), Column("mean", 4)]
-    rows = [[c["name"], *(c["least_loss"] or [None] * len(lambdas)), c["mean_loss"]] for c in codecs]
+    known = [codec for codec in codecs if not codec["published"]]
+    rows = [[codec["name"], *(codec["least_loss"] or [None] * len(lambdas)), codec["mean_loss"]] for codec in known]
     loss = Table("Least R-D loss λ · D + bpp over the rates of each codec, at each λ, and its mean", columns, rows)
     columns = [Column("against"), Column("quality"), Column("BD-rate (%)", 2, True), Column("BD-quality (dB)", 3, True)]
     columns += [Column("from (dB)", 2), Column("to (dB)", 2), Column("overlap (%)", 0), Column("why there is none")]
@@ -225,7 +227,7 @@ def _side_by_side(summary: dict) -> Section:
     text = "D is the mean squared error on the 0–255 scale" if summary["metric"] == "mse" else "D is 1 − MS-SSIM"
     text += (
         ". The R-D loss needs no overlap of the curves; smaller is better. It averages D, where BD-rate averages "
-        "decibels."
+        "decibels; published curves have these alone."
     )
     if any(codec["name"] == anchors.CODECS["jpeg2000"].title for codec in codecs):
         text += " JPEG 2000 spends equal bits on all pictures here, which raises its mean PSNR: the two may disagree."
