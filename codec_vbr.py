@@ -10,8 +10,8 @@
     cat photo.png | python codec_vbr.py encode - - | python codec_vbr.py decode - - > back.png
 
 Several inputs, or a folder, go to a folder; where photo.png is beside photo.jpg, to photo.png.tvbr and photo.jpg.tvbr. A
-rerun leaves what is finished alone, and names what has another index, region or size than asked for. Files are written whole or
-not at all. What cannot be coded is named, the others go on, and the exit status is 1.
+rerun leaves what is finished alone, and names what has another index, region or size than asked for, or was not made of its
+source. Files are written whole or not at all. What cannot be coded is named, the others go on, and the exit status is 1.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,7 +50,7 @@ from utils.files import (
     is_special,
 )
 from utils.messages import print_error, print_note, print_weights
-from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, sides_of, suffixes
+from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, sides_of, suffixes, text_of_png
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from utils.codec.encode import EncodeResult
 
 SUFFIX = ".tvbr"
+DECODED = "TVBR"  # keyword of a text in the PNG that a file is decoded to: the checksum of the file
 HINT = (
     "this machine's arithmetic differs from the encoder's by more than the file allows for: "
     "try --device cpu, another --threads, or the version of PyTorch that encoded it"
@@ -150,7 +152,7 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     return [(source, target) for target, source in found.items()], True
 
 
-def check_finished(source: Path, file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
+def check_finished(file: Path, args: argparse.Namespace, fingerprint: bytes) -> bool:
     """Whether a finished file may be what is asked for, as far as its header and size tell; prints why it is not.
 
     They do not tell how its latents were refined, or its symbols chosen, nor pictures of equal sides apart.
@@ -172,11 +174,6 @@ def check_finished(source: Path, file: Path, args: argparse.Namespace, fingerpri
     target = request.target(coded.width * coded.height)
     indexes = coded.index, request.index
     difference = ""
-    sides = sides_of(source)
-    if sides and sorted(sides) != sorted((coded.width, coded.height)):  # it may have been turned upright
-        told = f"is of another picture, of {coded.width}×{coded.height} pixels, than {source}"
-        print_error(file, f"{told}: choose another folder")
-        return False
     if coded.fingerprint != fingerprint:
         difference = f"was made with other weights ({coded.fingerprint.hex()}) than {args.checkpoint}"
     elif None not in indexes and not request.keep_rate and abs(coded.index - request.index) > 1e-4:
@@ -194,8 +191,22 @@ def check_finished(source: Path, file: Path, args: argparse.Namespace, fingerpri
     return not difference
 
 
-def is_newer(source: Path, target: Path) -> bool:
-    return source.is_file() and source.stat().st_mtime > target.stat().st_mtime
+def made_of_another(source: Path, target: Path, command: str) -> str:
+    """Why a file that is there is not what a command makes of its source; empty where it may be."""
+    if not source.is_file():
+        return ""
+    if command == "decode":  # where originals and files lie together, it may be the picture that was encoded
+        return "" if text_of_png(target, DECODED) == checksum(source.read_bytes()) else f"was not decoded from {source}"
+    with contextlib.suppress(OSError, ValueError):  # damaged files are told later
+        coded = unpack(target.read_bytes(), max_pixels=2**32)
+        sides = sides_of(source)
+        if sides and sorted(sides) != sorted((coded.width, coded.height)):  # it may have been turned upright
+            return f"has {coded.width}×{coded.height} pixels, and {source} has {sides[0]}×{sides[1]}"
+    return ""
+
+
+def checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -293,7 +304,8 @@ def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Call
     """Decode one file to PNG; returns a line about its picture. ValueError where it cannot be."""
     if str(source) == "-":
         load()  # first, while what is piped in is being made
-    coded = unpack(read_bytes(source), int(args.max_megapixels * 1e6))
+    data = read_bytes(source)
+    coded = unpack(data, int(args.max_megapixels * 1e6))
     model = load(coded.fingerprint)
     from utils.codec.decode import decode
     from utils.device import timed
@@ -301,7 +313,7 @@ def decode_file(source: Path, target: Path, args: argparse.Namespace, load: Call
 
     watch = functools.partial(watch_bands, source)
     pixels, seconds = timed(lambda: to_pixels(decode(model, coded, watch=watch)), model.medians.device)
-    write_bytes(target, png_bytes(pixels[..., 0] if coded.gray else pixels))
+    write_bytes(target, png_bytes(pixels[..., 0] if coded.gray else pixels, {DECODED: checksum(data)}))
     return f"{pixels.shape[1]}×{pixels.shape[0]}, {seconds:.2f} s"
 
 
@@ -331,18 +343,17 @@ def main(argv: list[str] | None = None) -> int:
     if done and not to_folder:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     fitting = []
-    if args.command == "decode":  # a picture may be there that was encoded, which must not be overwritten
-        for target in [target for target, source in done.items() if is_newer(source, target)]:
-            told = f"is older than {done.pop(target)}: perhaps the picture that was encoded"
+    for target, source in list(done.items()):
+        if told := made_of_another(source, target, args.command):
             print_error(target, f"{told}; choose another folder, or overwrite it with --force")
             fitting.append(False)
-            work = [(s, t) for s, t in work if t != target]
+            work.remove((done.pop(target), target))
     if done:
         hidden = ", refined or not" if args.command == "encode" and args.steps else ""
         hidden += ", not verified" if args.command == "encode" and args.verify else ""
         print(f"{len(done)} of {len(work)} are finished and left alone{hidden}; --force makes them again", file=sys.stderr)
-        for target, source in done.items():
-            if is_newer(source, target):
+        for target, source in done.items() if args.command == "encode" else ():
+            if source.is_file() and source.stat().st_mtime > target.stat().st_mtime:
                 print_note(target, f"is older than {source}; --force makes it again")
         work = [(source, target) for source, target in work if target not in done]
     if work and to_folder:
@@ -393,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if done and args.command == "encode":
         fingerprint = use(args.checkpoint).fingerprint
-        fitting = [check_finished(done[target], target, args, fingerprint) for target in sorted(done)]
+        fitting = [check_finished(target, args, fingerprint) for target in sorted(done)]
     jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all([*fitting, *bar]) else 1

@@ -105,8 +105,8 @@ class _LaterFinder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package = name.rpartition(".")[0]
-        if name not in FIRST.get(package, {name}):
-            hasattr(sys.modules[package], "__version__")  # runs it, unless it has run or is running
+        if name not in FIRST.get(package, {name}) and name not in sys.modules:  # else it is loaded again
+            hasattr(sys.modules.get(package), "__version__")  # runs it, unless it has run or is running
             if name in sys.modules:
                 return ModuleSpec(name, _FoundLoader(sys.modules[name]))
         spec = PathFinder.find_spec(name, path, target) if name in LATER else None

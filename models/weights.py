@@ -94,7 +94,7 @@ class CodecWeights(CompressionModel):
         """ValueError for weights that are not float32, or were not always: codecs of half the precision would not
         decode each other's files, and those of rounded weights no others'."""
         if self._rounded_to:
-            raise ValueError(f"the weights were {self._rounded_to}; a codec computes in float32: load them anew")
+            raise ValueError(f"the weights were {self._rounded_to}; a codec computes in float32: use load_model again")
         if (dtype := self.medians.dtype) != torch.float32:
             raise ValueError(f"the weights are {dtype}; a codec computes in float32: call model.float()")
 

@@ -264,6 +264,10 @@ def test_wrong_weights_are_explained(tiny, tmp_path):
     torch.save({"state_dict": state, "arguments": {"sides": 3}}, tmp_path / "v.pth.tar")
     with pytest.raises(CheckpointError, match=r"v.pth.tar: not of this version .* \(a TCM_VBR has no sides\)"):
         load_model(tmp_path / "v.pth.tar")
+    for arguments in ([1, 2], None, "x", {1: 2}):
+        torch.save({"state_dict": state, "arguments": arguments}, tmp_path / "t.pth.tar")
+        with pytest.raises(CheckpointError, match=r"t.pth.tar: not of this version"):
+            load_model(tmp_path / "t.pth.tar")
     torch.save({"model": "DepthConv", "state_dict": state, "arguments": {"sides": 3}}, tmp_path / "u.pth.tar")
     with pytest.raises(CheckpointError, match=r"u.pth.tar: not of this version .* \(a DepthConv has no sides\)"):
         load_model(tmp_path / "u.pth.tar")

@@ -68,6 +68,9 @@ assert timm.models is sys.modules["timm.models"] and timm.create_model is timm.m
 assert timm.models.__spec__.loader is timm.models.__loader__ and timm.models.__path__
 import models.layers
 assert timm.layers.DropPath is models.layers.DropPath
+timm.version.__version__ = "changed"
+import importlib
+assert importlib.reload(timm.version).__version__ != "changed"
 """)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.coding.side_info import DecodingError
-from utils.checkpoint import load_model
+from utils.checkpoint import CheckpointError, load_model
 from utils.codec.bitstream import BitstreamError
 from utils.codec.decode import decode
 from utils.codec.encode import encode
@@ -52,21 +52,25 @@ def test_weights_that_were_rounded_once_write_no_files(tiny, picture, dtype):
     """Whose files the weights that they were could not decode."""
     rounded = copy.deepcopy(tiny).to(dtype).float()
     for model in (rounded, copy.deepcopy(rounded), pickle.loads(pickle.dumps(rounded))):
-        with pytest.raises(ValueError, match=f"the weights were {dtype}; .* load them anew"):
+        with pytest.raises(ValueError, match=f"the weights were {dtype}; .* use load_model again"):
             encode(model, picture, REQUEST)
     assert encode(copy.deepcopy(tiny).double().float(), picture, REQUEST).data == encode(tiny, picture, REQUEST).data
 
 
 @pytest.fixture
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
+def set_precision():
+    yield torch.set_default_dtype
     torch.set_default_dtype(torch.float32)
 
 
-def test_loading_leaves_the_precision_and_the_random_numbers_of_a_program_alone(
-    tiny, picture, checkpoint, double_precision
-):
+def test_weights_are_not_loaded_in_half_precision(checkpoint, set_precision):
+    set_precision(torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded while torch.get_default_dtype\(\) is torch.bfloat16"):
+        load_model(checkpoint)
+
+
+def test_loading_leaves_the_precision_and_the_random_numbers_of_a_program_alone(picture, checkpoint, set_precision):
+    set_precision(torch.float64)
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
@@ -74,7 +78,7 @@ def test_loading_leaves_the_precision_and_the_random_numbers_of_a_program_alone(
     assert torch.equal(torch.rand(2), expected)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     data = encode(model, picture, REQUEST).data
-    torch.set_default_dtype(torch.float32)
+    set_precision(torch.float32)
     assert data == encode(load_model(checkpoint), picture, REQUEST).data
 
 
@@ -108,7 +112,7 @@ def test_wrong_arguments_say_what_is_taken(tiny, picture, image):
         assert torch.equal(decode(tiny, other(data)), decode(tiny, data))
     coded = tiny.compress(image, 2.0)
     latents = torch.zeros(1, 64, 8, 16), torch.zeros(1, 32, 2, 4)
-    for convert, way in (("half", "anew"), ("double", r"model.float\(\)"), ("bfloat16", "anew")):
+    for convert, way in (("half", "load_model"), ("double", r"model.float\(\)"), ("bfloat16", "load_model")):
         converted = getattr(copy.deepcopy(tiny), convert)()
         for use in (
             lambda m: encode(m, picture, REQUEST), lambda m: decode(m, data), lambda m: m.decompress(**coded),

@@ -136,8 +136,10 @@ def trained_lambda(checkpoint: dict) -> float | None:
 
 def new_of(cls: type[Codec], arguments: dict, path: str | Path) -> Codec:
     """A new model of the class and the sizes that a file names. CheckpointError where there are no such sizes."""
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{path}: not of this version of the project (its arguments are no dict)")
     known = {field.name for field in fields(cls.Config)} | inspect.signature(cls).parameters.keys()
-    if unknown := sorted(arguments.keys() - known):  # which a TCM ignores, as the published one does
+    if unknown := sorted(map(str, arguments.keys() - known)):  # which a TCM ignores, as the published one does
         cause = f"a {cls.__name__} has no {', '.join(unknown)}"
         raise CheckpointError(f"{path}: not of this version of the project ({cause})")
     try:
@@ -174,7 +176,11 @@ def build_model(checkpoint: dict, path: str | Path) -> Codec:
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise CheckpointError(f"{path}: its weights are not finite ({name})")
-    return model.float().eval()
+    if (dtype := model.medians.dtype) != torch.float32:  # PyTorch's default here: what has half of it has lost the rest
+        if dtype != torch.float64:
+            raise CheckpointError(f"{path}: cannot be loaded while torch.get_default_dtype() is {dtype}")
+        model.float()
+    return model.eval()
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", variable_rate: bool = False) -> Codec:

@@ -117,6 +117,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
+            os.chmod(temporary, 0o600)  # Windows deletes no file that cannot be written
             os.unlink(temporary)
         raise
 

@@ -491,7 +491,7 @@ def test_only_the_original_pixels_count(varied, picture):
         (lambda: EncodeRequest(1.0, max_trials=2.5), "max_trials must be a whole number, not 2.5"),
         (lambda: EncodeRequest(bpp=1.0, max_trials=0), "one trial or more, not 0"),
         (lambda: EncodeRequest(1.0, refinement=5), "refinement takes RefinementSettings(steps), not 5"),
-        (lambda: EncodeRequest(1.0, keep_rate=True), "keep_rate is of a refinement, which has no steps"),
+        (lambda: EncodeRequest(1.0, keep_rate=True), "keep_rate needs a refinement with steps"),
     ],
 )
 def test_a_request_says_at_once_what_is_wrong(make, said):

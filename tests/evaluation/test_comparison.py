@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -55,7 +56,9 @@ def test_rates_that_a_bd_rate_leaves_out_are_told():
     one = codec("one", *[[result(i, 2**i / 10, error)] for i, error in enumerate(errors)])
     bent = codec("bent", *[[result(i, 2**i / 10, error)] for i, error in enumerate((80, 90, 20, 10, 5))])
     text = comparison.table(comparison.compare([one, bent]))
-    assert "BD (psnr) against bent: without 1 rates of bent" in text and "rates of one" not in text
+    assert "BD (psnr): without 1 rate of bent" in text and "rate of one" not in text
+    text = comparison.table(comparison.compare([bent, one, one | {"name": "two"}]))
+    assert text.count("without 1 rate of bent") == 1
 
 
 def test_regions_have_no_loss():
@@ -165,13 +168,22 @@ def test_what_is_no_result_is_named(tmp_path, content):
 def test_published_curves_have_sources_and_are_for_kodak_alone():
     curves = comparison.published()
     for curve in curves:
-        assert curve["source"] and curve["name"].endswith(", published")
+        assert curve["source"] and curve["name"].endswith(" (published)")
         assert sorted(curve["results"]["bpp"]) == curve["results"]["bpp"]
-    kodak = [Result(f"kodim{i:02}.png", *((512, 768) if i % 5 else (768, 512)), 0, 1, 30) for i in range(1, 25)]
+    def kodak_at(index, bpp=1.0, quality=30.0):
+        sides = ((512, 768) if i % 5 else (768, 512) for i in range(1, 25))
+        return [Result(f"kodim{i:02}.png", *side, index, bpp, quality) for i, side in enumerate(sides, 1)]
+
+    kodak = kodak_at(0)
     assert comparison.is_kodak(codec("c", kodak))
-    beside = comparison.together([codec("c", kodak)], [])["summary"]["codecs"][1:]
+    assert comparison.together([codec("c", kodak)], [])["summary"]["codecs"][1:] == []  # one rate is no curve
+    rates = [kodak_at(i, bpp, quality) for i, (bpp, quality) in enumerate(((0.2, 29), (0.4, 31.5), (0.7, 34), (1, 36)))]
+    summary = comparison.together([codec("c", *rates)], [])["summary"]
+    beside = summary["codecs"][1:]
     assert [row["name"] for row in beside] == [curve["name"] for curve in curves]
     assert all(row["published"] and row["least_loss"] is None for row in beside)  # a mean PSNR has no mean MSE
+    assert all(abs(row["bd_psnr"]["rate"]["value"]) < 100 for row in beside)
+    assert re.search(r"\nVTM \(published\) +(– +){7}8 +-?\d", comparison.table(summary))
     assert not comparison.is_kodak(codec("c", kodak[:8]))
     kodak[3].width = 600
     assert not comparison.is_kodak(codec("c", kodak))

@@ -371,27 +371,52 @@ def test_a_png_whose_ancillary_chunks_are_broken_is_read_with_a_note(broken):
     assert len(notes) == 1 and "damaged and ignored" in notes[0] and "object at" not in notes[0]
 
 
-@pytest.mark.parametrize(("bits", "value"), [(2, 1), (2, 3), (4, 15), (4, 0)])
+@pytest.mark.parametrize(("bits", "value"), [(1, 0), (1, 1), (2, 1), (2, 3), (2, 9), (4, 15), (4, 0)])
 def test_the_transparency_of_few_bits_is_that_of_8(bits, value):
     """Rows of one gray level of a PNG with 2 or 4 bits; Pillow scales the samples, but not the transparent one."""
     levels = 2**bits
     row = bytes([0]) + bytes(
-        sum(level << (8 - bits * (i + 1)) for i, level in enumerate(range(at, at + 8 // bits)))
+        sum(level << (8 - bits * (i + 1)) for i, level in enumerate(range(at, min(at + 8 // bits, levels))))
         for at in range(0, levels, 8 // bits)
     )
     header = struct.pack(">IIBBBBB", levels, 1, bits, 0, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", value))
     data += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    expected = [[255, 0, 0] if level == value else [level * 255 // (levels - 1)] * 3 for level in range(levels)]
+    grays = [[level * 255 // (levels - 1)] * 3 for level in range(levels)]
+    expected = [[255, 0, 0] if level == value % levels else gray for level, gray in enumerate(grays)]
     assert read_pixels(data, background="red").tolist() == [expected]
+
+
+def gray_profile(gamma: float) -> bytes:
+    """An ICC profile of one channel: white of D50 and a curve."""
+    d50 = struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + d50, b"kTRC": struct.pack(">4sIIHH", b"curv", 0, 1, round(256 * gamma), 0)}
+    start = 128 + 4 + 12 * len(tags)
+    table, values = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += struct.pack(">4sII", name, start + len(values), len(value))
+        values += value
+    header = struct.pack(">II4x4s4s4s", start + len(values), 0, b"mntr", b"GRAY", b"XYZ ")
+    header = header[:8] + struct.pack(">I", 0x02100000) + header[12:] + bytes(12) + b"acsp" + bytes(28) + d50
+    return header.ljust(128, b"\0") + table + values
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_a_gray_profile_is_for_gray_pictures_however_they_are_stored(mode):
+    """As WebP has no gray ones, and a palette may be gray."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    profile = gray_profile(1.0)
+    pixels, notes = read(ramp.convert(mode), icc_profile=profile)
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    expected = ImageCms.profileToProfile(ramp, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert not notes and np.array_equal(pixels, np.asarray(expected))
+    assert abs(pixels[4, 0, 0] - 137) < 2  # of level 64, linear
 
 
 def test_a_gray_profile_does_not_cost_a_picture_its_colors(smooth):
     as_it_is, _ = read(png(smooth))
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    gray = profile[:16] + b"GRAY" + profile[20:]
-    pixels, notes = read(png(smooth, icc_profile=gray))
-    assert np.array_equal(pixels, as_it_is) and "its color profile cannot be used" in notes[0]
+    pixels, notes = read(png(smooth, icc_profile=gray_profile(1.0)))
+    assert np.array_equal(pixels, as_it_is) and "it is of GRAY, the picture of RGB" in notes[0]
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF")

@@ -46,6 +46,11 @@ def test_a_warm_up_that_fills_the_budget_is_told(capsys, budget):
     assert "too long for a budget of 100 steps, in which the learning rate reaches 0.13\n" in capsys.readouterr().err
 
 
+def test_a_budget_of_less_than_a_step_is_one_step(capsys):
+    tell_short_budget(Settings(max_patches=5, batch_size=8))
+    assert "a budget of 1 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("budget", [{"max_steps": 1000}, {"max_minutes": 1}])
 def test_a_warm_up_that_does_not_is_not_told(capsys, budget):
     tell_short_budget(Settings(learning_rate=1.0, batch_size=8, **budget))

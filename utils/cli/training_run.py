@@ -121,9 +121,9 @@ def train(
 
 def tell_short_budget(settings: Settings) -> None:
     """Say so where the learning rate never comes near its peak. A budget in minutes is of unknown steps."""
-    budgets = [settings.max_steps, settings.max_patches // settings.batch_size]
+    budgets = [settings.max_steps, -(-settings.max_patches // settings.batch_size)]
     steps = min((budget for budget in budgets if budget), default=math.inf)
-    if settings.warmup > 1 and steps < 10 * settings.warmup:  # beyond, no more than a tenth of it is lost
+    if settings.warmup > 1 and steps < 10 * settings.warmup:  # beyond, the peak is reached
         highest = max(learning_rate(Progress(step, step * settings.batch_size), settings) for step in range(steps))
         if highest < LOW_PEAK * settings.learning_rate:
             text = f"too long for a budget of {steps} steps, in which the learning rate reaches {highest:.2g}"

@@ -125,7 +125,7 @@ class EncodeRequest:
         if not isinstance(self.refinement, RefinementSettings):
             raise ValueError(f"refinement takes RefinementSettings(steps), not {self.refinement!r}")
         if self.keep_rate and not self.refinement.steps:
-            raise ValueError("keep_rate is of a refinement, which has no steps")
+            raise ValueError("keep_rate needs a refinement with steps")
         if self.keep_rate and targets:
             raise ValueError("a target is a rate to keep itself: not keep_rate beside it")
 

@@ -61,7 +61,7 @@ CODECS = {
     "jpeg": _jpeg("4:2:0"),
     "jpeg444": _jpeg("4:4:4"),
     "webp": Codec(
-        "WebP, method 4", "WEBP", feature="webp",
+        "WebP", "WEBP", feature="webp",
         options=lambda q: {"quality": q, "method": 4}, qualities=(1, 5, *range(10, 81, 10), 85, 90, 95),
     ),
     "avif": _avif("4:2:0", speed=4),

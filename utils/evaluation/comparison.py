@@ -156,8 +156,10 @@ def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:
             if not number or _identity(codec) not in known:  # what it was compared with may be there already
                 add_codec(found, {key: codec[key] for key in codec if key not in _OF_A_RUN}, Path(file).stem)
     found[1:] = sorted(found[1:], key=lambda codec: not weights_of(codec))  # classical codecs come last
-    beside = published() if is_kodak(found[0]) else []
-    return found[0] | {"compared": found[1:], "summary": compare(found + beside, found[0].get("metric", "mse"))}
+    metric = found[0].get("metric", "mse")
+    comparable = is_kodak(found[0]) and metric == "mse" and len(points(found[0])) >= MIN_POINTS
+    beside = published() if comparable and least_losses(found[0], metric) else []  # of regions there is no loss
+    return found[0] | {"compared": found[1:], "summary": compare(found + beside, metric)}
 
 
 def is_kodak(codec: dict) -> bool:
@@ -169,7 +171,7 @@ def is_kodak(codec: dict) -> bool:
 def published() -> list[dict]:
     """Curves of Kodak from papers and from CompressAI, each with its source, to stand beside what is measured."""
     curves = json.loads(PUBLISHED.read_text())
-    return [curve | {"name": f"{curve['name']}, published", "description": "not measured here"} for curve in curves]
+    return [curve | {"name": f"{curve['name']} (published)", "description": "not measured here"} for curve in curves]
 
 
 def least_losses(codec: dict, metric: str) -> list[float] | None:
@@ -246,7 +248,7 @@ def table(summary: dict) -> str:
     )  # fmt: skip
     first = summary["codecs"][0]["name"]
     notes = [f"BD (Akima): of {first} against each; a negative rate is fewer bits of {first} at equal quality"]
-    notes += [note for row in summary["codecs"][1:] for note in _notes(first, row)]
+    notes += dict.fromkeys(note for row in summary["codecs"][1:] for note in _notes(first, row))
     return "\n".join([lines.header, *(lines.row(row["name"], [row]) for row in summary["codecs"]), *notes])
 
 
@@ -257,8 +259,8 @@ def _notes(first: str, row: dict) -> Iterator[str]:
     for metric in ("psnr", "ms-ssim"):
         for name, count in zip((row["name"], first), row[f"bd_{metric}"].get("left_out", ()), strict=False):
             if count:
-                against = f"BD ({metric}) against {row['name']}"
-                yield f"{against}: without {count} rates of {name}, as others have more quality for no more bits"
+                rates = "1 rate" if count == 1 else f"{count} rates"
+                yield f"BD ({metric}): without {rates} of {name}, as others have more quality for no more bits"
 
 
 def ms_ssim_decibels(point: Point) -> float | None:

@@ -56,11 +56,12 @@ def to_srgb(image: Image.Image, data: bytes, note: Note) -> Image.Image:
     if cicp is not None and len(cicp) != 4:
         note("its chunk cICP is broken and was ignored")
     elif cicp:
-        primaries = PRIMARIES.get(cicp[0])
-        transfer = TRANSFERS.get(cicp[1])
+        numbers = _usual_of_avif(*cicp[:2]) if image.format == "AVIF" else tuple(cicp[:2])
+        primaries = PRIMARIES.get(numbers[0])
+        transfer = TRANSFERS.get(numbers[1])
         if primaries is not None and transfer is not None:
             rgb = _plain(image)
-            return rgb if (primaries, cicp[1]) == (SRGB, 13) else _convert(rgb, primaries, transfer)
+            return rgb if numbers == (1, 13) else _convert(rgb, primaries, transfer)
         if not image.info.get("icc_profile"):  # which is meant for readers that do not know the others
             note(f"its colors (H.273: {cicp[0]}, {cicp[1]}) are not of a kind that is converted: taken as sRGB")
             return _plain(image)
@@ -100,10 +101,10 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image:
     profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
     space = profile.profile.xcolor_space.strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[space]
-    gray = image.mode in ("1", "L", "LA", "La")
-    if (mode in ("CMYK", "LAB")) != (image.mode in ("CMYK", "LAB")) or mode == "L" and not gray:
+    source, plain = image.convert(mode), _plain(image)
+    colors = mode == "L" and _largest_difference(source.convert("RGB"), plain) > UNNOTICEABLE
+    if (mode in ("CMYK", "LAB")) != (image.mode in ("CMYK", "LAB")) or colors:
         raise ValueError(f"it is of {space}, the picture of {image.mode}")
-    source, plain = image.convert(mode), image.convert("RGB")
     converted = ImageCms.profileToProfile(source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if mode in ("RGB", "L"):
         return plain if _largest_difference(converted, plain) <= UNNOTICEABLE else converted
@@ -129,10 +130,12 @@ def _avif_nclx(image: Image.Image, data: bytes) -> bytes | None:
     at = data.find(b"colrnclx")
     if image.format != "AVIF" or at < 0 or image.info.get("icc_profile"):
         return None
-    primaries, transfer, matrix = struct.unpack_from(">3H", data, at + 8)
-    # What is not said is sRGB's, and browsers show the curves of television like it.
-    primaries, transfer = 1 if primaries == 2 else primaries, 13 if transfer in (1, 2, 6, 14, 15) else transfer
-    return bytes(min(value, 255) for value in (primaries, transfer, matrix, 1))
+    return bytes(min(value, 255) for value in struct.unpack_from(">3H", data, at + 8)) + b"\1"
+
+
+def _usual_of_avif(primaries: int, transfer: int) -> tuple[int, int]:
+    """What is not said is sRGB's, and browsers show the curves of television like it."""
+    return 1 if primaries == 2 else primaries, 13 if transfer in (1, 2, 6, 14, 15) else transfer
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -3,11 +3,11 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, TiffImagePlugin
+from PIL import Image, ImageColor, PngImagePlugin, TiffImagePlugin
 
 from utils.errors import UserError
 from utils.files import MAX_PIXELS, MAX_SIDE
@@ -51,6 +51,8 @@ def read_pixels(
     Args:
         source: a path (also of a pipe), or the bytes of a file.
         background: a color that Pillow knows, by name or as #rrggbb.
+        max_pixels: most that are decoded. Beyond 179 million Pillow's own guard must be lifted too, as the scripts do:
+            `PIL.Image.MAX_IMAGE_PIXELS = None`.
         note: called with one line about each thing that was ignored or may surprise, also warnings of libraries. None
             catches no warnings, as that is not safe in several threads.
 
@@ -152,7 +154,8 @@ def _blend(image: Image.Image, data: bytes, background: str, note: Note) -> Imag
         alpha = Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
     else:
         if image.format == "PNG" and image.mode == "L" and (bits := data[24]) in (2, 4):  # Pillow scales the samples
-            image.info["transparency"] = image.info["transparency"] * 255 // (2**bits - 1)  # and not this one of them
+            levels = 2**bits - 1  # and not this one of them, of which the low bits count
+            image.info["transparency"] = (image.info["transparency"] & levels) * 255 // levels
         alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] == 255:
         return color
@@ -238,8 +241,18 @@ def is_color(name: str) -> bool:
         return False
 
 
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """uint8 `[H, W, 3]`, or gray `[H, W]`, as a PNG file."""
+def png_bytes(pixels: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
+    """uint8 `[H, W, 3]`, or gray `[H, W]`, as a PNG file, with texts by their keywords."""
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
     png = io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG")
+    Image.fromarray(pixels).save(png, format="PNG", pnginfo=info)
     return png.getvalue()
+
+
+def text_of_png(path: Path, keyword: str) -> str | None:
+    """A text of a PNG file; None where there is none."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
+        return image.info.get(keyword)
+    return None

@@ -296,3 +296,4 @@ def _start_worker(worker: int) -> None:
     os.setsid()  # Ctrl-C, torchrun and batch systems signal whole process groups; a worker that dies would end the run
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore", module="PIL")  # about pictures that are read all the same
+    Image.MAX_IMAGE_PIXELS = None  # as in the script (utils/cli), which a worker that is spawned does not run

@@ -254,7 +254,8 @@ class Trainer:
             self.validate(last=True)
 
     def _check_processes(self) -> None:
-        """UserError where the processes would not train one network: DistributedDataParallel compares nothing."""
+        """UserError where the processes would not train one network. New weights are the first one's in all of them;
+        but each resumes from its own folder, and DistributedDataParallel compares nothing."""
         run = asdict(self.settings) | {"step": self.progress.step, "weights": digest(self.model.state_dict()).hex()}
         first, *others = self.context.gather(run)
         for rank, other in enumerate(others, 1):
