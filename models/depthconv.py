@@ -3,9 +3,9 @@
 Its blocks are 1×1 and depth-wise 3×3 convolutions at 1/8 and 1/16 of the resolution: matrix products, and no windows.
 Such blocks are those of DCVC-FM (https://arxiv.org/abs/2402.17414) and DCVC-RT (https://arxiv.org/abs/2502.20762). The
 entropy model is TCM's: a hyperprior and channel-wise slices with latent residuals (CVPR 2023), without attention, and
-with one network for μ and σ together. The first slice, with two thirds of the bits, may have a context model: one
-network for all its parts (models/coding/order.py). No stage is narrow, so that the start in closed form loses little
-(utils/training/klt_start/). docs/depthconv.md says how its sizes were chosen.
+with one network for μ and σ together. The first slice, with about half of the bits or more, may have a context model:
+one network for all its parts (models/coding/order.py). No stage is narrow, so that the start in closed form loses
+little (utils/training/klt_start/). docs/depthconv.md says how its sizes were chosen.
 """
 
 import re
