@@ -74,7 +74,8 @@ def rd_figure(ours: list[dict], others: list[dict], published: list[dict], metri
     """
     figure = Figure(figsize=(6.4, 5.8), layout="constrained")
     axes = axes_of(figure, "bits per pixel", "PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
-    axes.set_prop_cycle(color=[color for color in colormaps["tab10"].colors if len(set(color)) > 1])  # none is gray
+    colors = [color for color in colormaps["tab10"].colors if len(set(color)) > 1]  # none is gray
+    axes.set_prop_cycle(color=[*colors, "tan"])  # as many as there are codecs in the table of the first page
 
     def draw(codec: dict, style: str, **options) -> None:
         axes.plot(*_columns(curve_of(codec, metric)), style, label=label(codec["name"]), **options)
