@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if done and args.command == "encode":
         fingerprint = use(args.checkpoint).fingerprint
-        fitting = [check_finished(target, args, fingerprint) for target in sorted(done)]
+        fitting += [check_finished(target, args, fingerprint) for target in sorted(done)]
     jobs = [(source, functools.partial(code, source, target, args=args, load=load)) for source, target in work]
     bar = tqdm(attempts(jobs, sys.stderr), total=len(jobs), desc=args.command, unit="picture", disable=None if len(jobs) > 1 else True)
     return 0 if all([*fitting, *bar]) else 1

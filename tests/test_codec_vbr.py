@@ -240,6 +240,9 @@ def test_another_picture_of_the_same_name_is_not_taken_for_finished(codec, photo
     assert codec("encode", tmp_path / "p0.jpg", f"{tmp_path / 'coded'}/") == 1
     told = capsys.readouterr().err
     assert f"p0.tvbr: has {image.width}×{image.height} pixels, and" in told and "finished" not in told
+    assert codec("encode", photos / "p1.png", f"{tmp_path / 'coded'}/") == 0
+    assert codec("encode", tmp_path / "p0.jpg", photos / "p1.png", tmp_path / "coded") == 1  # whatever the others are
+    assert "1 of 1 are finished" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

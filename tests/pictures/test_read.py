@@ -373,7 +373,7 @@ def test_a_png_whose_ancillary_chunks_are_broken_is_read_with_a_note(broken):
 
 @pytest.mark.parametrize(("bits", "value"), [(1, 0), (1, 1), (2, 1), (2, 3), (2, 9), (4, 15), (4, 0)])
 def test_the_transparency_of_few_bits_is_that_of_8(bits, value):
-    """Rows of one gray level of a PNG with 2 or 4 bits; Pillow scales the samples, but not the transparent one."""
+    """A row of every gray level of a PNG with so many bits. Pillow scales the samples, but not the transparent one."""
     levels = 2**bits
     row = bytes([0]) + bytes(
         sum(level << (8 - bits * (i + 1)) for i, level in enumerate(range(at, min(at + 8 // bits, levels))))

@@ -150,6 +150,7 @@ def trainer(photos, tmp_path) -> Trainer:
 @pytest.mark.parametrize("other", [{"step": 3}, {"trained_on": "40 photographs"}, {"weights": "00"}])
 def test_processes_that_would_train_different_runs_say_so_before_they_begin(trainer, monkeypatch, other):
     """As two machines do whose --save_path or photographs are not the same."""
+    monkeypatch.setattr(trainer.context, "world_size", 2)
     monkeypatch.setattr(DistContext, "gather", lambda self, value: [value, value | other])
     (name,) = other
     with pytest.raises(UserError, match=rf"process 1 would train another run than process 0: {name} \(") as told:

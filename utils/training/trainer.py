@@ -226,7 +226,8 @@ class Trainer:
             UserError: MAX_SKIPPED_STEPS steps in a row were not finite; or another process of the run is gone, or would
                 train another run.
         """
-        self._check_processes()
+        if self.context.world_size > 1:
+            self._check_processes()
         with self._started():
             next_save = self._next_time(self.settings.save_minutes)
             next_validation = self._next_time(self.settings.validate_minutes)
