@@ -37,17 +37,17 @@ MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument_group("stage").add_argument
-    add("--stage", choices=("base", "entropy", "context", "static", "lae", "joint", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); context: of a DepthConv the context model of the first slice alone, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
+    add("--stage", choices=("base", "entropy", "context", "static", "lae", "joint", "decoder", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); context: of a DepthConv the context model of the first slice alone, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; decoder: after it, all that decodes, on the symbols that files have, with analysis as it is; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
-    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy or context")
+    add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy, context or decoder")
     add("--keep-latents", type=int, metavar="K", help=f"patches of --stage entropy and context, of all processes together, whose latents are computed once and kept in memory (default: {KEPT_LATENTS})")
     add("--teachers", metavar="DIR", help="folder of six fixed-rate checkpoints for --stage static; the λ of each is in its training record or in its name")
     add("--checkpoint", metavar="FILE", help="weights to start from: a variable-rate codec, or a fixed-rate one as its base")
     add("--start", dest="init", choices=("klt", "random"), help=argparse.SUPPRESS)  # torchrun takes it for its own
     add("--init", choices=("klt", "random"), help="first weights, when there is no checkpoint: a Karhunen-Loève transform codec fitted to the photographs in seconds (default), or random ones, the published way")
     add("--preset", choices=sorted(PRESETS), help="architecture, when no checkpoint gives one (default: small, and full with --N)")
-    add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
+    add("--map-share", type=float, metavar="P", help=f"share of the patches of --stage joint, decoder and lae whose index differs from place to place, in blocks or smoothly, each place weighed by its λ; for --type mse, where the default is {MAP_SHARE}")
     add("--N", type=int, metavar="N", help="half the width of the transforms of a TCM, a multiple of 32, in place of the preset's; 64, 96 and 128 are the published networks")
     add_run_arguments(parser, save_path="runs/train_vbr")
     args = parser.parse_args(argv)
@@ -66,21 +66,21 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--balance weighs rates against each other; a fixed-rate codec has one")
     if not 0 <= (args.map_share or 0) <= 1:
         raise cli.UserError(f"--map-share must lie in [0, 1], not {args.map_share:g}")
-    has_maps = args.stage in ("joint", "lae") and args.type == "mse" and not args.teachers
+    has_maps = args.stage in ("joint", "decoder", "lae") and args.type == "mse" and not (args.teachers or args.lmbda)
     if args.map_share and not has_maps:
-        raise cli.UserError("--map-share is for --stage joint and lae, and --type mse: the others have no error of single places to weigh")
+        raise cli.UserError("--map-share is for --stage joint, decoder and lae, and --type mse: the others have no error of single places to weigh")
     if args.transform_factor != 1 and args.stage in ("entropy", "context", "static", "lae", "tables"):
         raise cli.UserError(f"--transform-lr-factor: --stage {args.stage} does not train g_a and g_s")
-    if args.last_share and args.stage not in ("base", "joint"):
-        raise cli.UserError(f"--last-part is for --stage base and joint, not {args.stage}")
+    if args.last_share and args.stage not in ("base", "joint", "decoder"):
+        raise cli.UserError(f"--last-part is for --stage base, joint and decoder, not {args.stage}")
     if args.checkpoint and args.N:
         raise cli.UserError("--N belongs to a new model; with --checkpoint the sizes are the checkpoint's")
     if args.checkpoint and args.preset:
         raise cli.UserError("--preset is of a new model; with --checkpoint the network is the checkpoint's")
     if args.init and args.checkpoint:
         raise cli.UserError("--init is for a new model; --checkpoint brings its own weights")
-    if args.lmbda is not None and (args.stage not in ("base", "entropy", "context") or not 0 < args.lmbda < math.inf):
-        raise cli.UserError("--lambda is the λ, a positive number, of --stage base, entropy or context; the others train all rates")
+    if args.lmbda is not None and (args.stage not in ("base", "entropy", "context", "decoder") or not 0 < args.lmbda < math.inf):
+        raise cli.UserError("--lambda is the λ, a positive number, of --stage base, entropy, context or decoder; the others train all rates")
     if args.stage == "tables" and (not args.checkpoint or args.resume):
         raise cli.UserError("--stage tables needs a --checkpoint, and has nothing to resume")
     if args.stage == "tables" and "WORLD_SIZE" in os.environ:
@@ -93,6 +93,8 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UserError("--stage lae needs a --checkpoint: the codec that becomes variable-rate")
     if args.stage == "context" and not args.checkpoint and not args.resume:
         raise cli.UserError("--stage context needs a --checkpoint: the codec that gets a context model")
+    if args.stage == "decoder" and not args.checkpoint and not args.resume:
+        raise cli.UserError("--stage decoder needs a --checkpoint: the codec whose decoder learns")
     if args.lmbda is None and args.stage == "base":
         args.lmbda = LADDERS[args.type][-1]
     if args.keep_latents is None:

@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.messages import print_note, print_weights
 from utils.training.objectives import (
     ContextObjective,
+    DecoderObjective,
     EntropyObjective,
     FixedRateObjective,
     LAEObjective,
@@ -22,6 +23,7 @@ from utils.training.objectives import (
 from utils.training.schedule import Settings
 
 OF_LATENTS = {each.stage: each for each in (EntropyObjective, ContextObjective)}  # stages whose latents are kept
+OF_FROZEN_ANALYSIS = (*OF_LATENTS, DecoderObjective.stage)
 
 
 def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False) -> tuple[Codec, list[dict]]:
@@ -34,7 +36,7 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}, of train_latent_e2e.py")
         if cls is not of_kind(cls):
             wanted = f"--stage {args.stage}"
-            if args.stage in OF_LATENTS:
+            if args.stage in OF_FROZEN_ANALYSIS:
                 wanted += " with --lambda" if args.lmbda else " without --lambda"
             other = of_kind(cls).__name__
             raise UserError(f"{args.save_path}: holds a run of a {cls.__name__}; {wanted} is of a {other}")
@@ -76,7 +78,7 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
 
 def tell_lost_scale(args: argparse.Namespace, quiet: bool) -> None:
     """Without its LAEs a variable-rate codec is scaled for no rate. UserError where g_a and g_s do not learn."""
-    if args.stage in OF_LATENTS:
+    if args.stage in OF_FROZEN_ANALYSIS:
         told = "a variable-rate codec has no scale of its own for one λ, and this stage learns none"
         raise UserError(f"{args.checkpoint}: {told}: leave out --lambda, or begin with --stage base")
     if not quiet:
@@ -140,4 +142,6 @@ def make_objective(
     if args.stage == "lae":
         return LAEObjective(model, settings), history
     rates = FixedRateObjective(model, args.lmbda, settings) if args.lmbda else Objective(model, settings)
+    if args.stage == "decoder":
+        return DecoderObjective(rates), history
     return OF_LATENTS[args.stage](rates, args.keep_latents) if args.stage in OF_LATENTS else rates, history

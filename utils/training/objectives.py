@@ -1,12 +1,15 @@
-"""The losses of the training stages: everything jointly, a fixed-rate codec, the entropy model or the LAEs alone."""
+"""The losses of the training stages: of everything, of a fixed-rate codec, of the decoder, entropy model, or LAEs."""
 
 from collections.abc import Sequence
 
 import torch
+from compressai.entropy_models import GaussianConditional
+from compressai.models.base import get_scale_table
 from torch import Tensor, nn
 
 from models import Codec, VariableRate
-from models.coding.slice_coders import Quantization
+from models.coding.slice_coders import ERROR_BITS, Quantization, choose_symbols
+from models.coding.tables import CodingTables
 from models.lambdas import LADDERS, LAST_INDEX, index_to_lambda, middle_lambda
 from models.large.bands import multiple
 from models.large.memory import send
@@ -51,6 +54,7 @@ class Objective(nn.Module):
         self.autocast = PRECISIONS.get(settings.amp)
         self.balance = settings.balance
         self.map_share = 0.0 if settings.last_share else settings.map_share
+        self.in_validation = Quantization()
         self.frozen: list[nn.Module] = []  # these stay in evaluation mode, without drop-path in their latents
 
     def forward(self, x: Tensor, rate_uniform: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -71,10 +75,14 @@ class Objective(nn.Module):
             places = draw_maps(index, rate_uniform, *x.shape[2:], share=self.map_share)
             weights = pixel_weights(places, lmbda, self.metric)
         with self.autocasting(x):
-            out = self.model(x, places, Quantization(noise))
+            out = self.model(x, places, self.in_training(noise))
         losses = rate_distortion(out, x, lmbda, metric=self.metric, weights=weights)
         aux = self.model.aux_loss()  # for the quantiles, on which no other term depends
         return {"total": self.weighted(losses["loss"], lmbda) + aux, "aux": aux, **_means(losses)}
+
+    def in_training(self, noise: Noise) -> Quantization:
+        """How latents are quantized in the loss of a batch."""
+        return Quantization(noise)
 
     def begin_last_part(self) -> None:
         """Go on with maps, and with the published loss."""
@@ -103,7 +111,7 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, model: Codec, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
         """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
-        out = model(x, index)
+        out = model(x, index, self.in_validation)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
         losses = rate_distortion(out, x, self.lambdas(index, x), metric=self.metric)
         values = {"bpp": losses["bpp"], "psnr": psnr_of_mse(losses["mse"]), "loss": losses["loss"]}
@@ -140,6 +148,46 @@ class FixedRateObjective(Objective):
 
     def describe(self) -> dict:
         return super().describe() | {"lambda": self.lmbda}
+
+
+class DecoderObjective(Objective):
+    """All that a decoder computes learns, on the symbols that files have; analysis and z are frozen.
+
+    In a joint stage noise stands for rounding in the rate, and symbols are the nearest ones: with noise the rate has a
+    gradient for g_a. Here nothing needs one, so that rate and distortion are those of real symbols, chosen as files
+    choose them (RDOQ), by tables of Gaussians. Training the decoder once more, after the encoder, on rounded latents is
+    the second half of "Soft then Hard: Rethinking the Quantization in Neural Image Compression" (ICML 2021,
+    https://arxiv.org/abs/2104.05168).
+
+    Args:
+        rates: the objective that gives the model and the rates.
+    """
+
+    stage = "decoder"
+
+    def __init__(self, rates: Objective) -> None:
+        super().__init__(rates.model, rates.settings)
+        self.indexes = rates.indexes
+        self.index = rates.index
+        self.lambdas = rates.lambdas
+        self._described = rates.describe() | {"stage": self.stage}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("g_a.", "h_a.", "modnet_ga.", "entropy_bottleneck.")))
+        self.frozen = [self.model.g_a, self.model.h_a]
+        self._gaussian = GaussianConditional(get_scale_table().tolist())
+        self._gaussian.update()
+        self._tables = CodingTables(self._gaussian)
+        self.in_validation = Quantization(straight_through=True, choose=self._choose)
+
+    def in_training(self, noise: Noise) -> Quantization:
+        return self.in_validation
+
+    def _choose(self, residual: Tensor, sigma: Tensor) -> Tensor:
+        how = dict(gaussian=self._gaussian, tables=self._tables, error_bits=ERROR_BITS)
+        return choose_symbols(residual, sigma, **how)
+
+    def describe(self) -> dict:
+        return self._described
 
 
 class EntropyObjective(Objective):

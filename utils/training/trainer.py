@@ -375,9 +375,12 @@ class Trainer:
     def record(self, result: dict) -> dict:
         """The training record of this run, in plain values."""
         seconds = self.progress.seconds or math.nan  # before the first step that counts
+        settings = asdict(self.settings)
+        if began_with := settings["checkpoint"]:
+            settings["checkpoint"] = Path(began_with).name  # weights are passed on, and folders are this machine's
         return finite({
             **self.objective.describe(),
-            "settings": asdict(self.settings),
+            "settings": settings,
             "photographs": len(self.dataset.paths),
             "machine": processor(self.device),
             "processes": self.context.world_size,

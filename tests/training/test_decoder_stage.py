@@ -1,0 +1,126 @@
+"""The stage in which the decoder alone learns, on the symbols that files have."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import train_vbr
+from models import TCM
+from models.coding.slice_coders import Quantization
+from tests.conftest import TINY, shake
+from tests.training.runs import arguments, recorded_losses, same, train
+from utils import cli
+from utils.checkpoint import export_model, load_model, read_checkpoint
+from utils.metrics import rate_distortion
+from utils.training.objectives import DecoderObjective, FixedRateObjective, Objective
+
+ENCODER = "g_a.", "h_a.", "modnet_ga.", "entropy_bottleneck."
+
+
+@pytest.fixture
+def codec(quick_model):
+    """With tables of Gaussians, those that choose the symbols, most of which are zero, as at low rates."""
+    model = copy.deepcopy(quick_model)
+    with torch.no_grad():
+        model.g_a[3].weight.mul_(0.04)
+        for (head,) in model.slice_heads:
+            head.bias[len(head.bias) // 2 :].sub_(9.8)
+    model.update(force=True)
+    return model
+
+
+def noise_of(model, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.rand(batch, *shape) - 0.5 for shape in model.noise_shapes(128, 256))
+
+
+def test_it_changes_the_decoder_and_nothing_else(photos, quick, tmp_path):
+    start = ["--stage", "decoder", "--checkpoint", quick, "-lr", 1e-3, "--ema", 0, "--max-steps", 8]
+    train(photos, tmp_path / "run", *start)
+    before, after = (read_checkpoint(file) for file in (quick, tmp_path / "run" / "model.pth.tar"))
+    assert after["training"][-1]["stage"] == "decoder"
+    names = {n for n, value in before["state_dict"].items() if not torch.equal(value, after["state_dict"][n])}
+    learned = {name for name, _ in load_model(quick).named_parameters() if not name.startswith(ENCODER)}
+    tables = {name for name in before["state_dict"] if name.startswith("gaussian_conditional.")}
+    assert learned <= names <= learned | tables
+
+
+def test_its_loss_is_that_of_the_symbols_of_files(codec, image):
+    """By coding them: rounded latents would have another one."""
+    found, x_hat = DecoderObjective(Objective(codec)).measure(codec, image, 3.0)
+    y, _ = codec.analyze(image, torch.tensor([3.0]))
+    z = codec.h_a(y)
+    rounded = codec.quantize(y, z, portable=False)
+    coded = codec.quantize(y, z, portable=False, complete=True, choose=codec.choose_symbols)
+    picture = codec.synthesize(coded.y_hat, torch.tensor([3.0])).clamp(0, 1)
+    assert torch.allclose(x_hat, (picture * 255).round() / 255, atol=1.01 / 255)
+    # Likelihoods are of σ itself, and files of a row of its table.
+    assert found["bpp"] * 128 * 256 == pytest.approx(codec.count_bits(coded)[0], rel=0.1)
+    assert codec.count_bits(rounded)[0] > 1.5 * codec.count_bits(coded)[0]
+
+
+def test_training_minimizes_what_validation_measures(codec, image):
+    objective = DecoderObjective(Objective(codec)).eval()
+    losses = objective(image, torch.tensor([0.6]), noise_of(codec, 1))
+    again = objective(image, torch.tensor([0.6]), noise_of(codec, 1))
+    assert torch.equal(losses["total"], again["total"])  # no noise takes part
+    found, _ = objective.measure(codec, image, 3.0)
+    assert float(losses["bpp"]) == pytest.approx(found["bpp"], rel=1e-4)
+    plain = Objective(codec).eval()
+    with torch.no_grad():
+        rounded = codec(image, torch.tensor([3.0]), Quantization(straight_through=True))
+        other = rate_distortion(rounded, image, plain.lambdas(3.0, image))
+    assert float(other["bpp"][0]) > 1.5 * found["bpp"]
+
+
+def test_gradients_are_of_the_decoder_alone(codec, image):
+    objective = DecoderObjective(Objective(codec))
+    objective.train()
+    objective(image, torch.tensor([0.4]), noise_of(codec, 1))["total"].backward()
+    for name, parameter in codec.named_parameters():
+        assert (parameter.grad is None) == name.startswith(ENCODER), name
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(photos, quick, tmp_path, monkeypatch):
+    losses = recorded_losses(monkeypatch)
+    more = ["--stage", "decoder", "--checkpoint", quick, "--schedule", "step"]
+    whole = train(photos, tmp_path / "whole", *more, "--max-steps", 4)
+    expected = losses.copy()
+    losses.clear()
+    # The steps of the learning rate are shares of the budget: all four are in the first half of twice as many.
+    train(photos, tmp_path / "run", *more, "--max-steps", 2)
+    resumed = train(photos, tmp_path / "run", *more[:2], *more[4:], "--max-steps", 4, "--resume")
+    assert losses[0] == expected[0] and len(losses) == len(expected) == 4
+    assert resumed["objective"] == whole["objective"] and resumed["progress"]["step"] == 4
+
+
+def test_a_fixed_rate_codec_has_one_rate(photos, tmp_path):
+    torch.manual_seed(1)
+    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [{"lambda": 0.013}])
+    more = ["--stage", "decoder", "--checkpoint", tmp_path / "tcm.pth.tar", "--lambda", 0.013, "--max-steps", 1]
+    state = train(photos, tmp_path / "run", *more)
+    assert state["model"] == "TCM" and state["objective"]["lambda"] == 0.013
+    assert state["objective"]["stage"] == "decoder"
+    row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
+    assert len(row["bpp"]) == 1
+    objective = DecoderObjective(FixedRateObjective(load_model(tmp_path / "tcm.pth.tar"), 0.013))
+    assert objective.indexes == (None,)
+
+
+def test_what_does_not_go_with_it(photos, checkpoint, tmp_path):
+    with pytest.raises(cli.UserError, match="--stage decoder needs a --checkpoint"):
+        train_vbr.main(arguments(photos, tmp_path, "--stage", "decoder", "--max-steps", 1))
+    more = ["--stage", "decoder", "--checkpoint", checkpoint, "--lambda", 0.013, "--max-steps", 1]
+    with pytest.raises(cli.UserError, match="has no scale of its own for one λ, and this stage learns none"):
+        train_vbr.main(arguments(photos, tmp_path, *more))
+    run = ["--stage", "joint", "--checkpoint", checkpoint, "--max-steps", 1]
+    train(photos, tmp_path / "joint", *run)
+    with pytest.raises(cli.UserError, match="stage joint, not decoder"):
+        train_vbr.main(arguments(photos, tmp_path / "joint", "--stage", "decoder", "--max-steps", 2, "--resume"))
+
+
+def test_runs_that_were_the_same_are_the_same(photos, quick, tmp_path):
+    more = ["--stage", "decoder", "--checkpoint", quick, "--max-steps", 2]
+    one, other = (train(photos, tmp_path / name, *more) for name in ("one", "other"))
+    assert same(one["state_dict"], other["state_dict"])
