@@ -44,52 +44,24 @@ class Footprint(NamedTuple):
 @functools.singledispatch
 def footprint(layer: nn.Module) -> Footprint:
     """The footprint of a layer, in rows of its input. A new kind of layer registers its own, beside its class."""
+    match layer:
+        case ResidualBlockWithStride():  # 3×3 of stride 2, then 3×3
+            return Footprint(4, 2, Fraction(1, 2))
+        case ResidualBlockUpsample():  # 3×3, shuffled to twice the rows, then 3×3
+            return Footprint(2, 1, Fraction(2))
+        case nn.Conv2d(stride=(stride, _)):
+            reach = layer.dilation[0] * (layer.kernel_size[0] // 2)
+            return Footprint(multiple(reach, stride), stride, Fraction(1, stride))
+        case nn.ConvTranspose2d(stride=(stride, _)):
+            reach = layer.dilation[0] * (layer.kernel_size[0] - 1)
+            return Footprint(multiple(reach, stride) // stride, 1, Fraction(stride))
+        case nn.PixelShuffle(upscale_factor=factor):
+            return Footprint(0, 1, Fraction(factor))
+        case nn.PixelUnshuffle(downscale_factor=factor):
+            return Footprint(0, factor, Fraction(1, factor))
+        case GDN() | nn.GELU() | nn.LeakyReLU() | nn.ReLU() | nn.Sigmoid() | nn.SiLU() | nn.Tanh():
+            return Footprint(0, 1)
     raise TypeError(f"no footprint is known of {type(layer).__name__}: register one (models/large/bands.py)")
-
-
-@footprint.register
-def _(layer: ResidualBlockWithStride) -> Footprint:  # 3×3 of stride 2, then 3×3
-    return Footprint(4, 2, Fraction(1, 2))
-
-
-@footprint.register
-def _(layer: ResidualBlockUpsample) -> Footprint:  # 3×3, shuffled to twice the rows, then 3×3
-    return Footprint(2, 1, Fraction(2))
-
-
-@footprint.register
-def _(layer: nn.Conv2d) -> Footprint:
-    stride = layer.stride[0]
-    reach = layer.dilation[0] * (layer.kernel_size[0] // 2)
-    return Footprint(multiple(reach, stride), stride, Fraction(1, stride))
-
-
-@footprint.register
-def _(layer: nn.PixelShuffle) -> Footprint:
-    return Footprint(0, 1, Fraction(layer.upscale_factor))
-
-
-@footprint.register
-def _(layer: nn.PixelUnshuffle) -> Footprint:
-    return Footprint(0, layer.downscale_factor, Fraction(1, layer.downscale_factor))
-
-
-@footprint.register
-def _(layer: nn.ConvTranspose2d) -> Footprint:
-    stride = layer.stride[0]
-    reach = layer.dilation[0] * (layer.kernel_size[0] - 1)
-    return Footprint(multiple(reach, stride) // stride, 1, Fraction(stride))
-
-
-@footprint.register(GDN)
-@footprint.register(nn.GELU)
-@footprint.register(nn.LeakyReLU)
-@footprint.register(nn.ReLU)
-@footprint.register(nn.Sigmoid)
-@footprint.register(nn.SiLU)
-@footprint.register(nn.Tanh)
-def _(layer: nn.Module) -> Footprint:
-    return Footprint(0, 1)
 
 
 def multiple(count: int, of: int) -> int:

@@ -14,7 +14,7 @@ from tests.training.runs import arguments, recorded_losses, same, train
 from utils import cli
 from utils.checkpoint import export_model, load_model, read_checkpoint
 from utils.metrics import rate_distortion
-from utils.training.objectives import DecoderObjective, FixedRateObjective, Objective
+from utils.training.objectives import DecoderObjective, Objective
 
 ENCODER = "g_a.", "h_a.", "modnet_ga.", "entropy_bottleneck."
 
@@ -48,7 +48,7 @@ def test_it_changes_the_decoder_and_nothing_else(photos, quick, tmp_path):
 
 def test_its_loss_is_that_of_the_symbols_of_files(codec, image):
     """By coding them: rounded latents would have another one."""
-    found, x_hat = DecoderObjective(Objective(codec)).measure(codec, image, 3.0)
+    found, x_hat = DecoderObjective(codec).measure(codec, image, 3.0)
     y, _ = codec.analyze(image, torch.tensor([3.0]))
     z = codec.h_a(y)
     rounded = codec.quantize(y, z, portable=False)
@@ -61,7 +61,7 @@ def test_its_loss_is_that_of_the_symbols_of_files(codec, image):
 
 
 def test_training_minimizes_what_validation_measures(codec, image):
-    objective = DecoderObjective(Objective(codec)).eval()
+    objective = DecoderObjective(codec).eval()
     losses = objective(image, torch.tensor([0.6]), noise_of(codec, 1))
     again = objective(image, torch.tensor([0.6]), noise_of(codec, 1))
     assert torch.equal(losses["total"], again["total"])  # no noise takes part
@@ -75,7 +75,7 @@ def test_training_minimizes_what_validation_measures(codec, image):
 
 
 def test_gradients_are_of_the_decoder_alone(codec, image):
-    objective = DecoderObjective(Objective(codec))
+    objective = DecoderObjective(codec)
     objective.train()
     objective(image, torch.tensor([0.4]), noise_of(codec, 1))["total"].backward()
     for name, parameter in codec.named_parameters():
@@ -104,7 +104,7 @@ def test_a_fixed_rate_codec_has_one_rate(photos, tmp_path):
     assert state["objective"]["stage"] == "decoder"
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
     assert len(row["bpp"]) == 1
-    objective = DecoderObjective(FixedRateObjective(load_model(tmp_path / "tcm.pth.tar"), 0.013))
+    objective = DecoderObjective(load_model(tmp_path / "tcm.pth.tar"), lmbda=0.013)
     assert objective.indexes == (None,)
 
 

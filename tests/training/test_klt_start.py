@@ -219,7 +219,7 @@ def test_a_resumed_run_has_the_factor_it_is_given(quick_arguments, tmp_path):
 
 
 def test_entropy_stage_minimizes_the_bits_that_validation_measures(patches, tiny):
-    objective = EntropyObjective(Objective(tiny), 8)
+    objective = EntropyObjective(tiny, 8)
     objective.eval()
     x, rate_uniform = patches[:2].float() / 255, torch.tensor([0.1, 0.9])
     noise = tuple(torch.zeros(2, *shape) for shape in tiny.noise_shapes(128, 128))

@@ -141,7 +141,7 @@ def make_objective(
         return StaticObjective(model, read_teachers(args.teachers, LADDERS[args.type], model), settings), history
     if args.stage == "lae":
         return LAEObjective(model, settings), history
-    rates = FixedRateObjective(model, args.lmbda, settings) if args.lmbda else Objective(model, settings)
-    if args.stage == "decoder":
-        return DecoderObjective(rates), history
-    return OF_LATENTS[args.stage](rates, args.keep_latents) if args.stage in OF_LATENTS else rates, history
+    if args.stage in OF_LATENTS:
+        return OF_LATENTS[args.stage](model, args.keep_latents, settings=settings, lmbda=args.lmbda), history
+    cls = {each.stage: each for each in (Objective, FixedRateObjective, DecoderObjective)}[args.stage]
+    return cls(model, settings, args.lmbda), history

@@ -3,6 +3,7 @@
 import math
 import numbers
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import TYPE_CHECKING
 
 from models.lambdas import INDEX_RANGE, in_range
@@ -26,16 +27,10 @@ METHODS = {
 }
 
 
-def _check(value: object, name: str) -> None:
-    """ValueError where a value is neither None nor a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
-        raise ValueError(f"{name} must be a number, not {value!r}")
-
-
-def _check_whole(value: object, name: str) -> None:
-    """ValueError where a value is no whole number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be a whole number, not {value!r}")
+def _check(value: object, name: str, kind: type | UnionType = numbers.Real | None) -> None:
+    """ValueError where a value is not of a kind of numbers."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {'whole ' if kind is numbers.Integral else ''}number, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class RefinementSettings:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _check_whole(self.steps, "steps")
+        _check(self.steps, "steps", numbers.Integral)
         _check(self.learning_rate, "learning_rate")
         if self.steps < 0:
             raise ValueError(f"refinement has 0 steps or more, not {self.steps}")
@@ -112,7 +107,7 @@ class EncodeRequest:
     def __post_init__(self) -> None:
         for name in ("index", "bpp", "bytes", "max_bytes"):
             _check(getattr(self, name), name)
-        _check_whole(self.max_trials, "max_trials")
+        _check(self.max_trials, "max_trials", numbers.Integral)
         targets = [value for value in (self.bpp, self.bytes, self.max_bytes) if value is not None]
         if len(targets) + (self.index is not None) > 1:
             raise ValueError("one rate index or one target, not several of them")

@@ -4,7 +4,6 @@ Sizes are those of whole files; quality is that of the 8-bit pixels that decodin
 """
 
 import contextlib
-import functools
 import importlib
 import io
 from collections.abc import Callable, Iterable
@@ -122,11 +121,11 @@ def measure_all(keys: list[str], names: dict[Path, str], context: DistContext) -
     """
     codecs = []
     most = 0
+    cpu = torch.device("cpu")
     for codec in (CODECS[key] for key in keys):
-        work = functools.partial(_measure_quality, codec)
-        device = torch.device("cpu")
         results, failed = evaluate.measure_all(
-            list(names), codec.qualities, context, device=device, work=work, title=codec.title, names=names, quiet=True
+            list(names), codec.qualities, context, device=cpu, title=codec.title, names=names, quiet=True,
+            work=lambda name, image, quality, codec=codec: measure(name, image, codec, quality)[0],
         )
         most = max(most, failed)
         if not results:
@@ -137,6 +136,3 @@ def measure_all(keys: list[str], names: dict[Path, str], context: DistContext) -
         codecs.append(to_json(groups, codec.title, description=f"real files by {by}", results=results))
     return codecs, most
 
-
-def _measure_quality(codec: Codec, name: str, image: Tensor, quality: float) -> Result:
-    return measure(name, image, codec, quality=quality)[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.figures import own_style  # isort: skip  before Matplotlib
-from matplotlib import colormaps, style
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,14 +37,14 @@ class Plot:
 
 def render(draw: Callable[[], Figure], name: str, alt: str, folder: Path) -> Plot:
     """Draw twice, for light and dark; write NAME.svg and NAME.png of the light one into a folder."""
-    with own_style(**_SVG):
+    with own_style(_SVG):
         figure = draw()
         light = _svg(figure)
         with atomic_write(folder / f"{name}.svg") as file:
             file.write(light)
         with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=110)
-    with own_style(**{**style.library["dark_background"], **_SVG, **_DARK}):
+    with own_style(["dark_background", _SVG, _DARK]):
         width, height = figure.get_size_inches()
         return Plot(name, alt, light=light, dark=_svg(draw()), wide=bool(width > 2 * height))
 

@@ -152,7 +152,7 @@ def run(model: VariableRate, paths: list[Path], picture: Path, write_json: Calla
         raise UserError("none of the pictures could be measured")
     found = summary(studies)
     print(table(found["means"]))
-    with own_style(), atomic_write(picture) as file:
+    with own_style([]), atomic_write(picture) as file:
         draw(studies).savefig(file, format="png", dpi=90)
     write_json(found)
     return 0 if len(studies) == len(paths) else 1

@@ -26,7 +26,7 @@ def draw_curves(validations: Path, picture: Path) -> None:
     rows = [row for row in map(_row, validations.read_text().splitlines()) if row]
     if not rows:
         return
-    with own_style(), atomic_write(picture) as file:
+    with own_style([]), atomic_write(picture) as file:
         figure = Figure(figsize=(12, 4.5), layout="constrained")
         points, losses = figure.subplots(1, 2)
         _draw_points(figure, points, rows)

@@ -21,7 +21,7 @@ from utils.checkpoint import describe, find_state_dict, model_to_code_with, read
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.pictures import find_images, part_of_data_set
-from utils.training.objectives import FixedRateObjective, Objective
+from utils.training.objectives import RATES
 from utils.training.patches import PatchDataset
 
 PATCHES = 32  # at 256×256 and six rates they have nine million symbols with preset small
@@ -116,7 +116,7 @@ def refit(weights: str, folders: list[str], size: tuple[int, int], seed: int, de
     checkpoint = read_checkpoint(weights)
     model = model_to_code_with(checkpoint, weights, pick_device(device))
     paths = find_images(part_of_data_set(folders, "train"))
-    indexes = (Objective if isinstance(model, VariableRate) else FixedRateObjective).indexes
+    indexes = RATES if isinstance(model, VariableRate) else (None,)
     try:
         fit_tables(model, first_batches(PatchDataset(paths, size, seed)), indexes)
     except ValueError as error:

@@ -29,7 +29,7 @@ class LatentMapObjective(FixedRateObjective):
     stage = "latent map"
 
     def __init__(self, model: TCM_Mapped, low: TCM, lmbda: float, settings: Settings | None = None) -> None:
-        super().__init__(model.requires_grad_(False), lmbda, settings=settings)
+        super().__init__(model.requires_grad_(False), settings, lmbda)
         model.map.requires_grad_(True)
         self.low = low.requires_grad_(False)
         self.frozen = [model.g_a, low.g_a]

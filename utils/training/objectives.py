@@ -20,11 +20,12 @@ from utils.training.maps import draw_maps
 from utils.training.schedule import Settings
 
 Noise = tuple[Tensor, Tensor]
+RATES = tuple(float(i) for i in range(len(LADDERS["mse"])))  # rate indexes of the ladder
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the names are choices of --amp
 
 
 class Objective(nn.Module):
-    """The joint stage: a model and its rate-distortion loss at all rates. The base class of the other stages.
+    """The joint stage: a model and its rate-distortion loss, at all rates or at one. Base class of the other stages.
 
     Model and loss are one module, as DistributedDataParallel needs. Parameters that a stage does not train have
     `requires_grad` off.
@@ -32,8 +33,10 @@ class Objective(nn.Module):
     Args:
         model: to be trained, in place, for its `metric`.
         settings: those of the run.
+        lmbda: λ of a fixed-rate codec; None for a variable-rate one.
 
     Attributes:
+        indexes: rates to validate at.
         balance, map_share: as in the settings; those of the last part once that has begun.
 
     Raises:
@@ -42,11 +45,12 @@ class Objective(nn.Module):
 
     stage = "joint"
     repeat = 0  # number of patches to train on again and again; 0 for always new ones
-    indexes: tuple[float | None, ...] = tuple(float(i) for i in range(len(LADDERS["mse"])))
 
-    def __init__(self, model: Codec, settings: Settings | None = None) -> None:
+    def __init__(self, model: Codec, settings: Settings | None = None, lmbda: float | None = None) -> None:
         super().__init__()
         self.model = model
+        self.lmbda = lmbda
+        self.indexes: tuple[float | None, ...] = RATES if lmbda is None else (None,)
         self.metric = model.metric
         self.settings = settings = settings or Settings()
         if settings.map_share and self.metric != "mse":
@@ -100,11 +104,13 @@ class Objective(nn.Module):
         return torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
 
     def index(self, rate_uniform: Tensor) -> Tensor | None:
-        """Rate index of each sample, `[B]`: uniform over [0, 5]."""
-        return rate_uniform * LAST_INDEX
+        """Rate index of each sample, `[B]`: uniform over [0, 5]. None of a fixed-rate codec."""
+        return rate_uniform * LAST_INDEX if self.lmbda is None else None
 
     def lambdas(self, index: Tensor | float | None, x: Tensor) -> Tensor:
         """λ of each sample of x, `[B]`, on its device."""
+        if self.lmbda is not None:
+            return torch.full((len(x),), self.lmbda, device=x.device)
         index = torch.as_tensor(index, dtype=torch.float32).expand(len(x))
         return send(index_to_lambda(index, self.metric), x.device)
 
@@ -127,27 +133,14 @@ class Objective(nn.Module):
 
     def describe(self) -> dict:
         """Entries of the training record, which a run that is resumed must have too."""
-        return {"stage": self.stage, "metric": self.metric}
+        described = {"stage": self.stage, "metric": self.metric}
+        return described if self.lmbda is None else described | {"lambda": self.lmbda}
 
 
 class FixedRateObjective(Objective):
     """A fixed-rate codec at one λ: the base of the variable-rate model, and the teachers of the static stage."""
 
     stage = "base"
-    indexes = (None,)
-
-    def __init__(self, model: Codec, lmbda: float, settings: Settings | None = None) -> None:
-        super().__init__(model, settings)
-        self.lmbda = lmbda
-
-    def index(self, rate_uniform: Tensor) -> None:
-        return None
-
-    def lambdas(self, index: None, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.lmbda, device=x.device)
-
-    def describe(self) -> dict:
-        return super().describe() | {"lambda": self.lmbda}
 
 
 class DecoderObjective(Objective):
@@ -157,20 +150,13 @@ class DecoderObjective(Objective):
     gradient for g_a. Here nothing needs one, so that rate and distortion are those of real symbols, chosen as files
     choose them (RDOQ), by tables of Gaussians. Training the decoder once more, after the encoder, on rounded latents is
     the second half of "Soft then Hard: Rethinking the Quantization in Neural Image Compression" (ICML 2021,
-    https://arxiv.org/abs/2104.05168).
-
-    Args:
-        rates: the objective that gives the model and the rates.
+    https://arxiv.org/abs/2104.05168). The arguments are those of `Objective`.
     """
 
     stage = "decoder"
 
-    def __init__(self, rates: Objective) -> None:
-        super().__init__(rates.model, rates.settings)
-        self.indexes = rates.indexes
-        self.index = rates.index
-        self.lambdas = rates.lambdas
-        self._described = rates.describe() | {"stage": self.stage}
+    def __init__(self, model: Codec, settings: Settings | None = None, lmbda: float | None = None) -> None:
+        super().__init__(model, settings, lmbda)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith(("g_a.", "h_a.", "modnet_ga.", "entropy_bottleneck.")))
         self.frozen = [self.model.g_a, self.model.h_a]
@@ -186,9 +172,6 @@ class DecoderObjective(Objective):
         how = dict(gaussian=self._gaussian, tables=self._tables, error_bits=ERROR_BITS)
         return choose_symbols(residual, sigma, **how)
 
-    def describe(self) -> dict:
-        return self._described
-
 
 class EntropyObjective(Objective):
     """The entropy model alone learns to spend fewer bits on latents that do not change.
@@ -199,21 +182,17 @@ class EntropyObjective(Objective):
     step costs a third of a joint one.
 
     Args:
-        rates: the objective that gives the model and the rates.
+        model, settings, lmbda: as of `Objective`.
         kept: number of patches whose latents are kept, of all processes together, at least. `repeat` is a multiple of
             the batch, so that each process meets the patches again whose latents it has kept.
     """
 
     stage = "entropy"
 
-    def __init__(self, rates: Objective, kept: int) -> None:
-        super().__init__(rates.model, rates.settings)
+    def __init__(self, model: Codec, kept: int, settings: Settings | None = None, lmbda: float | None = None) -> None:
+        super().__init__(model, settings, lmbda)
+        self.kept = kept
         self.repeat = multiple(kept, self.settings.batch_size)
-        self.indexes = rates.indexes
-        self._described = rates.describe() | {"stage": self.stage, "patches kept": kept}
-        self.index = rates.index
-        self.lambdas = rates.lambdas
-        self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith(("g_a.", "g_s.", "modnet_", "lrp_transforms.")))
         self.frozen = [self.model.g_a]
@@ -242,7 +221,7 @@ class EntropyObjective(Objective):
         return torch.stack([self._kept[key] for key in keys]).float()
 
     def describe(self) -> dict:
-        return self._described
+        return super().describe() | {"patches kept": self.kept}
 
 
 class ContextObjective(EntropyObjective):
@@ -251,8 +230,8 @@ class ContextObjective(EntropyObjective):
 
     stage = "context"
 
-    def __init__(self, rates: Objective, kept: int) -> None:
-        super().__init__(rates, kept)
+    def __init__(self, model: Codec, kept: int, settings: Settings | None = None, lmbda: float | None = None) -> None:
+        super().__init__(model, kept, settings=settings, lmbda=lmbda)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith("context_model."))
 
