@@ -37,7 +37,7 @@ MAP_SHARE = 0.2  # uniform rates lose nothing by it (docs/training.md)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument_group("stage").add_argument
-    add("--stage", choices=("base", "entropy", "context", "static", "lae", "joint", "decoder", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); context: of a DepthConv the context model of the first slice alone, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; decoder: after it, all that decodes, on the symbols that files have, with analysis as it is; tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
+    add("--stage", choices=("base", "entropy", "context", "static", "lae", "joint", "decoder", "tables"), default="joint", help="base: a fixed-rate codec at one λ; entropy: the entropy model alone (of a fixed-rate codec, with --lambda); context: of a DepthConv the context model of the first slice alone, which weights without one get; static: the LAEs alone, towards six teachers; lae: the LAEs alone, which make the codec of --checkpoint variable-rate (with --teachers it is static); joint: everything at all rates; decoder: after it, all that decodes, on symbols chosen as files choose them, with analysis as it is (of a fixed-rate codec, with --lambda); tables: no network, only the coding tables of --checkpoint, which every other stage fits at its end")
     add("--type", choices=sorted(LADDERS), default="mse", help="distortion: 255²·MSE, or 1 − MS-SSIM with a λ ladder of its own")
     add("--lmd", dest="lmbda", type=float, help=argparse.SUPPRESS)  # its name in published scripts
     add("--lambda", dest="lmbda", type=float, metavar="λ", help="λ of --stage base (default: the largest of the ladder, 0.05 or 64), or of a fixed-rate codec in --stage entropy, context or decoder")
@@ -67,6 +67,8 @@ def check(args: argparse.Namespace) -> None:
     if not 0 <= (args.map_share or 0) <= 1:
         raise cli.UserError(f"--map-share must lie in [0, 1], not {args.map_share:g}")
     has_maps = args.stage in ("joint", "decoder", "lae") and args.type == "mse" and not (args.teachers or args.lmbda)
+    if args.map_share and args.lmbda:
+        raise cli.UserError("--map-share draws maps of rates; a fixed-rate codec has one")
     if args.map_share and not has_maps:
         raise cli.UserError("--map-share is for --stage joint, decoder and lae, and --type mse: the others have no error of single places to weigh")
     if args.transform_factor != 1 and args.stage in ("entropy", "context", "static", "lae", "tables"):

@@ -54,6 +54,7 @@ title tests
 
 train entropy train_vbr.py --stage entropy --keep-latents 64
 train joint train_vbr.py --checkpoint "$work/entropy/model.pth.tar"
+train decoder train_vbr.py --stage decoder --checkpoint "$work/joint/model.pth.tar"
 train compiled train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --compile
 train last train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --compile --patch-size 128 --last-part 0.5 --last-patch-size 256
 train fp16 train_vbr.py --checkpoint "$work/entropy/model.pth.tar" --amp fp16

@@ -15,6 +15,7 @@ from utils import cli
 from utils.checkpoint import export_model, load_model, read_checkpoint
 from utils.metrics import rate_distortion
 from utils.training.objectives import DecoderObjective, Objective
+from utils.training.trainer import Trainer
 
 ENCODER = "g_a.", "h_a.", "modnet_ga.", "entropy_bottleneck."
 
@@ -82,30 +83,57 @@ def test_gradients_are_of_the_decoder_alone(codec, image):
         assert (parameter.grad is None) == name.startswith(ENCODER), name
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(photos, quick, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(photos, quick, tmp_path, monkeypatch):
     losses = recorded_losses(monkeypatch)
-    more = ["--stage", "decoder", "--checkpoint", quick, "--schedule", "step"]
-    whole = train(photos, tmp_path / "whole", *more, "--max-steps", 4)
+    more = ["--stage", "decoder", "--checkpoint", quick, "--max-steps", 4]
+    whole = train(photos, tmp_path / "whole", *more)
     expected = losses.copy()
     losses.clear()
-    # The steps of the learning rate are shares of the budget: all four are in the first half of twice as many.
-    train(photos, tmp_path / "run", *more, "--max-steps", 2)
-    resumed = train(photos, tmp_path / "run", *more[:2], *more[4:], "--max-steps", 4, "--resume")
-    assert losses[0] == expected[0] and len(losses) == len(expected) == 4
-    assert resumed["objective"] == whole["objective"] and resumed["progress"]["step"] == 4
+    step = Trainer.step
+
+    def interrupted(self):
+        if self.progress.step == 2:
+            self.save()
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(photos, tmp_path / "parts", *more)
+    monkeypatch.setattr(Trainer, "step", step)
+    parts = train(photos, tmp_path / "parts", *more, "--resume")
+    assert losses == expected and len(expected) == 4
+    assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
 
 
 def test_a_fixed_rate_codec_has_one_rate(photos, tmp_path):
     torch.manual_seed(1)
-    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [{"lambda": 0.013}])
+    earlier = {"lambda": 0.013, "settings": {"checkpoint": "/home/me/first.pth.tar"}}
+    export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [earlier])
     more = ["--stage", "decoder", "--checkpoint", tmp_path / "tcm.pth.tar", "--lambda", 0.013, "--max-steps", 1]
-    state = train(photos, tmp_path / "run", *more)
+    state = train(photos, tmp_path / "run", *more, "--ema", 0)
     assert state["model"] == "TCM" and state["objective"]["lambda"] == 0.013
     assert state["objective"]["stage"] == "decoder"
+    before = load_model(tmp_path / "tcm.pth.tar").state_dict()
+    moved = {name for name, _ in TCM(**TINY).named_parameters() if not torch.equal(before[name], state["ema"][name])}
+    assert {name.split(".")[0] for name in moved} & {"g_s", "cc_scale_transforms", "lrp_transforms", "h_mean_s"}
+    assert not any(name.startswith(ENCODER) for name in moved)
     row = json.loads((tmp_path / "run" / "validation.jsonl").read_text())
     assert len(row["bpp"]) == 1
+    records = read_checkpoint(tmp_path / "run" / "model.pth.tar")["training"]
+    assert [record["settings"]["checkpoint"] for record in records] == ["first.pth.tar", "tcm.pth.tar"]
     objective = DecoderObjective(load_model(tmp_path / "tcm.pth.tar"), lmbda=0.013)
     assert objective.indexes == (None,)
+
+
+def test_frozen_analysis_drops_no_paths():
+    """As it is when the picture is coded."""
+    torch.manual_seed(0)
+    objective = DecoderObjective(shake(TCM(**TINY, drop_path_rate=0.6)), lmbda=0.013)
+    objective.train()
+    x = torch.rand(1, 3, 128, 128)
+    assert torch.equal(objective.model.g_a(x), objective.model.g_a(x))
+    assert objective.model.training and objective.model.g_s.training
 
 
 def test_what_does_not_go_with_it(photos, checkpoint, tmp_path):
@@ -114,6 +142,14 @@ def test_what_does_not_go_with_it(photos, checkpoint, tmp_path):
     more = ["--stage", "decoder", "--checkpoint", checkpoint, "--lambda", 0.013, "--max-steps", 1]
     with pytest.raises(cli.UserError, match="has no scale of its own for one λ, and this stage learns none"):
         train_vbr.main(arguments(photos, tmp_path, *more))
+    torch.manual_seed(1)
+    fixed = str(tmp_path / "tcm.pth.tar")
+    export_model(fixed, shake(TCM(**TINY)), [{"lambda": 0.013}])
+    more = ["--stage", "decoder", "--checkpoint", fixed, "--max-steps", 1]
+    with pytest.raises(cli.UserError, match="a fixed-rate codec: give its λ with --lambda"):
+        train_vbr.main(arguments(photos, tmp_path, *more))
+    with pytest.raises(cli.UserError, match="draws maps of rates; a fixed-rate codec has one"):
+        train_vbr.main(arguments(photos, tmp_path, *more, "--lambda", 0.013, "--map-share", 0.2))
     run = ["--stage", "joint", "--checkpoint", checkpoint, "--max-steps", 1]
     train(photos, tmp_path / "joint", *run)
     with pytest.raises(cli.UserError, match="stage joint, not decoder"):

@@ -54,6 +54,9 @@ def make_model(args: argparse.Namespace, state: dict | None, quiet: bool = False
         kind = type(start)
         if not is_backbone(kind):
             raise UserError(f"{args.checkpoint}: holds a {kind.__name__}; training does not start from a map")
+        if args.stage == "decoder" and not (args.lmbda or issubclass(kind, VariableRate)):
+            told = "a fixed-rate codec: give its λ with --lambda, as this stage does not train the LAE after analysis"
+            raise UserError(f"{args.checkpoint}: {told}")
         weights = start.state_dict()
         if args.lmbda and issubclass(kind, VariableRate):
             tell_lost_scale(args, quiet)

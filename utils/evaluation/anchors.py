@@ -135,4 +135,3 @@ def measure_all(keys: list[str], names: dict[Path, str], context: DistContext) -
         by = f"Pillow {PIL.__version__}" + (f" with {library} {features.version(library)}" if library else "")
         codecs.append(to_json(groups, codec.title, description=f"real files by {by}", results=results))
     return codecs, most
-

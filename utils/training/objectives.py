@@ -37,6 +37,7 @@ class Objective(nn.Module):
 
     Attributes:
         indexes: rates to validate at.
+        in_validation: how latents are quantized there; by default rounded.
         balance, map_share: as in the settings; those of the last part once that has begun.
 
     Raises:
@@ -116,7 +117,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def measure(self, model: Codec, x: Tensor, index: float | None) -> tuple[dict[str, float], Tensor]:
-        """A photograph `[1, 3, H, W]` at a rate, with rounded latents: numbers to average, and x̂ in 8-bit steps."""
+        """A photograph `[1, 3, H, W]` at a rate, quantized as `in_validation` says: numbers to average, and x̂ in 8-bit
+        steps."""
         out = model(x, index, self.in_validation)
         out["x_hat"] = (out["x_hat"].clamp(0, 1) * 255).round() / 255
         losses = rate_distortion(out, x, self.lambdas(index, x), metric=self.metric)
@@ -144,13 +146,16 @@ class FixedRateObjective(Objective):
 
 
 class DecoderObjective(Objective):
-    """All that a decoder computes learns, on the symbols that files have; analysis and z are frozen.
+    """All that a decoder computes learns, on symbols chosen as files choose them; analysis and z are frozen.
 
-    In a joint stage noise stands for rounding in the rate, and symbols are the nearest ones: with noise the rate has a
-    gradient for g_a. Here nothing needs one, so that rate and distortion are those of real symbols, chosen as files
-    choose them (RDOQ), by tables of Gaussians. Training the decoder once more, after the encoder, on rounded latents is
-    the second half of "Soft then Hard: Rethinking the Quantization in Neural Image Compression" (ICML 2021,
-    https://arxiv.org/abs/2104.05168). The arguments are those of `Objective`.
+    In a joint stage noise stands for rounding in the rate, and symbols are the nearest ones, as g_a needs gradients.
+    Here it learns nothing: the rate is the likelihood of the symbols themselves, chosen for rate and distortion
+    together (RDOQ; by tables of Gaussians, as fitted ones come last), and the picture is made of them. Training the
+    decoder once more on rounded latents, after the encoder, is the second half of "Soft then Hard: Rethinking the
+    Quantization in Neural Image Compression" (ICML 2021, https://arxiv.org/abs/2104.05168).
+
+    ŷ has the gradients of y, as everywhere, so that μ learns from the rate alone; to give it those of the distortion
+    changed nothing in a trial (0.03 ± 0.06 % of the loss after 77 steps). The arguments are those of `Objective`.
     """
 
     stage = "decoder"

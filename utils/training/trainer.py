@@ -74,7 +74,7 @@ class Trainer:
         self.folder = folder
         self.log = RunLog(folder, context.is_main)
         self.context = context
-        self.history = list(history)
+        self.history = [_without_folder(record) for record in history]
         self.device = context.device
         self.progress = Progress()
         modules = self.model.named_modules()
@@ -375,12 +375,9 @@ class Trainer:
     def record(self, result: dict) -> dict:
         """The training record of this run, in plain values."""
         seconds = self.progress.seconds or math.nan  # before the first step that counts
-        settings = asdict(self.settings)
-        if began_with := settings["checkpoint"]:
-            settings["checkpoint"] = Path(began_with).name  # weights are passed on, and folders are this machine's
-        return finite({
+        found = finite({
             **self.objective.describe(),
-            "settings": settings,
+            "settings": asdict(self.settings),
             "photographs": len(self.dataset.paths),
             "machine": processor(self.device),
             "processes": self.context.world_size,
@@ -389,6 +386,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped,
             **result,
         })
+        return _without_folder(found)
 
     def save(self) -> None:
         """Write `last.pth.tar`: everything that the next step depends on. It can be loaded as weights too."""
@@ -439,6 +437,15 @@ class Trainer:
         self.history = state["training"][: state.get("history")]
         done = budget_used(self.progress, self.settings) >= 1  # then the last validation is made again
         self.log.keep_until(self.progress.step - done)
+
+
+def _without_folder(record: dict) -> dict:
+    """A training record with the name alone of the checkpoint that its run began with: weights are passed on, and where
+    it lay is this machine's."""
+    settings = record.get("settings", {})
+    if not settings.get("checkpoint"):
+        return record
+    return record | {"settings": settings | {"checkpoint": Path(settings["checkpoint"]).name}}
 
 
 def _distributed(objective: Objective) -> nn.Module:

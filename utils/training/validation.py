@@ -18,7 +18,7 @@ def validate(
     objective: Objective, model: Codec, photographs: Sequence[Tensor], context: DistContext,
     canceled: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, dict[str, Tensor]] | None:
-    """Means over photographs of what an objective measures, with rounded latents, of a model set to evaluation.
+    """Means over photographs of what an objective measures of a model, which is set to evaluation.
 
     Args:
         photographs: uint8 `[3, H, W]`, sides multiples of 128.
