@@ -22,7 +22,7 @@ from models.coding.tables import LARGEST_SYMBOL, CodingTables, open_stream, smal
 Choice = Callable[[Tensor, Tensor], Tensor]
 # What a squared error of one step is worth in bits when a symbol is chosen. For a uniform quantizer at high rates it is
 # 6 / ln 2 = 8.7; but here symbols only move towards zero, and their errors add up in the picture. Measured with the
-# shipped weights, 40 to 60 were the best of 20 to 80 (docs/method.md).
+# shipped weights, 40 to 80 differ by less than a thousandth of the loss (docs/method.md).
 ERROR_BITS = 40.0
 AT_ONCE = 2**22  # positions whose symbols and rows are made at once, a multiple of portable.BLOCK
 
