@@ -2,6 +2,7 @@
 
     python train_vbr.py -d photos/train --stage entropy --max-minutes 10 -lr 2e-3 --save_path runs/entropy
     python train_vbr.py -d photos/train --checkpoint runs/entropy/model.pth.tar --transform-lr-factor 0.2 --max-minutes 60
+    python train_vbr.py -d photos/train --stage decoder --checkpoint runs/train_vbr/model.pth.tar -bs 4 --max-minutes 45 --save_path runs/decoder  # at the end: smaller files
     python train_vbr.py ... --save_path runs/mine --resume                                  # after an interruption
     torchrun --nproc-per-node 8 train_vbr.py ...                                            # on eight GPUs
     python train_vbr.py -d photos/train --stage base --lambda 0.05 --init random -e 100 --save_path runs/base  # a TCM at one λ
