@@ -63,12 +63,13 @@ def without_tables(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.new_empty(0) if name.endswith(_TABLES) else value for name, value in state_dict.items()}
 
 
-def empty_tables(model: nn.Module) -> None:
-    """Empty the coding tables of a model, so that those of a file fit whatever their sizes."""
+def resize_tables(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Give the coding tables of a model the sizes of those in a state dict; without one they are empty."""
     for name, buffer in list(model.named_buffers()):
         if name.endswith(_TABLES):
             module, _, table = name.rpartition(".")
-            setattr(model.get_submodule(module), table, buffer.new_empty(0))
+            shape = state_dict[name].shape if name in state_dict else 0
+            setattr(model.get_submodule(module), table, buffer.new_empty(shape))
 
 
 def digest(state_dict: dict[str, Tensor], start: bytes = b"") -> bytes:

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from codec_vbr import describe
-from models import TCM_VBR
+from models import DepthConv_VBR
 from models.coding.slice_coders import Quantization
 from models.lambdas import MAX_INDEX, MIN_INDEX, index_to_lambda
-from tests.conftest import TINY
 from utils.checkpoint import load_model
 from utils.codec import encode as encode_module
 from utils.codec import refinement, tiles
@@ -462,7 +461,7 @@ def test_one_pixel_is_refined(varied):
 
 def test_weights_without_gradients_are_refused_in_a_line(varied, picture):
     with torch.inference_mode():
-        model = TCM_VBR(**TINY).eval()
+        model = DepthConv_VBR(**varied.arguments).eval()
         model.load_state_dict(varied.state_dict())
     assert encode(model, picture, EncodeRequest(2.0)).data
     with pytest.raises(ValueError, match="loaded inside torch.inference_mode"):

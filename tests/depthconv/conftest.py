@@ -1,4 +1,4 @@
-"""`tiny` and `varied` are DepthConv_VBRs here, so that tests of other folders can be run with them."""
+"""`tiny` is a DepthConv_VBR here, so that tests of other folders can be run with it."""
 
 import pytest
 
@@ -9,8 +9,3 @@ from tests.depthconv.tiny import made
 @pytest.fixture(scope="session")
 def made_tiny() -> DepthConv_VBR:
     return made()
-
-
-@pytest.fixture(scope="session")
-def varied(quick_model) -> DepthConv_VBR:
-    return quick_model

@@ -1,16 +1,7 @@
-"""Streams, rate control, regions and DLM: the tests of other folders, with DepthConv_VBR."""
+"""Streams: tests of tests/models, with DepthConv_VBR."""
 
 import torch
 
-from tests.codec.test_quality_map import (  # noqa: F401
-    mask,
-    test_a_file_with_a_map_decodes_to_what_the_encoder_saw,
-    test_places_have_the_scale_of_their_index,
-    test_refinement_weighs_errors_by_the_map,
-    test_targets_are_met_with_a_map,
-    test_the_rate_model_follows_a_map,
-)
-from tests.codec.test_quality_map import picture as large_picture
 from tests.models.test_tcm import (  # noqa: F401
     test_decoding_gives_what_forward_gives,
     test_each_image_has_its_own_index,
@@ -23,8 +14,6 @@ from tests.models.test_tcm import (  # noqa: F401
     test_other_sides_are_refused,
     test_symbols_beyond_the_tables_survive,
 )
-
-picture = large_picture
 
 
 def test_the_latent_is_float32_under_autocast(tiny):

@@ -3,13 +3,7 @@
 import pytest
 from torch import nn
 
-from tests.codec.test_large import (  # noqa: F401
-    in_parts,
-    tall,
-    test_a_map_in_parts,
-    test_a_picture_in_parts_is_the_same_picture,
-    test_symbols_in_parts_make_the_same_file,
-)
+from tests.codec.test_large import tall, test_symbols_in_parts_make_the_same_file  # noqa: F401
 from tests.models import test_bands
 from tests.models.test_bands import exact, test_bands_are_exact, test_every_layer_needs_its_halo  # noqa: F401
 
