@@ -46,6 +46,7 @@ from utils.files import (
     atomic_write,
     check_output_file,
     check_output_folder,
+    check_standard_output,
     find_files,
     is_special,
 )
@@ -210,7 +211,11 @@ def checksum(data: bytes) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if str(path) != "-":
+        return path.read_bytes()
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    return sys.stdin.buffer.read()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -339,7 +344,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if all(list(attempts(jobs, sys.stdout))) else 1
     code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
-    done = {t: s for s, t in work if t.is_file() and str(t) != "-" and not args.force}  # sources by their targets
+    for source, target in work:
+        if os.path.isfile(target) and os.path.samefile(source, target):
+            raise cli.UserError(f"{target}: is what is read; another name is needed for what is written")
+    done = {t: s for s, t in work if os.path.isfile(t) and str(t) != "-" and not args.force}  # sources by their targets
     if done and not to_folder:
         raise cli.UserError(f"{work[0][1]}: exists; --force overwrites it")
     fitting = []
@@ -360,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         check_output_folder(args.output)
     elif work and args.output != "-":
         check_output_file(args.output)
+    elif work:
+        check_standard_output()
 
     @functools.cache
     def load_from(path: Path) -> "Codec":

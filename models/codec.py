@@ -522,7 +522,10 @@ class Codec(CodecWeights):
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _check(self, x: Tensor, index: RateIndex) -> Tensor | None:
-        """The resolved index of images. ValueError where they have another shape, and as `_index_of_latent`."""
+        """The resolved index of images. ValueError where they are something else, and as `_index_of_latent`."""
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"images must be a float32 tensor with values in [0, 1], not {found}")
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or x.numel() == 0:
             sides = f"sides that are multiples of {STRIDE}"
             raise ValueError(f"images must be [B, 3, H, W] with {sides}, not {list(x.shape)}")

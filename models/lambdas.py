@@ -63,11 +63,14 @@ def check_index(index: "Tensor | float", batch: int) -> "Tensor":
     """The index of every image as a float32 tensor `[batch]`, or of every place `[batch, 1, h, w]`.
 
     Takes a number, a tensor of 1 or `batch` elements, or maps `[1 or batch, 1, h, w]` on the grid of the latent, one
-    place for 16×16 pixels. ValueError if an index is not within [−2, 7].
+    place for 16×16 pixels. ValueError if an index is no number, or not within [−2, 7].
     """
     import torch
 
-    index = torch.as_tensor(index, dtype=torch.float32)
+    try:
+        index = torch.as_tensor(index, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a rate index is a number or a tensor of numbers, not {index!r}") from None
     if index.dim() != 4:
         index = index.flatten()
     elif index.shape[1] != 1:

@@ -21,11 +21,11 @@ class WeightsError(ValueError, RuntimeError):
 
 def find_state_dict(checkpoint: dict) -> dict:
     """The state dict in a checkpoint: itself, or under one of the names that training scripts use."""
-    for name in ("ema", "state_dict", "model_state_dict", "model", "network", "net"):
-        found = checkpoint.get(name)
-        if isinstance(found, dict) and any(str(key).endswith(_KNOWN) for key in found):
-            return found
-    return checkpoint
+    names = ("ema", "state_dict", "model_state_dict", "model", "network", "net")
+    inside = [found for name in names if isinstance(found := checkpoint.get(name), dict)]
+    known = [found for found in inside if any(str(key).endswith(_KNOWN) for key in found)]
+    of_others = [found for found in inside if any(isinstance(value, Tensor) for value in found.values())]
+    return next(iter(known + of_others), checkpoint)
 
 
 def normalize(state_dict: dict, model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -318,6 +318,43 @@ def test_standard_input_and_output(photos, quick):
     assert picture.size == (190, 170)
 
 
+@pytest.mark.parametrize("stream", ["input", "output"])
+def test_closed_streams_that_have_the_picture_are_one_line(photos, quick, stream):
+    source, closed = ("-", "<&-") if stream == "input" else (photos / "p0.png", ">&-")
+    command = f"{sys.executable} codec_vbr.py encode {source} - --checkpoint {quick} {closed}"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in ran.stderr.splitlines() if not line.startswith("weights: ")]
+    assert ran.returncode == 1 and len(lines) == 1 and f"standard {stream} is closed" in lines[0]
+
+
+def test_what_is_read_is_not_overwritten(codec, photos, tmp_path):
+    (tmp_path / "photo").write_bytes((photos / "p0.png").read_bytes())
+    codec("encode", photos / "p0.png", tmp_path / "coded.tvbr")
+    (tmp_path / "coded.tvbr").rename(tmp_path / "coded")
+    for command in ("encode", "decode"):
+        path = tmp_path / ("photo" if command == "encode" else "coded")
+        before = path.read_bytes()
+        with pytest.raises(cli.UserError, match=f"{path}: is what is read"):
+            codec(command, path, path, "--force")
+        assert path.read_bytes() == before
+
+
+def test_a_name_that_is_too_long_for_its_file_does_not_stop_the_others(codec, photos, tmp_path, capsys):
+    (photos / "p0.png").rename(photos / f"{'x' * 251}.png")
+    (tmp_path / "out").mkdir()
+    assert codec("encode", photos, tmp_path / "out") == 1
+    assert f"error: {photos / 'x'}" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 7
+
+
+@pytest.mark.parametrize("arguments", [["encode", "", "out"], ["encode", "a.png", ""], ["encode", "a.png", "b", "--roi="]])
+def test_empty_arguments_are_refused(arguments, capsys):
+    """As of a shell's variable that is not set. An empty path would be the current folder."""
+    with pytest.raises(SystemExit) as leaving:
+        codec_vbr.main(arguments)
+    assert leaving.value.code == 2 and "an argument is empty" in capsys.readouterr().err
+
+
 def test_a_fixed_rate_model_codes_too(photos, tmp_path, capsys):
     export_model(tmp_path / "tcm.pth.tar", shake(TCM(**TINY)), [])
     weights = ["--checkpoint", str(tmp_path / "tcm.pth.tar")]

@@ -141,6 +141,14 @@ def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
     assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_of_another_network_are_called_that(tmp_path, wrapped):
+    weights = {"conv.weight": torch.zeros(3, 3)}
+    torch.save({"state_dict": weights} if wrapped else weights, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="other.pth: these are not the weights of a TCM"):
+        load_model(tmp_path / "other.pth")
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))

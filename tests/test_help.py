@@ -26,6 +26,11 @@ except SystemExit as leaving:
     assert "usage:" in result.stdout
 
 
+def test_help_does_without_docstrings():
+    command = [sys.executable, "-OO", "codec_vbr.py", "--help"]
+    assert "usage:" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_torchrun_hands_every_option_on(capsys):
     """It looks for its own options in ours too, and takes an ambiguous beginning of them for an error."""
     from torch.distributed.run import get_args_parser

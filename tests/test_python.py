@@ -19,7 +19,10 @@ from utils.checkpoint import CheckpointError, load_model
 from utils.codec.bitstream import BitstreamError
 from utils.codec.decode import decode
 from utils.codec.encode import encode
+from utils.codec.quality_map import QualityMap
 from utils.codec.request import EncodeRequest, RefinementSettings
+from utils.images import read_image, save_image
+from utils.pictures import ImageError
 
 REQUEST = EncodeRequest(2.0)
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +123,19 @@ def test_wrong_arguments_say_what_is_taken(tiny, picture, image):
         ):  # fmt: skip
             with pytest.raises(ValueError, match=way):
                 use(converted)
+    for wrong in ((255 * image).byte(), image.double(), image.numpy()):
+        with pytest.raises(ValueError, match=r"float32 tensor with values in \[0, 1\], not (torch.[uf]|nd)"):
+            tiny(wrong, 2.0)
+    with pytest.raises(ValueError, match="a rate index is a number or a tensor of numbers, not '2'"):
+        tiny(image, "2")
+    with pytest.raises(ValueError, match="quality_map takes a QualityMap, .*, not ndarray"):
+        EncodeRequest(2.0, quality_map=np.ones((9, 9)))
+    with pytest.raises(ValueError, match=r"a mask has the shape \[H, W\] of its picture, not \[1, 9, 9\]"):
+        QualityMap.from_region(np.ones((1, 9, 9)), index=4)
+    with pytest.raises(ValueError, match="index must be a number, not '4'"):
+        QualityMap.from_region(np.eye(9), index="4")
+    with pytest.raises(ImageError, match="^cannot be read as a picture"):
+        read_image(b"junk")
     other = torch.full((1, 1, 3, 3), 2.0)
     for use in (
         lambda: tiny(image, other), lambda: tiny.decompress(coded["strings"], coded["shape"], other),
@@ -127,6 +143,17 @@ def test_wrong_arguments_say_what_is_taken(tiny, picture, image):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"is \[B, 1, 8, 16\], not \[1, 1, 3, 3\]"):
             use()
+
+
+def test_pictures_are_saved_as_png_or_not_at_all(picture, tmp_path):
+    pixels = picture.permute(1, 2, 0).numpy()
+    save_image(tmp_path / "a.png", pixels)
+    assert torch.equal(read_image(tmp_path / "a.png"), picture)
+    with pytest.raises(ValueError, match="f.jpg: pictures are written as PNG"):
+        save_image(tmp_path / "f.jpg", picture)
+    with pytest.raises(ValueError, match="a picture is a uint8 tensor"):
+        save_image(tmp_path / "f.png", picture.float())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 # Autocast and inference mode --------------------------------------------------------------------

@@ -70,14 +70,17 @@ def _search(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[P
                     print_note(Path(place) / name, "a link to a folder that is searched already")
             visited.add(real)
         for path in (Path(place) / name for name in names if not name.startswith(".")):
-            if path.is_file() or path.is_symlink():
+            if os.path.islink(path) or not is_special(path):
                 (inside if path.suffix.lower() in suffixes else others).append(path)
     return inside, others
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is /dev/null, a pipe or the like: what is there is no file, and its name has no meaning."""
-    return path.exists() and not path.is_file()
+    """Whether a path is /dev/null, a pipe or the like: what is there is no file, and its name has no meaning.
+
+    Not where that cannot be told, as in a folder without permission: there reading and writing fail, and say why.
+    """
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 @contextlib.contextmanager
@@ -130,6 +133,12 @@ def check_output_file(path: str | Path | None) -> None:
         check_output_folder(Path(path).resolve().parent)
 
 
+def check_standard_output() -> None:
+    """OSError where standard output was closed before the program began, and a result is to be written there."""
+    if sys.__stdout__ is None:
+        raise OSError("standard output is closed")
+
+
 def check_output_folder(path: str | Path | None) -> None:
     """OSError where no file can be written into a folder, which need not exist yet. None is no path."""
     if not path:
@@ -177,6 +186,7 @@ def json_output(path: str | None) -> Iterator[Callable[[dict | list], None]]:
         check_output_file(path)
         yield lambda value: write_json(path, value) if path else None
         return
+    check_standard_output()
     results: list[dict | list] = []
     try:
         with contextlib.redirect_stdout(sys.stderr):

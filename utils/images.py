@@ -60,9 +60,12 @@ def as_picture(image: Tensor | np.ndarray) -> Tensor:
 
 
 def save_image(path: str | Path, image: Tensor) -> None:
-    """Write uint8 `[3, H, W]` as PNG, whole or not at all."""
+    """Write a picture, as `as_picture` takes it, as PNG, whole or not at all. ValueError for another kind of name."""
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{path}: pictures are written as PNG, so its name must end in .png")
+    data = png_bytes(to_pixels(as_picture(image)))
     with atomic_write(path) as file:
-        file.write(png_bytes(to_pixels(image)))
+        file.write(data)
 
 
 def pad(x: Tensor) -> Tensor:

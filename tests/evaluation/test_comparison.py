@@ -139,6 +139,10 @@ def test_codecs_of_files_keep_apart_and_are_not_doubled(tmp_path, capsys):
     whole = comparison.together([], [(file, comparison.read_codecs(file)) for file in files])
     assert [whole["name"], *(c["name"] for c in whole["compared"])] == ["model", "JPEG", "model (two)"]
     assert "other pictures" in capsys.readouterr().err
+    others = codec("JPEG", [result(5, 1, 20, "b")])
+    (tmp_path / "two.json").write_text(json.dumps(two | {"compared": [others], "summary": {}, "made": {}}))
+    whole = comparison.together([], [(file, comparison.read_codecs(file)) for file in files])
+    assert [c["name"] for c in whole["compared"]] == ["JPEG", "model (two)", "JPEG (two)"]
 
 
 def test_compressais_own_files_are_read(tmp_path):

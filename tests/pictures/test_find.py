@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -28,6 +29,18 @@ def test_hidden_files_are_left_out_and_others_counted(tmp_path, capsys):
     assert [path.name for path in find_images([tmp_path])] == ["a.png", "c.jfif"]
     told = capsys.readouterr().err
     assert "3 files that are no pictures are passed over (2 .txt, 1 .heic_)" in told
+
+
+def test_files_whose_kind_cannot_be_told_are_in_the_list(tmp_path, monkeypatch):
+    """As in a folder that may be listed and not entered: they are reported where they are read."""
+    (tmp_path / "a.png").touch()
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("is_file", "is_symlink", "exists"):
+        monkeypatch.setattr(Path, name, denied)
+    assert find_images([tmp_path]) == [tmp_path / "a.png"]
 
 
 def test_links_are_followed_once_and_broken_ones_are_errors(tmp_path, capsys):

@@ -24,13 +24,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if named else super()._get_help_string(action)
 
 
-def make_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose description is the first paragraph of a module's docstring; its usage is as the module is run."""
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses empty arguments: where a path is meant, they would be the current folder, or none."""
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple:
+        args = sys.argv[1:] if args is None else args
+        for before, argument in zip(["", *args], args, strict=False):
+            if not argument or argument.startswith("--") and argument.endswith("="):
+                place = f" ({argument or f'after {before}'})" if argument or before else ""
+                self.error(f"an argument is empty{place}: is a variable of the shell not set?")
+        return super().parse_known_args(args, namespace)
+
+
+def make_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """A parser whose description is the first paragraph of a module's docstring (None with python -OO); its usage is as
+    the module is run."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
     name = module and f"python -m {module.name.removesuffix('.__main__')}"
-    description = docstring.split("\n\n")[0]
+    description = (docstring or "").split("\n\n")[0]
     # No abbreviations: --lr would be taken for --lr_epoch, of published scripts, which has no meaning.
-    return argparse.ArgumentParser(name, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    return Parser(name, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 class _WithoutMeaning(argparse.Action):

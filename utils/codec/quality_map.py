@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from models.lambdas import INDEX_RANGE, MAX_INDEX, MIN_INDEX, in_range, index_to_lambda
 from models.large.memory import send
 from utils.codec.bitstream import STEPS
+from utils.codec.request import check_number
 from utils.files import MAX_PIXELS
 from utils.images import pad
 from utils.messages import print_note
@@ -52,6 +53,8 @@ class QualityMap:
     def __post_init__(self) -> None:
         if (self.index is None) == (self.above is None):
             raise ValueError("a region needs either index or above, exactly one of them")
+        check_number(self.index, "index")
+        check_number(self.above, "above")
         if self.index is not None and not in_range(self.index):
             raise ValueError(f"a region's index must lie in {INDEX_RANGE}, not {self.index:g}")
         if self.above is not None and not math.isfinite(self.above):
@@ -69,6 +72,8 @@ class QualityMap:
             ValueError: the mask is empty, or has one value everywhere; or not exactly one of both is given.
         """
         region = np.array(region, np.float32)  # a bool mask too; a copy, as PyTorch wants to be able to write
+        if region.ndim != 2 or not region.size:
+            raise ValueError(f"a mask has the shape [H, W] of its picture, not {list(region.shape)}")
         if not (region.min() >= 0 and region.max() <= 1):
             raise ValueError(f"a mask has values in [0, 1], not {region.min():g} to {region.max():g}")
         if not region.any():
@@ -137,7 +142,7 @@ def read_region(path: str, height: int, width: int) -> np.ndarray:
         data = Path(path).read_bytes()  # once, as it may be a pipe
         pixels = read_pixels(data, background="black", max_pixels=max(MAX_PIXELS, height * width), note=note)
     except (OSError, ImageError) as error:
-        cause = error.strerror if isinstance(error, OSError) else str(error).removeprefix("standard input: ")
+        cause = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"{path}: {cause}") from None
     if pixels.shape[:2] != (height, width):
         found = f"{pixels.shape[1]}×{pixels.shape[0]}"

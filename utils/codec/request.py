@@ -27,7 +27,7 @@ METHODS = {
 }
 
 
-def _check(value: object, name: str, kind: type | UnionType = numbers.Real | None) -> None:
+def check_number(value: object, name: str, kind: type | UnionType = numbers.Real | None) -> None:
     """ValueError where a value is not of a kind of numbers."""
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"{name} must be a {'whole ' if kind is numbers.Integral else ''}number, not {value!r}")
@@ -48,8 +48,8 @@ class RefinementSettings:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self.steps, "steps", numbers.Integral)
-        _check(self.learning_rate, "learning_rate")
+        check_number(self.steps, "steps", numbers.Integral)
+        check_number(self.learning_rate, "learning_rate")
         if self.steps < 0:
             raise ValueError(f"refinement has 0 steps or more, not {self.steps}")
         if self.method not in METHODS:
@@ -106,8 +106,8 @@ class EncodeRequest:
 
     def __post_init__(self) -> None:
         for name in ("index", "bpp", "bytes", "max_bytes"):
-            _check(getattr(self, name), name)
-        _check(self.max_trials, "max_trials", numbers.Integral)
+            check_number(getattr(self, name), name)
+        check_number(self.max_trials, "max_trials", numbers.Integral)
         targets = [value for value in (self.bpp, self.bytes, self.max_bytes) if value is not None]
         if len(targets) + (self.index is not None) > 1:
             raise ValueError("one rate index or one target, not several of them")
@@ -119,6 +119,9 @@ class EncodeRequest:
             raise ValueError(f"a target is searched for in one trial or more, not {self.max_trials}")
         if not isinstance(self.refinement, RefinementSettings):
             raise ValueError(f"refinement takes RefinementSettings(steps), not {self.refinement!r}")
+        if self.quality_map is not None and not hasattr(self.quality_map, "cell_offsets"):  # importing it takes PyTorch
+            kind = type(self.quality_map).__name__
+            raise ValueError(f"quality_map takes a QualityMap, as QualityMap.from_region makes it, not {kind}")
         if self.keep_rate and not self.refinement.steps:
             raise ValueError("keep_rate needs a refinement with steps")
         if self.keep_rate and targets:

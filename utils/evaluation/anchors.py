@@ -3,8 +3,6 @@
 Sizes are those of whole files; quality is that of the 8-bit pixels that decoding gives.
 """
 
-import contextlib
-import importlib
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +19,7 @@ from utils.evaluation import evaluate
 from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
 from utils.messages import print_note
-from utils.pictures import read_pixels
+from utils.pictures import read_pixels, register_formats
 
 
 class Codec(NamedTuple):
@@ -80,9 +78,7 @@ CODECS = {
 
 def available(names: Iterable[str]) -> list[str]:
     """The codecs, each once, that this Pillow can write; the others are named on stderr."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_jxl")  # registers its format with Pillow
-    Image.init()
+    register_formats()
     found = []
     for name in dict.fromkeys(names):
         codec = CODECS[name]

@@ -134,10 +134,11 @@ def weights_of(codec: dict) -> list[dict]:
     return codec.get("checkpoints", [codec["checkpoint"]] if "checkpoint" in codec else [])
 
 
-def _identity(codec: dict) -> tuple | str:
-    """What tells codecs apart: classical ones their names, weights where they come from and how they were measured."""
+def _identity(codec: dict) -> tuple:
+    """What tells codecs apart: classical ones their names and pictures, weights where they come from and how they were
+    measured."""
     weights = weights_of(codec)
-    return (weights, codec["description"]) if weights else codec["name"]
+    return (weights, codec["description"]) if weights else (codec["name"], pictures(codec) if "images" in codec else ())
 
 
 def together(codecs: list[dict], files: list[tuple[str, list[dict]]]) -> dict:

@@ -1,7 +1,10 @@
 """Reading a picture: any raster format of the installed Pillow to 8-bit sRGB, upright, on an opaque background."""
 
 import contextlib
+import functools
+import importlib
 import io
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -40,6 +43,16 @@ class ImageError(UserError):
     """A picture that cannot be read."""
 
 
+@functools.cache
+def register_formats() -> None:
+    """Let Pillow know all its formats, and those of pillow-jxl-plugin and pillow-heif where these are installed."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_jxl")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
 def read_pixels(
     source: str | Path | bytes, background: str = "white", max_pixels: int = MAX_PIXELS, note: Note | None = None
 ) -> np.ndarray:
@@ -59,7 +72,6 @@ def read_pixels(
     Raises:
         ImageError: unreadable, truncated, not a picture, with samples of unknown range, or too large.
     """
-    name = source if isinstance(source, (str, Path)) else "standard input"
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
@@ -76,13 +88,14 @@ def read_pixels(
         cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         cause = "not a picture of a known format" if isinstance(error, Image.UnidentifiedImageError) else cause
         cause = "too large for the memory of this machine" if isinstance(error, MemoryError) else cause
-        raise ImageError(f"{name}: cannot be read as a picture ({cause})") from None
+        name = f"{source}: " if isinstance(source, (str, os.PathLike)) else ""
+        raise ImageError(f"{name}cannot be read as a picture ({cause})") from None
 
 
 def sides_of(path: Path) -> tuple[int, int] | None:
     """Width and height of a picture by its header, before it is turned upright; None where that does not tell."""
     with contextlib.suppress(Exception):
-        Image.init()
+        register_formats()
         if path.is_file():  # and no pipe, whose bytes would be gone
             with Image.open(path, formats=_formats()) as image:
                 return image.size
@@ -115,7 +128,7 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
 
 
 def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
-    Image.init()  # plugins, also third parties' such as HEIF
+    register_formats()
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         width, height = image.size
         if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE:
