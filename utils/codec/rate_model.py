@@ -213,5 +213,6 @@ class RateModel:
             chosen = (part.index_select(0, which).unbind(1) for part in (own, *parts))
             log_m = (self.mask.log_m(*rate, values) for rate in chosen)
             log_sigma = table.log_levels[rows_here[alive]] - next(log_m)
-            shape += [float(table(log_sigma + change).double().sum()) for change in log_m]
+            entropies = [table(log_sigma + change).double().sum() for change in log_m]
+            shape += torch.stack(entropies).cpu().numpy()  # from a GPU at once
         return RateCurve(shape)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from models import Codec
 from models.large.bands import scaled_height
+from models.large.memory import send
 from models.layers import Float32GDN
 from models.state_dict import digest, without_tables
 from utils.checkpoint import describe, export_model, read_checkpoint, write_checkpoint
@@ -188,7 +189,7 @@ class Trainer:
     def next_inputs(self) -> Inputs:
         """The next batch of this process, with its patches and noise on the device."""
         batch = self.next_batch()
-        x = batch.patches.to(self.device, non_blocking=True).float() / 255
+        x = send(batch.patches, self.device).float() / 255
         # Seeds of the noise and rates come with the samples, so they do not depend on the number of processes.
         return batch, x, self.noise(batch.seeds, x.shape[2:])
 
