@@ -44,11 +44,11 @@ from utils.files import (
     BUNDLED,
     MAX_PIXELS,
     atomic_write,
+    check_name_of_png,
     check_output_file,
     check_output_folder,
     check_standard_output,
     find_files,
-    is_special,
 )
 from utils.messages import print_error, print_note, print_weights
 from utils.pictures import ImageError, find_images, is_color, png_bytes, read_pixels, sides_of, suffixes, text_of_png
@@ -135,8 +135,8 @@ def pairs(args: argparse.Namespace, suffix: str) -> tuple[list[tuple[Path, Path]
     if not to_folder:
         if args.command == "encode" and output.suffix.lower() in suffixes():
             raise cli.UserError(f"{output}: the name of a picture; what is written is a {SUFFIX} file")
-        if args.command == "decode" and output.suffix.lower() not in ("", ".png") and not is_special(output):
-            raise cli.UserError(f"{output}: pictures are written as PNG, so its name must end in .png")
+        if args.command == "decode":
+            check_name_of_png(output)
         return [(sources[0][0], output)], False
     if args.output == "-":
         raise cli.UserError("standard output takes one picture")
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     code, suffix = (encode_picture, SUFFIX) if args.command == "encode" else (decode_file, ".png")
     work, to_folder = pairs(args, suffix)
     for source, target in work:
-        if os.path.isfile(target) and os.path.samefile(source, target):
+        if os.path.isfile(source) and os.path.isfile(target) and os.path.samefile(source, target):
             raise cli.UserError(f"{target}: is what is read; another name is needed for what is written")
     done = {t: s for s, t in work if os.path.isfile(t) and str(t) != "-" and not args.force}  # sources by their targets
     if done and not to_folder:

@@ -339,6 +339,21 @@ def test_what_is_read_is_not_overwritten(codec, photos, tmp_path):
         assert path.read_bytes() == before
 
 
+def test_sources_without_a_file_may_have_a_target_that_exists(photos, quick, tmp_path):
+    """Standard input, and a broken link, which does not stop the other pictures."""
+    (tmp_path / "a.tvbr").touch()
+    command = f"{sys.executable} codec_vbr.py encode - {tmp_path / 'a.tvbr'} --checkpoint {quick} --force"
+    with (photos / "p0.png").open("rb") as file:
+        subprocess.run(command.split(), cwd=ROOT, stdin=file, check=True)
+    for path in photos.iterdir():
+        path.unlink() if path.name != "p0.png" else (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "a.tvbr", tmp_path / "out" / "gone.tvbr")
+    arguments = ["encode", str(photos), str(tmp_path / "out"), "--checkpoint", quick]
+    assert codec_vbr.main([*arguments, "--force"]) == 1
+    assert (tmp_path / "out" / "p0.tvbr").exists()
+
+
 def test_a_name_that_is_too_long_for_its_file_does_not_stop_the_others(codec, photos, tmp_path, capsys):
     (photos / "p0.png").rename(photos / f"{'x' * 251}.png")
     (tmp_path / "out").mkdir()
@@ -347,7 +362,7 @@ def test_a_name_that_is_too_long_for_its_file_does_not_stop_the_others(codec, ph
     assert len(list((tmp_path / "out").iterdir())) == 7
 
 
-@pytest.mark.parametrize("arguments", [["encode", "", "out"], ["encode", "a.png", ""], ["encode", "a.png", "b", "--roi="]])
+@pytest.mark.parametrize("arguments", [["encode", "", "out"], ["encode", "a.png", ""], ["encode", "a.png", "b", "-l="]])
 def test_empty_arguments_are_refused(arguments, capsys):
     """As of a shell's variable that is not set. An empty path would be the current folder."""
     with pytest.raises(SystemExit) as leaving:

@@ -21,6 +21,7 @@ from utils.codec.decode import decode
 from utils.codec.encode import encode
 from utils.codec.quality_map import QualityMap
 from utils.codec.request import EncodeRequest, RefinementSettings
+from utils.errors import UserError
 from utils.images import read_image, save_image
 from utils.pictures import ImageError
 
@@ -149,7 +150,7 @@ def test_pictures_are_saved_as_png_or_not_at_all(picture, tmp_path):
     pixels = picture.permute(1, 2, 0).numpy()
     save_image(tmp_path / "a.png", pixels)
     assert torch.equal(read_image(tmp_path / "a.png"), picture)
-    with pytest.raises(ValueError, match="f.jpg: pictures are written as PNG"):
+    with pytest.raises(UserError, match="f.jpg: pictures are written as PNG"):
         save_image(tmp_path / "f.jpg", picture)
     with pytest.raises(ValueError, match="a picture is a uint8 tensor"):
         save_image(tmp_path / "f.png", picture.float())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from utils.errors import UserError
 from utils.messages import print_note
 
 MAX_SIDE = 2**16 - 1  # pixels: the file format has 16 bits for each side
@@ -123,6 +124,13 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.chmod(temporary, 0o600)  # Windows deletes no file that cannot be written
             os.unlink(temporary)
         raise
+
+
+def check_name_of_png(path: str | Path) -> None:
+    """UserError where the name of a picture to be written ends in something else than .png."""
+    path = Path(path)
+    if path.suffix.lower() not in ("", ".png") and not is_special(path):
+        raise UserError(f"{path}: pictures are written as PNG, so its name must end in .png")
 
 
 def check_output_file(path: str | Path | None) -> None:

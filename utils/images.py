@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import STRIDE
-from utils.files import atomic_write
+from utils.files import atomic_write, check_name_of_png
 from utils.pictures import png_bytes, read_pixels
 
 SMOOTHED = 16  # neighbors on either side that an edge is averaged with before it goes on around the picture
@@ -59,10 +59,10 @@ def as_picture(image: Tensor | np.ndarray) -> Tensor:
     raise ValueError(f"a picture is a uint8 tensor [3, H, W] or a uint8 NumPy array [H, W, 3], not {found}")
 
 
-def save_image(path: str | Path, image: Tensor) -> None:
-    """Write a picture, as `as_picture` takes it, as PNG, whole or not at all. ValueError for another kind of name."""
-    if Path(path).suffix.lower() not in ("", ".png"):
-        raise ValueError(f"{path}: pictures are written as PNG, so its name must end in .png")
+def save_image(path: str | Path, image: Tensor | np.ndarray) -> None:
+    """Write a picture, as `as_picture` takes it, as PNG, whole or not at all. UserError where its name does not end so.
+    """
+    check_name_of_png(path)
     data = png_bytes(to_pixels(as_picture(image)))
     with atomic_write(path) as file:
         file.write(data)

@@ -1,8 +1,8 @@
 """Finding pictures: suffixes, links, loops, pipes, and what is passed over."""
 
+import errno
 import os
 import threading
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -35,11 +35,16 @@ def test_files_whose_kind_cannot_be_told_are_in_the_list(tmp_path, monkeypatch):
     """As in a folder that may be listed and not entered: they are reported where they are read."""
     (tmp_path / "a.png").touch()
 
-    def denied(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refusing(ask):
+        def asked(path, *more, **options):
+            if str(path).endswith("a.png"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return ask(path, *more, **options)
 
-    for name in ("is_file", "is_symlink", "exists"):
-        monkeypatch.setattr(Path, name, denied)
+        return asked
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     assert find_images([tmp_path]) == [tmp_path / "a.png"]
 
 

@@ -439,12 +439,3 @@ def test_pillows_guard_of_the_program_around_is_left_as_it_is():
     code = "from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import utils.images\n"
     code += "assert Image.MAX_IMAGE_PIXELS == before > 0"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_jpeg_xl_is_read_where_its_package_is_installed(tmp_path):
-    pytest.importorskip("pillow_jxl")
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.jxl", lossless=True)
-    code = "from utils.pictures import find_images, read_pixels\n"
-    code += f"print(read_pixels(*find_images(['{tmp_path}'])).shape)"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert found.strip() == "(10, 20, 3)"

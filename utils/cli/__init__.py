@@ -29,10 +29,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple:
         args = sys.argv[1:] if args is None else args
-        for before, argument in zip(["", *args], args, strict=False):
-            if not argument or argument.startswith("--") and argument.endswith("="):
-                place = f" ({argument or f'after {before}'})" if argument or before else ""
-                self.error(f"an argument is empty{place}: is a variable of the shell not set?")
+        for before, argument in zip(["the command", *args], args, strict=False):
+            if not argument or argument.startswith("-") and argument.endswith("="):
+                place = argument or f"after {before}"
+                self.error(f"an argument is empty ({place}): is a variable of the shell not set?")
         return super().parse_known_args(args, namespace)
 
 

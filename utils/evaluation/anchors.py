@@ -3,6 +3,8 @@
 Sizes are those of whole files; quality is that of the 8-bit pixels that decoding gives.
 """
 
+import contextlib
+import importlib
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +21,7 @@ from utils.evaluation import evaluate
 from utils.evaluation.results import Result, to_json
 from utils.images import to_pixels, to_tensor
 from utils.messages import print_note
-from utils.pictures import read_pixels, register_formats
+from utils.pictures import read_pixels
 
 
 class Codec(NamedTuple):
@@ -78,7 +80,9 @@ CODECS = {
 
 def available(names: Iterable[str]) -> list[str]:
     """The codecs, each once, that this Pillow can write; the others are named on stderr."""
-    register_formats()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_jxl")  # registers its format with Pillow
+    Image.init()
     found = []
     for name in dict.fromkeys(names):
         codec = CODECS[name]

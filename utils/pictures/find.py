@@ -9,7 +9,7 @@ from PIL import Image
 from utils.errors import UserError
 from utils.files import find_files
 from utils.messages import print_note
-from utils.pictures.read import FORMATS, ImageError, register_formats
+from utils.pictures.read import FORMATS, ImageError
 
 SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # photographs in every scikit-image wheel
 
@@ -17,7 +17,6 @@ SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # photog
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Suffixes of the formats that the installed Pillow can read, in lower case."""
-    register_formats()
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in known if name in FORMATS and name in Image.OPEN) | {".mpo"}
 

@@ -1,8 +1,6 @@
 """Reading a picture: any raster format of the installed Pillow to 8-bit sRGB, upright, on an opaque background."""
 
 import contextlib
-import functools
-import importlib
 import io
 import os
 import warnings
@@ -16,8 +14,9 @@ from utils.errors import UserError
 from utils.files import MAX_PIXELS, MAX_SIDE
 from utils.pictures.color import Note, png_chunks, to_srgb
 
-# Raster formats, of which those are used that the installed Pillow has. Without this list Pillow tries all it knows,
-# and hands what claims to be a document to other programs (EPS to Ghostscript).
+# Raster formats, of which those are used that the installed Pillow has; HEIF and JXL where a program has registered
+# their plugins. Without this list Pillow tries all it knows, and hands what claims to be a document to other programs
+# (EPS to Ghostscript).
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "JXL"),
     *("TGA", "PCX", "SGI", "QOI", "SUN", "PSD", "DDS", "XBM"),
@@ -41,16 +40,6 @@ _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sR
 
 class ImageError(UserError):
     """A picture that cannot be read."""
-
-
-@functools.cache
-def register_formats() -> None:
-    """Let Pillow know all its formats, and those of pillow-jxl-plugin and pillow-heif where these are installed."""
-    Image.init()
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_jxl")
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def read_pixels(
@@ -95,7 +84,7 @@ def read_pixels(
 def sides_of(path: Path) -> tuple[int, int] | None:
     """Width and height of a picture by its header, before it is turned upright; None where that does not tell."""
     with contextlib.suppress(Exception):
-        register_formats()
+        Image.init()
         if path.is_file():  # and no pipe, whose bytes would be gone
             with Image.open(path, formats=_formats()) as image:
                 return image.size
@@ -128,7 +117,7 @@ def _read(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarr
 
 
 def _decode(data: bytes, background: str, max_pixels: int, note: Note) -> np.ndarray:
-    register_formats()
+    Image.init()
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         width, height = image.size
         if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE:
