@@ -60,8 +60,7 @@ def as_picture(image: Tensor | np.ndarray) -> Tensor:
 
 
 def save_image(path: str | Path, image: Tensor | np.ndarray) -> None:
-    """Write a picture, as `as_picture` takes it, as PNG, whole or not at all. UserError where its name does not end so.
-    """
+    """Write a picture, as `as_picture` takes it, as PNG, whole or not at all. UserError for another suffix."""
     check_name_of_png(path)
     data = png_bytes(to_pixels(as_picture(image)))
     with atomic_write(path) as file:
