@@ -12,7 +12,7 @@ from tests.depthconv import tiny as depthconv
 from utils.checkpoint import export_model
 
 TINY = dict(
-    config=(1, 0, 2, 1, 2, 0),
+    config=(1, 0, 2, 0, 2, 0),
     head_dim=(8, 16, 16, 16, 16, 8),
     N=32,
     M=64,

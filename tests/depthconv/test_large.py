@@ -19,6 +19,7 @@ def chains(model) -> dict[str, tuple[nn.Sequential, int, int]]:
         "g_a": (model.g_a, 3, height),
         "g_s": (model.g_s, model.M, height // 16),
         "h_a": (model.h_a, model.M, height // 4),
+        "h_s": (model.h_s, model.config.hyper_channels, height // 16),
         "slice": (nn.Sequential(*model.slice_transforms[0], *model.slice_heads[0]), 32, height // 16),
         "context model": (model.context_model, 32 + 2 * 32, height // 16),
         "LAE": (nn.Sequential(model.modnet_ga.mask.latent_attn), model.M, height // 16),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import codec
+from models import TCM_VBR, codec
 from models.coding.portable import EPSILON
 from models.large import bands, memory
 from models.large.bands import (
@@ -24,8 +24,18 @@ from models.large.bands import (
     latent_height,
     scaled_height,
 )
+from tests.conftest import TINY, shake
 
 HEIGHT = 640
+
+
+@pytest.fixture(scope="module")
+def made_tiny() -> TCM_VBR:
+    """With blocks in every stage, and so in the hyper-synthesis."""
+    torch.manual_seed(0)
+    model = shake(TCM_VBR(**TINY | dict(config=(1, 1, 2, 1, 2, 1)))).eval()
+    model.update(force=True)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +54,7 @@ def chains(model) -> dict[str, tuple[nn.Sequential, int, int]]:
         "g_a": (model.g_a, 3, HEIGHT),
         "g_s": (model.g_s, model.M, HEIGHT // 16),
         "h_a": (model.h_a, model.M, HEIGHT // 4),
+        "h_s": (model.h_mean_s, model.config.hyper_channels, HEIGHT // 16),
         "slice": (nn.Sequential(*model.atten_mean[0], *model.cc_mean_transforms[0]), model.M, HEIGHT // 16),
         "LAE": (nn.Sequential(model.modnet_ga.mask.latent_attn), model.M, HEIGHT // 16),
     }
@@ -54,7 +65,7 @@ def noise(channels: int, height: int) -> torch.Tensor:
     return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["g_a", "g_s", "h_a", "slice", "LAE"])
+@pytest.mark.parametrize("name", ["g_a", "g_s", "h_a", "h_s", "slice", "LAE"])
 @pytest.mark.parametrize("rows", [8, 24])
 @torch.no_grad()
 def test_bands_are_exact(exact, name, rows):
@@ -66,7 +77,7 @@ def test_bands_are_exact(exact, name, rows):
     assert max(band.shape[2] for band in found) <= 2 * scaled_height(layers, 48)  # none is much larger than the others
 
 
-@pytest.mark.parametrize("name", ["g_a", "g_s", "slice", "LAE"])
+@pytest.mark.parametrize("name", ["g_a", "g_s", "h_s", "slice", "LAE"])
 @torch.no_grad()
 def test_every_layer_needs_its_halo(exact, name, monkeypatch):
     """Else the test above would pass with layers that see nothing of each other."""
