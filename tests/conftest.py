@@ -22,6 +22,7 @@ TINY = dict(
     inter_dim=32,
     slice_widths=(32, 16),
 )
+BLOCKS_IN_EVERY_STAGE = dict(config=(1, 1, 2, 1, 2, 1))  # in place of those of TINY, with which tests take less time
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
@@ -40,7 +41,7 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def golden_model() -> tuple[TCM_VBR, np.random.RandomState]:
     """A tiny model with weights of NumPy's legacy random numbers, which are the same everywhere, and their source."""
-    model = TCM_VBR(**TINY | dict(config=(1, 1, 2, 1, 2, 1))).eval()
+    model = TCM_VBR(**TINY | BLOCKS_IN_EVERY_STAGE).eval()
     random = np.random.RandomState(0)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -59,12 +60,17 @@ def golden_model() -> tuple[TCM_VBR, np.random.RandomState]:
 # Slow fixtures are made once and not changed: `tiny` and `photos` are copies that a test may change.
 
 
-@pytest.fixture(scope="session")
-def made_tiny() -> TCM_VBR:
+def made(**change) -> TCM_VBR:
+    """A tiny TCM_VBR with coding tables; `change` are arguments other than those of TINY."""
     torch.manual_seed(0)
-    model = shake(TCM_VBR(**TINY)).eval()
+    model = shake(TCM_VBR(**TINY | change)).eval()
     model.update(force=True)
     return model
+
+
+@pytest.fixture(scope="session")
+def made_tiny() -> TCM_VBR:
+    return made()
 
 
 @pytest.fixture
@@ -96,9 +102,15 @@ def vary(made_tiny, last: torch.nn.Conv2d):
 
 
 @pytest.fixture(scope="session")
-def varied(made_tiny) -> TCM_VBR:
-    """`tiny` with rates that differ; not to be changed."""
-    return vary(made_tiny, made_tiny.g_s[-1][0])
+def varied_tcm() -> TCM_VBR:
+    """A tiny TCM_VBR with rates that differ; not to be changed."""
+    model = made()
+    return vary(model, model.g_s[-1][0])
+
+
+@pytest.fixture(scope="session")
+def varied(varied_tcm) -> TCM_VBR:
+    return varied_tcm
 
 
 def file_of(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory, name: str) -> str:

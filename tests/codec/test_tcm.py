@@ -16,14 +16,13 @@ from tests.codec.test_refinement import (  # noqa: F401
     test_refinement_is_never_worse_and_what_it_says,
     test_refinement_repeats_and_weights_stay,
 )
-from tests.conftest import vary
 from utils.codec.refinement import CURVATURES
 from utils.codec.request import EncodeRequest
 
 
 @pytest.fixture(scope="module")
-def varied(made_tiny) -> TCM_VBR:
-    return vary(made_tiny, made_tiny.g_s[-1][0])
+def varied(varied_tcm) -> TCM_VBR:
+    return varied_tcm
 
 
 def test_a_file_with_a_map_decodes_to_what_the_encoder_saw(varied, large_picture, mask):  # noqa: F811

@@ -24,7 +24,7 @@ from models.large.bands import (
     latent_height,
     scaled_height,
 )
-from tests.conftest import TINY, shake
+from tests.conftest import BLOCKS_IN_EVERY_STAGE, made
 
 HEIGHT = 640
 
@@ -32,10 +32,7 @@ HEIGHT = 640
 @pytest.fixture(scope="module")
 def made_tiny() -> TCM_VBR:
     """With blocks in every stage, and so in the hyper-synthesis."""
-    torch.manual_seed(0)
-    model = shake(TCM_VBR(**TINY | dict(config=(1, 1, 2, 1, 2, 1)))).eval()
-    model.update(force=True)
-    return model
+    return made(**BLOCKS_IN_EVERY_STAGE)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from models.coding.slice_coders import ste_round
 from models.coding.tables import CodingTables
 from models.lambdas import index_to_lambda
 from models.registry import from_preset
-from tests.conftest import TINY, shake
+from tests.conftest import BLOCKS_IN_EVERY_STAGE, TINY, shake
 
 
 def bits(out):
@@ -68,7 +68,7 @@ def test_valid_combinations_code_and_are_rebuilt_from_their_weights(change, imag
 
 
 def test_drop_path_rises_over_the_blocks_of_both_transforms():
-    model = TCM(**TINY | dict(config=(1, 1, 2, 1, 2, 1), drop_path_rate=0.7))
+    model = TCM(**TINY | BLOCKS_IN_EVERY_STAGE | dict(drop_path_rate=0.7))
     rates = [
         getattr(block.trans_block.drop_path, "drop_prob", 0.0)
         for transform in (model.g_a, model.g_s)
